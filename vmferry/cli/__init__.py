@@ -1,0 +1,1 @@
+"""The ``vmferry`` command: what people and scripts call."""

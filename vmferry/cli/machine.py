@@ -1,0 +1,215 @@
+"""``vmferry machine``: starts, shows and stops the machines of the host it runs on.
+
+Promise: a machine's guest runs only after its birth is recorded in the host's journal; one that is on its way to or
+from another host is never stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.config import HostConfig, load_config
+from vmferry.errors import InvalidArgumentError, MachineDeadError, MachineFailedError
+from vmferry.handoff.ledger import HostLedger
+from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.port import RunState
+from vmferry.machines.spec import MachineSpec, new_spec
+from vmferry.v1 import machine_pb2
+
+app = typer.Typer(help="Start, show and stop the machines of this host.", no_args_is_help=True)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", envvar="VMFERRY_CONFIG", help="Configuration of this host; default: built-in."),
+]
+
+_STATES = {
+    RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
+    RunState.INMIGRATE: machine_pb2.MACHINE_STATE_INCOMING,
+    RunState.SHUTDOWN: machine_pb2.MACHINE_STATE_STOPPED,
+    RunState.FAILED: machine_pb2.MACHINE_STATE_STOPPED,
+}
+
+
+def directory_of(config: HostConfig) -> MachineDirectory:
+    """Where the machines of a host lie."""
+    return MachineDirectory(config.machines_dir, config.ram_dir)
+
+
+async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
+    """Start a machine that is born on this host, and let its guest run.
+
+    Raises:
+        MachineExistsError: its name or identity is taken here.
+        MachineFailedError: the hypervisor does not start.
+    """
+    directory = directory_of(config)
+    ledger = HostLedger(config.journal_dir)
+    machine = await start_machine(spec, directory)
+    try:
+        permit = ledger.birth(spec.uuid)
+        try:
+            await machine.cont(permit)
+        except BaseException:
+            ledger.end(spec.uuid)
+            raise
+    except BaseException:
+        await stop_machine(machine, directory)
+        raise
+    await machine.close()
+    return directory.find(spec.uuid)
+
+
+async def end_machine(name: str, config: HostConfig) -> MachineRecord:
+    """End a machine for good and remove all that is left of it; its last record is returned.
+
+    Raises:
+        MachineNotFoundError: it is not here.
+        MachineBusyError: it is on its way to another host.
+    """
+    directory = directory_of(config)
+    record = directory.find(name)
+    # Recorded before it is done: should this be interrupted, nobody may run what is half removed.
+    HostLedger(config.journal_dir).end(record.spec.uuid)
+    if record.alive:
+        await stop_machine(directory.open(record), directory)
+    else:
+        directory.forget(record, remove_ram=True)
+    return record
+
+
+async def describe(record: MachineRecord, config: HostConfig) -> machine_pb2.Machine:
+    """What the host knows of a machine, in the words of the API."""
+    spec = record.spec
+    rights = HostLedger(config.journal_dir).rights(spec.uuid)
+    return machine_pb2.Machine(
+        name=spec.name,
+        uuid=spec.uuid,
+        spec=machine_pb2.MachineSpec(
+            version=spec.version,
+            name=spec.name,
+            uuid=spec.uuid,
+            kind=spec.kind,
+            memory_mib=spec.memory_mib,
+            vcpus=spec.vcpus,
+            program=spec.program,
+            params=spec.params,
+            mac=spec.mac,
+            netdev=spec.netdev,
+            self_track=spec.self_track,
+        ),
+        state=await _state(record, config),
+        right=machine_pb2.MachineRight.ValueType(rights.standing.value),
+        epoch=rights.epoch,
+        pid=record.pid or 0,
+    )
+
+
+def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
+    """Print machines as a table or as one document."""
+    if json:
+        print_document({"machines": [as_document(machine) for machine in machines]})
+        return
+    rows = [
+        (
+            machine.name,
+            label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
+            label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
+            f"{machine.spec.memory_mib} MiB",
+            machine.spec.program,
+            machine.uuid,
+        )
+        for machine in machines
+    ]
+    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "PROGRAM", "UUID"), rows, empty="no machines")
+
+
+@app.command()
+def run(
+    spec_file: Annotated[Path | None, typer.Argument(metavar="[SPEC.toml]", help="The whole description.")] = None,
+    name: Annotated[str, typer.Option("--name", help="Name: a lower-case DNS label.")] = "",
+    program: Annotated[str, typer.Option("--program", help="Guest program: canary or writer.")] = "canary",
+    memory_mib: Annotated[int, typer.Option("--memory-mib", min=1, help="Guest memory.")] = 256,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="KEY=VALUE", help="Parameter of the program.")
+    ] = None,
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Start a machine on this host, from a description or from options."""
+    host = load_config(config)
+    if (spec_file is None) == (not name):
+        raise InvalidArgumentError(
+            "give either a file with the machine's description or --name, not both", field="--name"
+        )
+    spec = MachineSpec.load(spec_file) if spec_file else new_spec(name, memory_mib, program, _params(param or []))
+    machine = asyncio.run(_run(spec, host))
+    if json:
+        print_document(as_document(machine))
+    else:
+        print(f"{machine.name} {machine.uuid}")
+        say(f"{machine.name} runs as process {machine.pid}")
+
+
+@app.command("list")
+def list_(config: ConfigOption = None, json: JsonOption = False) -> None:
+    """Show the machines of this host."""
+    host = load_config(config)
+    directory = directory_of(host)
+    records = directory.list()
+    print_machines(asyncio.run(_describe_all(records, host)), json=json)
+    for problem in directory.problems:
+        say(f"vmferry: warning: {problem.path}: {problem.reason}")
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")],
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """End a machine of this host for good; its memory is lost."""
+    record = asyncio.run(end_machine(name, load_config(config)))
+    if json:
+        print_document({"name": record.spec.name, "uuid": record.spec.uuid, "stopped": True})
+    else:
+        say(f"{record.spec.name} is stopped and removed")
+
+
+async def _run(spec: MachineSpec, config: HostConfig) -> machine_pb2.Machine:
+    return await describe(await run_machine(spec, config), config)
+
+
+async def _describe_all(records: list[MachineRecord], config: HostConfig) -> list[machine_pb2.Machine]:
+    return [await describe(record, config) for record in records]
+
+
+async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.MachineState.ValueType:
+    if not record.alive:
+        return machine_pb2.MACHINE_STATE_DEAD
+    state = machine_pb2.MACHINE_STATE_UNSPECIFIED
+    try:
+        machine = directory_of(config).open(record)
+    except MachineDeadError:
+        return machine_pb2.MACHINE_STATE_DEAD
+    with contextlib.suppress(MachineDeadError, MachineFailedError):
+        state = _STATES.get(await machine.run_state(), machine_pb2.MACHINE_STATE_PAUSED)
+    await machine.close()
+    return state
+
+
+def _params(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InvalidArgumentError(f"{text!r} is not of the form KEY=VALUE", field="--param")
+        found[key] = value
+    return found

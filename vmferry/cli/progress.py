@@ -1,0 +1,149 @@
+"""A migration's progress as a person watches it.
+
+Promise: a terminal shows one live picture; a pipe or a log file gets one plain line for each change of phase or round
+and, in between, at most one a second; nothing is written to stdout.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from vmferry.cli.output import console, label, milliseconds, say, size
+from vmferry.v1.migration_pb2 import (
+    MIGRATION_OUTCOME_UNSPECIFIED,
+    Migration,
+    MigrationOutcome,
+    MigrationPhase,
+)
+
+_LINE_EVERY_S: Final = 1.0
+_BAR_COLUMNS: Final = 60
+
+
+class ProgressView(Protocol):
+    """Shows a migration again and again until it is closed."""
+
+    def show(self, migration: Migration) -> None:
+        """Show where the migration stands now."""
+
+    def note(self, text: str) -> None:
+        """Say something in between, such as a lost connection."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def progress_view() -> ProgressView:
+    """A live view for a terminal, a plain one for everything else."""
+    screen = console()
+    return LiveView(screen) if screen.is_terminal else LineView()
+
+
+def phase_name(migration: Migration) -> str:
+    """The phase of a migration in lower case."""
+    return label(MigrationPhase, migration.phase, "MIGRATION_PHASE_")
+
+
+def outcome_name(migration: Migration) -> str:
+    """The outcome of a migration in lower case; ``open`` while there is none."""
+    if migration.outcome == MIGRATION_OUTCOME_UNSPECIFIED:
+        return "open"
+    return label(MigrationOutcome, migration.outcome, "MIGRATION_OUTCOME_")
+
+
+def headline(migration: Migration) -> str:
+    """Phase and round, or how it ended."""
+    if migration.outcome != MIGRATION_OUTCOME_UNSPECIFIED:
+        return f"{migration.machine}: {outcome_name(migration)}"
+    text = f"{migration.machine}: {phase_name(migration)}"
+    return f"{text}, round {migration.progress.round}" if migration.progress.round else text
+
+
+def facts(migration: Migration) -> str:
+    """The figures of a migration, those that are known."""
+    progress = migration.progress
+    parts = [f"sent {size(progress.sent_bytes)}", f"remaining {size(progress.remaining_bytes)}"]
+    if progress.bytes_per_second:
+        parts.append(f"rate {size(progress.bytes_per_second)}/s")
+    if progress.dirty_bytes_per_second:
+        parts.append(f"dirty {size(progress.dirty_bytes_per_second)}/s")
+    if progress.HasField("expected_downtime"):
+        parts.append(f"expected downtime {milliseconds(progress.expected_downtime):.0f} ms")
+    if progress.HasField("eta"):
+        parts.append(f"ETA {milliseconds(progress.eta) / 1e3:.1f} s")
+    if migration.HasField("downtime"):
+        parts.append(f"downtime {milliseconds(migration.downtime):.1f} ms")
+    return ", ".join(parts)
+
+
+class LineView:
+    """One line per change, for files and pipes."""
+
+    def __init__(self) -> None:
+        self._stage: tuple[int, int, int] | None = None
+        self._next_line = 0.0
+
+    def show(self, migration: Migration) -> None:
+        """Print a line if something changed that is worth one."""
+        stage = (migration.phase, migration.progress.round, migration.outcome)
+        now = time.monotonic()
+        if stage == self._stage and now < self._next_line:
+            return
+        self._stage, self._next_line = stage, now + _LINE_EVERY_S
+        say(f"{headline(migration)}: {facts(migration)}")
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        say(text)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class LiveView:
+    """A bar for the current round with the figures below it, redrawn in place."""
+
+    def __init__(self, screen: Console) -> None:
+        self._live = Live(console=screen, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._round = -1
+        self._round_bytes = 0
+
+    def show(self, migration: Migration) -> None:
+        """Redraw."""
+        self._live.update(self._picture(migration), refresh=True)
+
+    def note(self, text: str) -> None:
+        """Put a line above the picture."""
+        self._live.console.print(Text(text))
+
+    def _picture(self, migration: Migration) -> Group:
+        progress = migration.progress
+        if progress.round != self._round:
+            self._round, self._round_bytes = progress.round, 0
+        self._round_bytes = max(self._round_bytes, progress.remaining_bytes)
+        done = self._round_bytes - progress.remaining_bytes
+        ended = migration.outcome != MIGRATION_OUTCOME_UNSPECIFIED
+        bar = ProgressBar(
+            total=1 if ended else max(1, self._round_bytes), completed=1 if ended else done, width=_BAR_COLUMNS
+        )
+        return Group(Text(headline(migration), style="bold"), bar, Text(facts(migration)))
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()

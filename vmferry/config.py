@@ -1,0 +1,152 @@
+"""The one typed configuration of a host, shared by its two services and by the command line.
+
+Promise: every number a user may want to change is a field here, with its unit in its name and its default in
+one place; a file with an unknown key, a wrong type or a value out of range is refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmferry.errors import ConfigError
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """Settings of one host. Paths may be relative to the configuration file."""
+
+    tls_dir: Path = Path("/etc/vmferry/tls")
+    """Holds ca.pem, tls.crt and tls.key (mode 0600); the host's identity is the certificate's URI SAN."""
+    state_dir: Path = Path("/var/lib/vmferry")
+    """Journals and other things that must survive a reboot."""
+    run_dir: Path = Path("/run/vmferry")
+    """Machines' sockets, process records and logs; may be lost in a reboot, as the machines are."""
+    ram_dir: Path = Path("/dev/shm/vmferry")  # noqa: S108 - guest memory belongs on tmpfs; files are 0600 in a 0700 folder
+    """Where guest memory files are made; must be tmpfs or hugetlbfs."""
+    trace_dir: Path = Path("/var/lib/vmferry/traces")
+    """Spans as JSON lines, one file per service; empty string switches the file off."""
+
+    source_listen: str = "0.0.0.0:7601"
+    """Data port of the source service, mutually authenticated TLS only."""
+    dest_listen: str = "0.0.0.0:7602"
+    """Data port of the destination service, mutually authenticated TLS only."""
+    source_admin_listen: str = "unix:source-admin.sock"
+    """Health, reflection and channelz of the source service: a unix socket in run_dir, or a loopback port."""
+    dest_admin_listen: str = "unix:dest-admin.sock"
+    """The same for the destination service."""
+
+    lanes: int = 4
+    """Connections per migration."""
+    window_bytes: int = 32 * _MIB
+    """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
+    chunk_bytes: int = _MIB
+    """Page contents per message."""
+    downtime_limit_ms: int = 300
+    """Longest pause a guest may see; pre-copy goes on until the rest fits."""
+    max_rounds: int = 30
+    """Pre-copy gives up after so many rounds."""
+    reserve_timeout_s: float = 60.0
+    """Limit for the destination to take memory and start its copy."""
+    stall_timeout_s: float = 30.0
+    """Limit without any acknowledged progress."""
+    total_timeout_s: float = 3600.0
+    """Limit for everything before the hand-off."""
+    switch_timeout_s: float = 5.0
+    """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
+    rpc_timeout_s: float = 10.0
+    """Limit of one control call between the services."""
+    handoff_retry_s: float = 0.5
+    """Pause between two attempts to learn the outcome of a hand-off."""
+    receive_timeout_s: float = 60.0
+    """A destination closes an attempt that made no progress for so long before it was prepared."""
+    max_outgoing: int = 2
+    """Migrations leaving this host at a time."""
+    max_incoming: int = 2
+    """Migrations arriving at this host at a time."""
+    memory_headroom_mib: int = 256
+    """Memory that arriving machines must leave free on this host."""
+    log_level: str = "info"
+    """Least severe messages that are logged: debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
+            "switch_timeout_s", "rpc_timeout_s", "handoff_retry_s", "receive_timeout_s",
+            "max_outgoing", "max_incoming", "downtime_limit_ms",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0", field=name)
+        if not 2 <= self.lanes <= 16:  # noqa: PLR2004 - the documented range
+            raise ConfigError("lanes must be between 2 and 16", field="lanes")
+        if not 4096 <= self.chunk_bytes <= 2 * _MIB or self.chunk_bytes % 4096:  # noqa: PLR2004 - page size
+            raise ConfigError("chunk_bytes must be a multiple of 4096, at most 2 MiB", field="chunk_bytes")
+        if self.window_bytes < self.lanes * self.chunk_bytes:
+            raise ConfigError("window_bytes must hold at least one chunk per lane", field="window_bytes")
+        if self.log_level not in {"debug", "info", "warning", "error"}:
+            raise ConfigError("log_level must be debug, info, warning or error", field="log_level")
+
+    @property
+    def journal_dir(self) -> Path:
+        """Where the journals of both services lie."""
+        return self.state_dir / "journal"
+
+    @property
+    def machines_dir(self) -> Path:
+        """Where the machines of this host have their folders."""
+        return self.run_dir / "machines"
+
+    def admin_target(self, role: str) -> str:
+        """Address of a service's admin listener as gRPC spells it; ``role`` is ``source`` or ``dest``."""
+        value = self.source_admin_listen if role == "source" else self.dest_admin_listen
+        if value.startswith("unix:") and not value.startswith("unix:/"):
+            return f"unix:{self.run_dir / value.removeprefix('unix:')}"
+        return value
+
+
+def load_config(path: Path | None) -> HostConfig:
+    """Read a configuration file; ``None`` means all defaults.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or a key is unknown or of the wrong type.
+    """
+    if path is None:
+        return HostConfig()
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", field="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}", field="config") from error
+    hints = typing.get_type_hints(HostConfig)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(HostConfig)}
+    return HostConfig(**{key: _typed(key, value, known, path.parent) for key, value in values.items()})
+
+
+def _typed(key: str, value: object, known: dict[str, type], base: Path) -> typing.Any:
+    wanted = known.get(key)
+    if wanted is None:
+        raise ConfigError(f"unknown setting {key!r}; known are {', '.join(sorted(known))}", field=key)
+    if wanted is Path and isinstance(value, str):
+        return base / value if value else Path()
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{key} must be of type {wanted.__name__}, not {type(value).__name__}", field=key)
+    return value
+
+
+def render_config(config: HostConfig) -> str:
+    """The configuration as a TOML file that :func:`load_config` reads back."""
+    lines = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        text = f'"{value}"' if isinstance(value, (str, Path)) else str(value)
+        lines.append(f"{field.name} = {text}")
+    return "\n".join(lines) + "\n"

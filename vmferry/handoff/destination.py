@@ -1,0 +1,314 @@
+"""The destination's half of the hand-off, as a pure function of its journal (diagram in ``states``).
+
+Promise: ``decide`` makes this host the owner only by a Go for exactly the attempt that is prepared here, never
+drops a prepared copy on a timer, and never accepts an attempt older than one it has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import assert_never
+
+from vmferry.errors import (
+    MachineBusyError,
+    MachineExistsError,
+    StaleAttemptError,
+    TicketUsedError,
+    WrongPhaseError,
+)
+from vmferry.handoff.states import (
+    Action,
+    Answer,
+    Append,
+    Attempt,
+    AttemptState,
+    InvalidTransitionError,
+    Record,
+    RecordKind,
+    Release,
+    Resume,
+    Wait,
+)
+
+
+@dataclass(frozen=True)
+class Empty:
+    """No attempt has been seen."""
+
+
+@dataclass(frozen=True)
+class Receiving:
+    """Memory is being received."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A complete, verified, loaded copy waits for Go."""
+
+    attempt: Attempt
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Owned:
+    """This host took the right to run; ``ran`` once the guest has executed here."""
+
+    attempt: Attempt
+    digest: bytes
+    ran: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The newest attempt is closed for ever."""
+
+    attempt: Attempt
+    note: str = ""
+
+
+Current = Empty | Receiving | Prepared | Owned | Refused
+
+
+@dataclass(frozen=True)
+class DestinationState:
+    """The newest attempt, and what became of the older ones."""
+
+    current: Current = Empty()
+    past: Mapping[bytes, Answer] = field(default_factory=lambda: MappingProxyType({}))
+    """Final answers by migration id, so that a late question is answered from the journal."""
+    burnt: frozenset[bytes] = frozenset()
+    """Ticket numbers that were used."""
+
+
+@dataclass(frozen=True)
+class BeginAsked:
+    """A source wants to begin."""
+
+    attempt: Attempt
+    ticket_nonce: bytes
+    ticket_expire_unix: int
+    host_holds_machine: bool
+    """This host owns the machine or has an attempt open that takes it away."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The copy is complete: this host's own memory gives the sealed digest, device state is loaded."""
+
+    attempt: Attempt
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class GoAsked:
+    """The source has given up the right to run."""
+
+    attempt: Attempt
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class GuestRan:
+    """The hypervisor has confirmed that the guest executes."""
+
+
+@dataclass(frozen=True)
+class CloseAsked:
+    """The source asked to close the attempt."""
+
+    attempt: Attempt
+    reason: str
+
+
+@dataclass(frozen=True)
+class CopyLost:
+    """The copy is gone or unusable: its process died, or what arrived was wrong."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """Nothing arrived for too long."""
+
+
+@dataclass(frozen=True)
+class StatusAsked:
+    """Somebody asks how an attempt stands."""
+
+    attempt: Attempt
+
+
+DestinationEvent = BeginAsked | Verified | GoAsked | GuestRan | CloseAsked | CopyLost | Stalled | StatusAsked
+
+
+def evolve(state: DestinationState, record: Record) -> DestinationState:
+    """The state after ``record``; raises :class:`InvalidTransitionError` if it cannot follow."""
+    attempt, now = record.attempt, state.current
+    if attempt is None:
+        raise InvalidTransitionError(f"{record.kind.name} without an attempt in a destination's journal")
+    match now, record.kind:
+        case ((Empty() | Owned() | Refused()), RecordKind.ACCEPTED) if attempt.order > _highest(state):
+            burnt = state.burnt | {record.ticket_nonce}
+            return DestinationState(Receiving(attempt), _with_past(state), burnt)
+        case ((Empty() | Owned() | Refused()), RecordKind.REFUSED) if attempt.order > _highest(state):
+            return replace(state, current=Refused(attempt, record.note), past=_with_past(state))
+        case Receiving(attempt=open_), RecordKind.PREPARED if open_.matches(attempt):
+            return replace(state, current=Prepared(open_, record.digest))
+        case Prepared(attempt=open_, digest=digest), RecordKind.OWNED if open_.matches(attempt):
+            return replace(state, current=Owned(open_, digest))
+        case Owned(attempt=open_, digest=digest, ran=False), RecordKind.RAN if open_.matches(attempt):
+            return replace(state, current=Owned(open_, digest, ran=True))
+        case ((Receiving(attempt=open_) | Prepared(attempt=open_)), RecordKind.REFUSED) if open_.matches(
+            attempt
+        ):
+            return replace(state, current=Refused(open_, record.note))
+    raise InvalidTransitionError(f"{record.kind.name} cannot follow {type(now).__name__}")
+
+
+def answer(state: DestinationState, attempt: Attempt) -> Answer:
+    """How ``attempt`` stands, from the journal."""
+    now = state.current
+    if isinstance(now, Empty) or not now.attempt.matches(attempt):
+        return state.past.get(attempt.migration_id, Answer(AttemptState.UNSEEN))
+    return _final(now)
+
+
+def decide(state: DestinationState, event: DestinationEvent) -> list[Action]:
+    """What to do about ``event``, in order; raises a domain error when it must be turned down.
+
+    An ``Answer`` among the actions is the reply; without one the reply is :func:`answer` after the actions.
+    """
+    match event:
+        case BeginAsked():
+            return _begin(state, event)
+        case Verified():
+            return _verified(state, event)
+        case GoAsked():
+            return _go(state, event)
+        case GuestRan():
+            if isinstance(state.current, Owned) and not state.current.ran:
+                return [Append(_record(RecordKind.RAN, state.current.attempt), durable=False)]
+            return []
+        case CloseAsked(attempt=attempt, reason=reason):
+            return _close(state, attempt, reason)
+        case CopyLost(reason=reason):
+            if isinstance(state.current, (Receiving, Prepared)):
+                return _refuse(state.current.attempt, reason)
+            return []
+        case Stalled():
+            if isinstance(state.current, Receiving):
+                return _refuse(state.current.attempt, "nothing arrived for too long")
+            return []  # a prepared copy may be the last one: no timer drops it
+        case StatusAsked(attempt=attempt):
+            return [answer(state, attempt)]
+    assert_never(event)
+
+
+def _begin(state: DestinationState, event: BeginAsked) -> list[Action]:
+    now, attempt = state.current, event.attempt
+    if not isinstance(now, Empty) and now.attempt.matches(attempt):
+        if isinstance(now, Receiving):
+            return [_final(now)]  # the answer was lost, the ticket is already burnt by this very attempt
+        raise WrongPhaseError(f"the attempt is already {_final(now).state.name.lower()} here")
+    if event.host_holds_machine:
+        raise MachineExistsError(
+            "this host owns the machine, or is sending it away", field="attempt.machine_id"
+        )
+    if attempt.order <= _highest(state):
+        raise StaleAttemptError("a newer attempt for this machine has been seen", field="attempt.attempt")
+    if event.ticket_nonce in state.burnt:
+        raise TicketUsedError("the ticket was used before", field="ticket")
+    accept = Append(
+        replace(
+            _record(RecordKind.ACCEPTED, attempt),
+            ticket_nonce=event.ticket_nonce,
+            ticket_expire_unix=event.ticket_expire_unix,
+        )
+    )
+    if isinstance(now, (Receiving, Prepared)):
+        if now.attempt.source != attempt.source and attempt.epoch_from <= now.attempt.epoch_from:
+            raise MachineBusyError("another source has an attempt open for this machine")
+        # A later attempt proves that the source has closed the older one before it gave up any right.
+        return [
+            *_refuse(now.attempt, "closed by a newer attempt")[:-1],
+            accept,
+            Answer(AttemptState.RECEIVING),
+        ]
+    return [accept, Answer(AttemptState.RECEIVING)]
+
+
+def _verified(state: DestinationState, event: Verified) -> list[Action]:
+    now = state.current
+    if isinstance(now, Receiving) and now.attempt.matches(event.attempt):
+        # Lazy: a crash of this host loses the copy together with the record.
+        record = replace(_record(RecordKind.PREPARED, now.attempt), digest=event.digest)
+        return [Append(record, durable=False), Answer(AttemptState.PREPARED)]
+    known = answer(state, event.attempt)
+    if known.state in {AttemptState.UNSEEN, AttemptState.RECEIVING}:
+        raise WrongPhaseError("there is no such attempt to seal", field="attempt")
+    return [known]
+
+
+def _go(state: DestinationState, event: GoAsked) -> list[Action]:
+    now = state.current
+    if isinstance(now, Prepared) and now.attempt.matches(event.attempt):
+        if now.digest != event.digest:
+            raise StaleAttemptError("the digest is not the one that was sealed", field="digest")
+        owned = replace(_record(RecordKind.OWNED, now.attempt), digest=now.digest, epoch=now.attempt.epoch_to)
+        return [Append(owned), Resume()]
+    if isinstance(now, Owned) and now.attempt.matches(event.attempt) and not now.ran:
+        return [Resume()]  # the guest has executed nothing yet, or its confirmation was lost
+    return [answer(state, event.attempt)]
+
+
+def _close(state: DestinationState, attempt: Attempt, reason: str) -> list[Action]:
+    known = answer(state, attempt)
+    match known.state:
+        case AttemptState.RECEIVING | AttemptState.PREPARED:
+            return _refuse(attempt, reason)
+        case AttemptState.UNSEEN:
+            if attempt.order <= _highest(state):
+                return [Answer(AttemptState.REFUSED, "older than an attempt that was seen")]
+            if isinstance(state.current, (Receiving, Prepared)):
+                return [Wait("an older attempt is open"), known]
+            return [*_refuse(attempt, reason)[:1], Answer(AttemptState.REFUSED, reason)]
+        case AttemptState.OWNED | AttemptState.RUNNING | AttemptState.REFUSED:
+            return [known]
+    assert_never(known.state)
+
+
+def _refuse(attempt: Attempt, reason: str) -> list[Action]:
+    record = replace(_record(RecordKind.REFUSED, attempt), note=reason)
+    return [Append(record), Release(), Answer(AttemptState.REFUSED, reason)]
+
+
+def _record(kind: RecordKind, attempt: Attempt) -> Record:
+    return Record(kind, attempt.machine_id, attempt)
+
+
+def _final(current: Receiving | Prepared | Owned | Refused) -> Answer:
+    match current:
+        case Receiving():
+            return Answer(AttemptState.RECEIVING)
+        case Prepared():
+            return Answer(AttemptState.PREPARED)
+        case Owned(ran=ran):
+            return Answer(AttemptState.RUNNING if ran else AttemptState.OWNED)
+        case Refused(note=note):
+            return Answer(AttemptState.REFUSED, note)
+    assert_never(current)
+
+
+def _highest(state: DestinationState) -> tuple[int, int]:
+    return (-1, -1) if isinstance(state.current, Empty) else state.current.attempt.order
+
+
+def _with_past(state: DestinationState) -> Mapping[bytes, Answer]:
+    if isinstance(state.current, Empty):
+        return state.past
+    return MappingProxyType({**state.past, state.current.attempt.migration_id: _final(state.current)})

@@ -1,0 +1,45 @@
+"""The resume gate: where it is decided who may run the guest.
+
+Promise: a hypervisor adapter resumes a guest only when handed a :class:`ResumePermit`, and :func:`mint` makes one
+only if this host's journals, already on disk, say that the host owns the machine and has no open outgoing attempt
+(``Rights.permitted``, invariant I1b of docs/handoff.md). There is no other way to make one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from vmferry.errors import JournalDamagedError, MachineNotOwnedError
+from vmferry.handoff.rights import Rights
+
+_SEAL: Final = object()
+
+
+@dataclass(frozen=True)
+class ResumePermit:
+    """The right to start one machine's virtual CPUs, backed by a durable record. Made by :func:`mint` only."""
+
+    machine_id: str
+    epoch: int
+    _seal: object = field(repr=False, compare=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self._seal is not _SEAL:
+            raise TypeError("a resume permit is minted by the gate, never constructed")
+
+
+def mint(machine_id: str, durable: Rights) -> ResumePermit:
+    """A permit for this machine, if the durable journals allow it.
+
+    Raises:
+        JournalDamagedError: a journal cannot be trusted, so nobody may resume automatically.
+        MachineNotOwnedError: the right to run is elsewhere, or on its way.
+    """
+    if durable.damaged:
+        raise JournalDamagedError(f"the journal of machine {machine_id} is damaged", machine=machine_id)
+    if not durable.permitted:
+        raise MachineNotOwnedError(
+            f"this host may not run machine {machine_id}: {durable.standing.name}", machine=machine_id
+        )
+    return ResumePermit(machine_id, durable.epochs.granted, _SEAL)

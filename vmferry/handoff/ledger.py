@@ -1,0 +1,293 @@
+"""All journals of one host: what they say together, and who may write which.
+
+Layout below the journal directory::
+
+  incarnation                     a UUID made with the directory; a host that lost its journals is another one
+  source.lock, destination.lock   held for life by the one service of that role
+  MACHINE-UUID/operator.journal   BORN and ENDED, written by ``vmferry machine run|stop``
+  MACHINE-UUID/source.journal     written by the source service
+  MACHINE-UUID/destination.journal  written by the destination service
+  MACHINE-UUID/lock               held for a moment while a journal is checked and then appended to
+
+Promise: :meth:`HostLedger.rights` reads what is in the files, whoever wrote it; a machine is born, ended, begun or
+accepted under the machine's lock after that view was checked, so two processes cannot both find it free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from vmferry.errors import (
+    ConfigError,
+    InvalidArgumentError,
+    JournalDamagedError,
+    MachineBusyError,
+    MachineExistsError,
+    MachineNotOwnedError,
+)
+from vmferry.handoff import destination, gate, journal, records, source
+from vmferry.handoff.gate import ResumePermit
+from vmferry.handoff.rights import Epochs, Rights
+from vmferry.handoff.states import Append, InvalidTransitionError, Record, RecordKind
+
+FIRST_EPOCH = 1
+
+
+class Role(enum.StrEnum):
+    """Who writes a journal."""
+
+    OPERATOR = "operator"
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+@dataclass(frozen=True)
+class _View:
+    """One journal, folded."""
+
+    records: tuple[Record, ...] = ()
+    boot_ids: tuple[str, ...] = ()
+    torn_tail: bool = False
+    damage: str = ""
+
+    @property
+    def epochs(self) -> Epochs:
+        epochs = Epochs()
+        for record in self.records:
+            epochs = epochs.after(record)
+        return epochs
+
+
+class HostLedger:
+    """The journals of this host."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.incarnation = _incarnation(directory)
+        self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+    def machines(self) -> list[str]:
+        """Identities of all machines that any journal here speaks of."""
+        return sorted(
+            entry.name for entry in self.directory.iterdir() if entry.is_dir() and _is_uuid(entry.name)
+        )
+
+    def rights(self, machine_id: str) -> Rights:
+        """What the journals on disk say about one machine."""
+        views = {role: self._view(machine_id, role) for role in Role}
+        epochs = Epochs()
+        for view in views.values():
+            epochs = epochs.merged(view.epochs)
+        damaged = any(view.damage for view in views.values())
+        outgoing: source.SourceState = source.Quiet()
+        incoming = destination.DestinationState()
+        try:
+            for record in views[Role.SOURCE].records:
+                outgoing = source.evolve(outgoing, record)
+            for record in views[Role.DESTINATION].records:
+                incoming = destination.evolve(incoming, record)
+        except InvalidTransitionError:
+            damaged = True
+        return Rights(epochs, outgoing, incoming, damaged=damaged)
+
+    def permit(self, machine_id: str) -> ResumePermit:
+        """A permit to resume the machine, if the journals on disk allow it."""
+        return gate.mint(machine_id, self.rights(machine_id))
+
+    def birth(self, machine_id: str) -> ResumePermit:
+        """Record that the machine was made here, and allow it to run.
+
+        Raises:
+            MachineExistsError: a journal already speaks of it; only a machine nobody has seen can be born.
+        """
+        with self.machine_lock(machine_id):
+            if self.rights(machine_id).epoch or (self._path(machine_id, Role.OPERATOR)).exists():
+                raise MachineExistsError(f"machine {machine_id} is known to this host's journal already")
+            self._operator_record(Record(RecordKind.BORN, machine_id, epoch=FIRST_EPOCH))
+        return self.permit(machine_id)
+
+    def end(self, machine_id: str) -> None:
+        """Record that an operator ended the machine; nobody may resume it any more.
+
+        Raises:
+            MachineBusyError: a migration has an attempt open that takes it away.
+            MachineNotOwnedError: it is not this host's to end.
+        """
+        with self.machine_lock(machine_id):
+            rights = self.rights(machine_id)
+            if rights.damaged:
+                raise JournalDamagedError(
+                    f"the journal of machine {machine_id} is damaged", machine=machine_id
+                )
+            if not isinstance(rights.outgoing, source.Quiet):
+                raise MachineBusyError(f"machine {machine_id} is being migrated away", machine=machine_id)
+            if not rights.owner:
+                raise MachineNotOwnedError(
+                    f"machine {machine_id} does not belong to this host", machine=machine_id
+                )
+            self._operator_record(Record(RecordKind.ENDED, machine_id, epoch=rights.epochs.granted))
+
+    @contextlib.contextmanager
+    def machine_lock(self, machine_id: str) -> Iterator[None]:
+        """Keeps every other process from changing what the journals say about the machine."""
+        folder = self._folder(machine_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def lock_role(self, role: Role) -> RoleLock:
+        """Become the one writer of a role's journals until the process ends.
+
+        Raises:
+            ConfigError: another process has that role on this directory.
+        """
+        return RoleLock(self.directory / f"{role}.lock", role)
+
+    def open_source(self, machine_id: str) -> MachineJournal[source.SourceState]:
+        """The machine's source journal, for appending; the caller holds the role's lock."""
+        return MachineJournal(self, machine_id, Role.SOURCE, source.Quiet(), source.evolve)
+
+    def open_destination(self, machine_id: str) -> MachineJournal[destination.DestinationState]:
+        """The machine's destination journal, for appending; the caller holds the role's lock."""
+        initial = destination.DestinationState()
+        return MachineJournal(self, machine_id, Role.DESTINATION, initial, destination.evolve)
+
+    def _operator_record(self, record: Record) -> None:
+        log = journal.Journal(*self._file(record.machine_id, Role.OPERATOR))
+        try:
+            log.append(self._encode(record), durable=True)
+        finally:
+            log.close()
+
+    def _encode(self, record: Record) -> bytes:
+        return records.encode(record, boot_id=self.boot_id, write_unix_ns=time.time_ns())
+
+    def _view(self, machine_id: str, role: Role) -> _View:
+        path, label = self._file(machine_id, role)
+        contents = journal.read(path, label)
+        for _ in range(3):
+            if not (contents.torn_tail or contents.damage):
+                break
+            time.sleep(0.001)  # its writer may be in the middle of an append
+            contents = journal.read(path, label)
+        try:
+            decoded = [records.decode(payload) for payload in contents.payloads]
+        except ValueError as error:
+            return _View(damage=f"{path}: {error}")
+        found = tuple(record for record, _ in decoded)
+        return _View(found, tuple(boot for _, boot in decoded), contents.torn_tail, contents.damage)
+
+    def _folder(self, machine_id: str) -> Path:
+        if not _is_uuid(machine_id):
+            raise InvalidArgumentError("a machine's identity is a lower-case UUID", field="machine_id")
+        return self.directory / machine_id
+
+    def _path(self, machine_id: str, role: Role) -> Path:
+        return self._folder(machine_id) / f"{role}.journal"
+
+    def _file(self, machine_id: str, role: Role) -> tuple[Path, bytes]:
+        return self._path(machine_id, role), f"vmferry {role} {machine_id}".encode()
+
+
+class RoleLock:
+    """Held by the one service of a role."""
+
+    def __init__(self, path: Path, role: Role) -> None:
+        self._file = path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise ConfigError(
+                f"another {role} service runs on {path.parent}",
+                field="state_dir",
+                remedy="Stop the other one first.",
+            ) from error
+
+    def close(self) -> None:
+        """Let another process have the role; safe to call twice."""
+        self._file.close()
+
+
+State = TypeVar("State", source.SourceState, destination.DestinationState)
+Evolve = Callable[[State, Record], State]
+
+
+class MachineJournal(Generic[State]):
+    """One machine's journal in one role, with the state it folds to; states change here and nowhere else."""
+
+    def __init__(
+        self, ledger: HostLedger, machine_id: str, role: Role, initial: State, evolve: Evolve[State]
+    ) -> None:
+        self._ledger = ledger
+        self._evolve: Evolve[State] = evolve
+        self.machine_id = machine_id
+        ledger._folder(machine_id).mkdir(mode=0o700, exist_ok=True)  # noqa: SLF001 - one unit with the ledger
+        path, label = ledger._file(machine_id, role)  # noqa: SLF001 - one unit with the ledger
+        self._journal = journal.Journal(path, label)
+        view = ledger._view(machine_id, role)  # noqa: SLF001 - one unit with the ledger
+        self.torn_tail = view.torn_tail
+        self.last_boot_id = view.boot_ids[-1] if view.boot_ids else ""
+        self.state: State = initial
+        try:
+            for record in view.records:
+                self.state = evolve(self.state, record)
+        except InvalidTransitionError as error:
+            self._journal.close()
+            raise JournalDamagedError(f"{path}: {error}", path=path) from error
+
+    def append(self, action: Append) -> None:
+        """Write one record and fold it in; durable ones are on disk on return."""
+        state = self._evolve(
+            self.state, action.record
+        )  # refuses what cannot follow before anything is written
+        self._journal.append(self._ledger._encode(action.record), durable=action.durable)  # noqa: SLF001 - one unit
+        self.state = state
+        self.torn_tail = False
+
+    def probe(self) -> None:
+        """Check that further records could be written."""
+        self._journal.probe()
+
+    def close(self) -> None:
+        """Give the file back; safe to call twice."""
+        self._journal.close()
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False
+
+
+def _incarnation(directory: Path) -> str:
+    path = directory / "incarnation"
+    with contextlib.suppress(FileExistsError):
+        temporary = directory / f".incarnation.{os.getpid()}"
+        fresh = str(uuid.uuid4())
+        with temporary.open("w", encoding="ascii") as file:
+            file.write(fresh)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # fails if somebody was faster
+        finally:
+            temporary.unlink()
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return path.read_text(encoding="ascii").strip()

@@ -1,0 +1,82 @@
+"""Journal records and attempts as protobuf, byte for byte the same on every host and in every release.
+
+Promise: decoding what was encoded gives the same record; anything else raises ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from vmferry.handoff.states import Attempt, Record, RecordKind
+from vmferry.v1 import handoff_pb2, journal_pb2
+
+
+def attempt_to_ref(attempt: Attempt) -> handoff_pb2.AttemptRef:
+    """The attempt as it goes over the wire and into the journal."""
+    return handoff_pb2.AttemptRef(
+        machine_id=attempt.machine_id,
+        migration_id=attempt.migration_id,
+        attempt=attempt.number,
+        epoch_from=attempt.epoch_from,
+        epoch_to=attempt.epoch_to,
+        source=attempt.source,
+        destination=attempt.destination,
+        source_incarnation=attempt.source_incarnation,
+        destination_incarnation=attempt.destination_incarnation,
+    )
+
+
+def attempt_from_ref(ref: handoff_pb2.AttemptRef) -> Attempt:
+    """The attempt that ``ref`` describes; raises ``ValueError`` if it contradicts itself."""
+    if ref.epoch_to != ref.epoch_from + 1:
+        raise ValueError("epoch_to must be epoch_from + 1")
+    if len(ref.migration_id) != 16:  # noqa: PLR2004 - 128 bits
+        raise ValueError("migration_id must have 16 bytes")
+    return Attempt(
+        machine_id=ref.machine_id,
+        migration_id=ref.migration_id,
+        number=ref.attempt,
+        epoch_from=ref.epoch_from,
+        source=ref.source,
+        destination=ref.destination,
+        source_incarnation=ref.source_incarnation,
+        destination_incarnation=ref.destination_incarnation,
+    )
+
+
+def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
+    """The record as the payload of a journal slot."""
+    message = journal_pb2.JournalRecord(
+        kind=journal_pb2.RecordKind.ValueType(record.kind.value),
+        machine_id=record.machine_id,
+        digest=record.digest,
+        epoch=record.epoch,
+        ticket_nonce=record.ticket_nonce,
+        boot_id=boot_id,
+        note=record.note[:512],
+    )
+    if record.attempt is not None:
+        message.attempt.CopyFrom(attempt_to_ref(record.attempt))
+    if record.ticket_expire_unix:
+        message.ticket_expire_time.FromSeconds(record.ticket_expire_unix)
+    message.write_time.FromNanoseconds(write_unix_ns)
+    return message.SerializeToString(deterministic=True)
+
+
+def decode(payload: bytes) -> tuple[Record, str]:
+    """The record in a slot and the boot it was written in."""
+    try:
+        message = journal_pb2.JournalRecord.FromString(payload)
+    except DecodeError as error:
+        raise ValueError("not a journal record") from error
+    record = Record(
+        kind=RecordKind(message.kind),
+        machine_id=message.machine_id,
+        attempt=attempt_from_ref(message.attempt) if message.HasField("attempt") else None,
+        digest=message.digest,
+        epoch=message.epoch,
+        ticket_nonce=message.ticket_nonce,
+        ticket_expire_unix=message.ticket_expire_time.seconds,
+        note=message.note,
+    )
+    return record, message.boot_id

@@ -1,0 +1,94 @@
+"""What a host's journals, taken together, say about the right to run one machine.
+
+Promise: ``Rights.permitted`` is true on at most one host of the world at any instant (invariant I1b), as long as
+the journals are whole; a damaged journal permits nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from vmferry.handoff import destination, source
+from vmferry.handoff.states import Record, RecordKind
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """The highest right to run this host was granted, and the highest it gave up."""
+
+    granted: int = 0
+    left: int = 0
+
+    def after(self, record: Record) -> Epochs:
+        """The view after one more record, of whichever role."""
+        match record.kind:
+            case RecordKind.BORN | RecordKind.RECLAIMED | RecordKind.OWNED:
+                return Epochs(max(self.granted, record.epoch), self.left)
+            case RecordKind.HANDED_OFF if record.attempt is not None:
+                return Epochs(self.granted, max(self.left, record.attempt.epoch_from))
+            case RecordKind.ENDED:
+                return Epochs(self.granted, max(self.left, record.epoch))
+        return self
+
+    def merged(self, other: Epochs) -> Epochs:
+        """Both views together."""
+        return Epochs(max(self.granted, other.granted), max(self.left, other.left))
+
+
+class Standing(enum.Enum):
+    """Who may run the machine, as far as this host knows; the values are those of ``vmferry.v1.MachineRight``."""
+
+    NEVER_SEEN = 0
+    OWNED = 1
+    LEAVING = 2
+    HANDED_OFF = 3
+    GONE = 4
+    ARRIVING = 5
+    UNKNOWN = 6
+
+
+@dataclass(frozen=True)
+class Rights:
+    """The sum of a host's journals about one machine."""
+
+    epochs: Epochs
+    outgoing: source.SourceState
+    incoming: destination.DestinationState
+    damaged: bool = False
+
+    @property
+    def owner(self) -> bool:
+        """This host was granted the newest right it knows of and has not given it up."""
+        return self.epochs.granted > self.epochs.left
+
+    @property
+    def permitted(self) -> bool:
+        """This host may let the guest run: owner, nothing open, nothing doubtful."""
+        return self.owner and isinstance(self.outgoing, source.Quiet) and not self.damaged
+
+    @property
+    def holds(self) -> bool:
+        """This host must not accept the machine from elsewhere."""
+        return self.damaged or self.owner or not isinstance(self.outgoing, source.Quiet)
+
+    @property
+    def epoch(self) -> int:
+        """The newest right to run that this host knows of."""
+        return max(self.epochs.granted, self.epochs.left)
+
+    @property
+    def standing(self) -> Standing:
+        """One word for schedulers and operators."""
+        if self.damaged:
+            return Standing.UNKNOWN
+        match self.outgoing:
+            case source.HandedOff():
+                return Standing.HANDED_OFF
+            case source.Begun() | source.Sealed():
+                return Standing.LEAVING
+        if self.owner:
+            return Standing.OWNED
+        if isinstance(self.incoming.current, (destination.Receiving, destination.Prepared)):
+            return Standing.ARRIVING
+        return Standing.GONE if self.epoch else Standing.NEVER_SEEN

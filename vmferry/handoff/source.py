@@ -1,0 +1,211 @@
+"""The source's half of the hand-off, as a pure function of its journal (diagram in ``states``).
+
+Promise: ``decide`` never lets a guest resume here once HANDED_OFF is written, except after a refusal by the very
+incarnation of the destination's journal that said ready; and never aborts alone without the guest's memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from vmferry.handoff.states import (
+    Action,
+    Append,
+    Attempt,
+    AttemptState,
+    InvalidTransitionError,
+    Record,
+    RecordKind,
+    Release,
+    Resume,
+    Tell,
+    Wait,
+)
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """No attempt is open."""
+
+    last_number: int = 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Memory is being copied; the guest runs."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """The guest is paused and its state has a digest; it may still be resumed here."""
+
+    attempt: Attempt
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class HandedOff:
+    """The right to run was given up; only the destination can say what became of it."""
+
+    attempt: Attempt
+    digest: bytes
+
+
+SourceState = Quiet | Begun | Sealed | HandedOff
+
+
+@dataclass(frozen=True)
+class BeginWanted:
+    """A migration shall start."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class Paused:
+    """The guest is paused and its state has this digest."""
+
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class AbortWanted:
+    """Something failed, or somebody cancelled, or the service was restarted."""
+
+    reason: str
+    memory_intact: bool
+    """The hypervisor still has the guest's memory, and it has not run elsewhere."""
+    tail_certain: bool = True
+    """The journal's end is whole; a torn end may hide HANDED_OFF."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The destination said how the attempt stands."""
+
+    attempt: Attempt
+    state: AttemptState
+    incarnation: str
+    digest: bytes = b""
+    memory_intact: bool = True
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """The destination could not be asked, or its answer was lost."""
+
+
+SourceEvent = BeginWanted | Paused | AbortWanted | Heard | Unheard
+
+
+def evolve(state: SourceState, record: Record) -> SourceState:
+    """The state after ``record``; raises :class:`InvalidTransitionError` if it cannot follow."""
+    kind, attempt = record.kind, record.attempt
+    if attempt is None:
+        raise InvalidTransitionError(f"{kind.name} without an attempt in a source's journal")
+    match state, kind:
+        case Quiet(last_number=last), RecordKind.BEGUN if attempt.number > last:
+            return Begun(attempt)
+        case Begun(attempt=now), RecordKind.SEALED if now.matches(attempt):
+            return Sealed(attempt, record.digest)
+        case Sealed(attempt=now, digest=digest), RecordKind.HANDED_OFF if now.matches(attempt):
+            return HandedOff(attempt, digest)
+        case ((Begun(attempt=now) | Sealed(attempt=now)), RecordKind.ABORTED) if now.matches(attempt):
+            return Quiet(now.number)
+        case HandedOff(attempt=now), (RecordKind.DONE | RecordKind.RECLAIMED) if now.matches(attempt):
+            return Quiet(now.number)
+    raise InvalidTransitionError(f"{kind.name} cannot follow {type(state).__name__}")
+
+
+def decide(state: SourceState, event: SourceEvent) -> list[Action]:
+    """What to do about ``event``, in order."""
+    match event:
+        case BeginWanted(attempt=attempt):
+            if not isinstance(state, Quiet) or attempt.number <= state.last_number:
+                raise InvalidTransitionError("an attempt is open or the number was used")
+            return [_append(RecordKind.BEGUN, attempt)]
+        case Paused(digest=digest):
+            if not isinstance(state, Begun):
+                raise InvalidTransitionError(f"paused in {type(state).__name__}")
+            # Lazy: a killed service finds it in the page cache, a crashed machine has lost the memory anyway.
+            return [replace(_append(RecordKind.SEALED, state.attempt, digest=digest), durable=False)]
+        case AbortWanted():
+            return _abort(state, event)
+        case Heard():
+            return _heard(state, event)
+        case Unheard():
+            return [Tell("Go")] if isinstance(state, HandedOff) else []
+    assert_never(event)
+
+
+def _append(
+    kind: RecordKind, attempt: Attempt, *, digest: bytes = b"", epoch: int = 0, note: str = ""
+) -> Append:
+    return Append(Record(kind, attempt.machine_id, attempt, digest=digest, epoch=epoch, note=note))
+
+
+def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
+    match state:
+        case Quiet():
+            return []
+        case HandedOff():
+            return [Wait("the right to run was given up; only the destination's answer can bring it back")]
+        case Begun(attempt=attempt) | Sealed(attempt=attempt):
+            if not event.tail_certain:
+                return [
+                    Wait("the journal's end is torn, a hand-off may have been written; asking first"),
+                    Tell("Abort"),
+                ]
+            if not event.memory_intact:
+                return [
+                    Wait("the guest's memory is gone here; the destination may hold the only copy"),
+                    Tell("Abort"),
+                ]
+            return [_append(RecordKind.ABORTED, attempt, note=event.reason), Resume(), Tell("Abort")]
+    assert_never(state)
+
+
+def _heard(state: SourceState, heard: Heard) -> list[Action]:
+    if isinstance(state, Quiet) or not state.attempt.matches(heard.attempt):
+        return []  # of an attempt that is closed, or was never ours
+    match state:
+        case Begun():
+            return _heard_before_handoff(state, heard)
+        case Sealed():
+            ready = heard.state is AttemptState.PREPARED and heard.digest == state.digest
+            if ready and heard.incarnation == state.attempt.destination_incarnation:
+                return [_append(RecordKind.HANDED_OFF, state.attempt, digest=state.digest), Tell("Go")]
+            return _heard_before_handoff(state, heard)
+        case HandedOff():
+            return _heard_after_handoff(state, heard)
+    assert_never(state)
+
+
+def _heard_before_handoff(state: Begun | Sealed, heard: Heard) -> list[Action]:
+    if heard.state is not AttemptState.REFUSED:
+        return []
+    aborted = _append(RecordKind.ABORTED, state.attempt, note="refused by the destination")
+    return [aborted, Resume()] if heard.memory_intact else [aborted]
+
+
+def _heard_after_handoff(state: HandedOff, heard: Heard) -> list[Action]:
+    attempt = state.attempt
+    if heard.incarnation != attempt.destination_incarnation:
+        # An empty journal knows nothing of what the lost one had promised: no answer of it may move the right.
+        return [Wait("the destination's journal is not the one that said ready; an operator must decide")]
+    match heard.state:
+        case AttemptState.RUNNING:
+            return [_append(RecordKind.DONE, attempt), Release()]
+        case AttemptState.REFUSED:
+            reclaimed = _append(RecordKind.RECLAIMED, attempt, epoch=attempt.epoch_from + 2)
+            return [reclaimed, Resume()] if heard.memory_intact else [reclaimed]
+        case AttemptState.OWNED:
+            return [Wait("the destination owns the machine and has not resumed it yet")]
+        case AttemptState.PREPARED | AttemptState.RECEIVING:
+            return [Tell("Go")]
+        case AttemptState.UNSEEN:
+            return [Wait("the destination's journal does not know the attempt; an operator must decide")]
+    assert_never(heard.state)

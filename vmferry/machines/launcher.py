@@ -1,0 +1,211 @@
+"""Starting and stopping the process of a machine.
+
+Promise: a start gives a machine that answers and whose guest has executed nothing, or nothing at all: no
+process, no file. Processes live in sessions of their own, so a service may end and come back while its
+machines live on. A stop ends exactly the machine's process and leaves nothing of it.
+
+A machine is a direct child of the service that started it, and a thread that does nothing else waits for its
+end. The alternatives were worse: asyncio's subprocesses are killed together with their event loop, and an
+orphan made by a double fork becomes a zombie for ever where the first process of a container is the service
+itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import signal
+import stat
+import subprocess
+import threading
+from pathlib import Path
+from typing import Final
+
+from vmferry.errors import (
+    InvalidArgumentError,
+    MachineDeadError,
+    MachineExistsError,
+    MachineFailedError,
+    MachineNotFoundError,
+    VmferryError,
+)
+from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.paths import MachinePaths, write_whole
+from vmferry.machines.port import RunState
+from vmferry.machines.process import ProcessIdentity
+from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.spec import MachineSpec, render_command
+from vmferry.memory.regions import RamFile
+
+DEFAULT_START_TIMEOUT_S: Final = 20.0
+
+_QUIT_S: Final = 5.0
+_TERM_S: Final = 2.0
+_KILL_S: Final = 5.0
+_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG")
+_MIB: Final = 1024 * 1024
+
+
+async def start_machine(
+    spec: MachineSpec,
+    directory: MachineDirectory,
+    *,
+    paused: bool = True,
+    incoming: bool = False,
+    ram_exists: bool = False,
+    start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
+) -> QmpMachine:
+    """Start a machine's process; its guest waits for a permit, or for device state.
+
+    Args:
+        spec: what to start.
+        directory: where it will live.
+        paused: always true; a guest is set running by ``cont`` alone.
+        incoming: wait for device state from elsewhere.
+        ram_exists: somebody made the memory file already (it is checked, and stays if the start fails).
+        start_timeout_s: limit until the process takes commands.
+
+    Raises:
+        InvalidArgumentError: ``paused`` is false.
+        MachineExistsError: the name or the identity is taken.
+        MachineFailedError: the process ended or does not answer; with the last lines of its log.
+    """
+    if not paused:
+        raise InvalidArgumentError(
+            "a machine is never started running",
+            field="paused",
+            remedy="Start it paused, then call cont with a permit.",
+        )
+    paths = directory.claim(spec)
+    made = MachineRecord(spec, paths, process=None, alive=False)
+    own_ram = False
+    try:
+        if ram_exists:
+            _check_ram(paths.ram, spec.memory_mib * _MIB)
+        else:
+            _make_ram(paths.ram, spec.memory_mib * _MIB)
+            own_ram = True
+        command = render_command(spec, paths, paused=True, incoming=incoming)
+        made = MachineRecord(spec, paths, _spawn(command, paths), alive=True)
+        return await _ready(directory, made, incoming=incoming, start_timeout_s=start_timeout_s)
+    except BaseException:
+        await _undo(directory, made, remove_ram=own_ram)
+        raise
+
+
+async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None:
+    """End a machine's process, by asking or else by force, and remove all that is left of it.
+
+    Raises:
+        MachineFailedError: the process cannot be ended; nothing was removed.
+    """
+    with contextlib.suppress(MachineDeadError, MachineFailedError):
+        await machine.quit()
+    for number, patience_s in ((None, _QUIT_S), (signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+        if number is not None:
+            machine.process.send_signal(number)
+        if await machine.process.wait_ended(patience_s):
+            break
+    else:
+        raise MachineFailedError(
+            f"machine {machine.spec.name}: process {machine.pid} does not end, not even when killed",
+            machine=machine.spec.uuid,
+            pid=machine.pid,
+        )
+    await machine.close()
+    try:
+        record = directory.find(machine.spec.uuid)
+    except MachineNotFoundError:
+        return
+    # The same machine may have come back meanwhile, as another process.
+    if machine.process.same_as(record.process):
+        directory.forget(record, remove_ram=True)
+
+
+async def _ready(
+    directory: MachineDirectory, made: MachineRecord, *, incoming: bool, start_timeout_s: float
+) -> QmpMachine:
+    assert made.process is not None
+    # Recorded before it answers, so that a service killed meanwhile finds the process again.
+    write_whole(made.paths.process, made.process.to_json())
+    machine = QmpMachine(made.spec, made.paths, made.process, qmp_timeout_s=directory.qmp_timeout_s)
+    try:
+        await machine.wait_ready(start_timeout_s)
+        await _check_untouched(machine, incoming=incoming)
+    except BaseException:
+        await machine.close()
+        raise
+    return machine
+
+
+async def _check_untouched(machine: QmpMachine, *, incoming: bool) -> None:
+    state = await machine.run_state()
+    wanted = {RunState.INMIGRATE} if incoming else {RunState.PRELAUNCH, RunState.PAUSED}
+    if state not in wanted:
+        raise MachineFailedError(
+            f"machine {machine.spec.name}: just started, it is {state}",
+            machine=machine.spec.uuid,
+            state=state,
+        )
+
+
+async def _undo(directory: MachineDirectory, made: MachineRecord, *, remove_ram: bool) -> None:
+    try:
+        if made.process is not None:
+            made.process.send_signal(signal.SIGKILL)
+            await made.process.wait_ended(_KILL_S)
+    finally:
+        with contextlib.suppress(VmferryError, OSError):
+            directory.forget(made, remove_ram=remove_ram)
+
+
+def _make_ram(path: Path, size_bytes: int) -> None:
+    """Make an empty memory file. No page of it is taken before the guest or the receiver writes to it."""
+    try:
+        RamFile.create(path, size_bytes).close()
+    except FileExistsError as error:
+        raise MachineExistsError(
+            f"the memory file {path} exists already", remedy="Remove it if no machine uses it.", path=path
+        ) from error
+
+
+def _check_ram(path: Path, size_bytes: int) -> None:
+    """Refuse a memory file that is not what a machine of this size needs."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError as error:
+        raise MachineFailedError(f"the memory file {path} is missing", path=path) from error
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+        raise MachineFailedError(f"{path} is not a memory file of ours", path=path)
+    if found.st_size != size_bytes:
+        raise MachineFailedError(
+            f"the memory file {path} has {found.st_size} bytes, and the machine needs {size_bytes}", path=path
+        )
+
+
+def _spawn(command: list[str], paths: MachinePaths) -> ProcessIdentity:
+    environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+    started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    descriptor = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        child = subprocess.Popen(  # noqa: S603 - rendered from a validated spec, without a shell
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=descriptor,
+            stderr=descriptor,
+            env=environment,
+            cwd="/",
+            umask=0o077,
+            close_fds=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise MachineFailedError(f"cannot start {command[0]}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    # Until it is waited for, its number cannot pass to another process, even if it has ended already.
+    identity = ProcessIdentity.of(child.pid, started_at=started_at)
+    threading.Thread(target=child.wait, name=f"reap-{child.pid}", daemon=True).start()
+    assert identity is not None
+    return identity

@@ -1,0 +1,306 @@
+"""The machine that speaks QMP: the micro-VM now, QEMU with the same commands.
+
+Promise: what :class:`vmferry.machines.port.Machine` says, and beyond it: ``cont`` is sent only for a permit
+made out for this very machine; device state that was saved is what the hypervisor says it completed; one
+operation runs at a time, so that no ``cont`` slips between the commands of a save or a load.
+
+A hypervisor may serve a single client at a time (QEMU does). ``close`` frees its socket for others, and the
+next call connects again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Final
+
+from vmferry.errors import (
+    InvalidArgumentError,
+    MachineDeadError,
+    MachineFailedError,
+    MachineNotOwnedError,
+    WrongPhaseError,
+)
+from vmferry.handoff.gate import ResumePermit
+from vmferry.machines.monitor import Monitor
+from vmferry.machines.paths import MachinePaths
+from vmferry.machines.port import Machine, RunState, VcpuTimes
+from vmferry.machines.process import ProcessIdentity
+from vmferry.machines.spec import MachineSpec
+from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
+from vmferry.memory.regions import Region
+
+DEFAULT_QMP_TIMEOUT_S: Final = 10.0
+MAX_SERIAL_BYTES: Final = 4096
+"""What one call may type; the ring buffers of hypervisors start at this size."""
+
+_POLL_S: Final = 0.001
+_WATCH_S: Final = 0.05
+_MIB: Final = 1024 * 1024
+
+_RUN_STATES: Final = {
+    "running": RunState.RUNNING,
+    # The guest sleeps, and a device may wake it at any moment without anybody's leave.
+    "suspended": RunState.RUNNING,
+    "paused": RunState.PAUSED,
+    "debug": RunState.PAUSED,
+    "save-vm": RunState.PAUSED,
+    "finish-migrate": RunState.PAUSED,
+    "prelaunch": RunState.PRELAUNCH,
+    "inmigrate": RunState.INMIGRATE,
+    "postmigrate": RunState.POSTMIGRATE,
+    "shutdown": RunState.SHUTDOWN,
+    "internal-error": RunState.FAILED,
+    "io-error": RunState.FAILED,
+    "guest-panicked": RunState.FAILED,
+    "watchdog": RunState.FAILED,
+}
+_STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
+_ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
+# How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
+_ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+class QmpMachine(Machine):
+    """A machine driven over its QMP socket. Nothing is connected until the first call."""
+
+    def __init__(
+        self,
+        spec: MachineSpec,
+        paths: MachinePaths,
+        process: ProcessIdentity,
+        *,
+        qmp_timeout_s: float = DEFAULT_QMP_TIMEOUT_S,
+    ) -> None:
+        self._spec = spec
+        self._timeout_s = qmp_timeout_s
+        self._monitor = Monitor(spec, paths, process, qmp_timeout_s=qmp_timeout_s)
+        self._lock = asyncio.Lock()
+        self._saved: bytes | None = None
+        self._loaded: bytes | None = None
+        self.paths = paths
+        self.process = process
+
+    @property
+    def spec(self) -> MachineSpec:
+        """What the machine is made of."""
+        return self._spec
+
+    @property
+    def pid(self) -> int:
+        """The process in whose address space the guest's memory lies."""
+        return self.process.pid
+
+    @property
+    def ram(self) -> Region:
+        """The guest's memory."""
+        return Region(name="ram", path=self.paths.ram, size_bytes=self._spec.memory_mib * _MIB)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the process, which was just started, takes commands."""
+        async with self._lock:
+            await self._monitor.wait_ready(timeout_s)
+
+    async def run_state(self) -> RunState:
+        """What the vCPUs are doing."""
+        async with self._lock:
+            return await self._run_state()
+
+    async def stop(self) -> None:
+        """Pause the guest. The hypervisor answers once the vCPUs stand; its state is asked to be sure."""
+        async with self._lock:
+            await self._monitor.execute("stop", repeatable=True)
+            if await self._run_state() is RunState.RUNNING:
+                raise self._failure("stop", "the guest still runs")
+
+    async def cont(self, permit: ResumePermit) -> None:
+        """Let the guest run, with a permit for this machine."""
+        if permit.machine_id != self._spec.uuid:
+            raise MachineNotOwnedError(
+                f"machine {self._spec.uuid} cannot be resumed with a permit for {permit.machine_id}",
+                machine=self._spec.uuid,
+                permit=permit.machine_id,
+            )
+        async with self._lock:
+            state = await self._run_state()
+            if state is RunState.RUNNING:
+                return
+            # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
+            # wish and start the guest by itself as soon as the state has come.
+            self._require(state, _STOPPED, "be resumed")
+            self._saved = self._loaded = None
+            await self._monitor.execute("cont", repeatable=True)
+            if await self._run_state() in _STOPPED:
+                raise self._failure("cont", "the guest still does not run")
+
+    async def save_device_state(self) -> bytes:
+        """Everything of the paused machine that is not RAM.
+
+        A second call without a ``cont`` in between gives the same bytes: QEMU saves a machine only once.
+        """
+        async with self._lock:
+            state = await self._run_state()
+            self._require(state, _STOPPED, "be saved")
+            if self._saved is None or state is not RunState.POSTMIGRATE:
+                self._saved = await self._save()
+            return self._saved
+
+    async def load_device_state(self, data: bytes) -> None:
+        """Give a machine that waits for it the device state; the same bytes again change nothing."""
+        digest = hashlib.sha256(data).digest()
+        async with self._lock:
+            state = await self._run_state()
+            if state in _STOPPED and digest == self._loaded:
+                return
+            self._require(state, frozenset({RunState.INMIGRATE}), "take device state")
+            try:
+                await self._load(data)
+            except MachineDeadError as error:
+                # QEMU ends itself over device state it does not understand, and says why in its log.
+                words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
+                raise self._failure("migrate-incoming", words) from error
+            self._loaded = digest
+
+    async def announce(self) -> None:
+        """Tell the network where the machine is now."""
+        async with self._lock:
+            await self._monitor.execute("announce-self", _ANNOUNCE, repeatable=True)
+
+    async def send_serial(self, text: str) -> None:
+        """Type ``text`` at the machine's serial port."""
+        if len(text.encode()) > MAX_SERIAL_BYTES:
+            raise InvalidArgumentError(
+                f"the text is longer than {MAX_SERIAL_BYTES} bytes", field="text", remedy="Send it in parts."
+            )
+        async with self._lock:
+            await self._monitor.execute("ringbuf-write", {"device": "serial0", "data": text})
+
+    async def vcpu_times(self) -> VcpuTimes | None:
+        """When the vCPUs stopped and started; ``None`` if the hypervisor does not know the question."""
+        async with self._lock:
+            try:
+                answer = await self._monitor.execute("x-query-vcpu-times", repeatable=True)
+            except MachineFailedError as error:
+                if error.metadata.get("error_class") == "CommandNotFound":
+                    return None
+                raise
+        try:
+            stop, start = answer["last-stop-monotonic-ns"], answer["last-start-monotonic-ns"]
+            return VcpuTimes(
+                boot_id=str(answer["boot-id"]),
+                last_stop_monotonic_ns=None if stop is None else int(stop),
+                last_start_monotonic_ns=None if start is None else int(start),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
+
+    async def alive(self) -> bool:
+        """Whether the machine's process runs."""
+        return self.process.alive()
+
+    async def quit(self) -> None:
+        """Ask the machine's process to end; its memory is lost."""
+        async with self._lock:
+            try:
+                await self._monitor.execute("quit", repeatable=True)
+            except MachineDeadError:
+                return
+            finally:
+                await self._monitor.close()
+
+    async def close(self) -> None:
+        """Let go of the machine, which lives on."""
+        async with self._lock:
+            await self._monitor.close()
+
+    async def _run_state(self) -> RunState:
+        answer = await self._monitor.execute("query-status", repeatable=True)
+        word = answer.get("status") if isinstance(answer, dict) else None
+        state = _RUN_STATES.get(str(word))
+        if state is None:
+            raise self._failure(
+                "query-status", f"the hypervisor names a state that is not known here: {word!r}"
+            )
+        return state
+
+    async def _save(self) -> bytes:
+        await self._ignore_shared_memory()
+        async with receiving(self.paths.state_socket) as received:
+            await self._monitor.execute("migrate", {"uri": f"unix:{self.paths.state_socket}"})
+            await self._until_completed(received)
+            try:
+                data = received.result()
+            except StateTooLargeError as error:
+                raise self._failure(
+                    "migrate", f"more than {MAX_STATE_BYTES} bytes of device state"
+                ) from error
+        if not data:
+            raise self._failure("migrate", "the hypervisor sent no device state")
+        return data
+
+    async def _until_completed(self, received: asyncio.Task[bytes]) -> None:
+        """Wait until the hypervisor says that all is sent, and all has come."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    await asyncio.wait((received,), timeout=_WATCH_S)
+                    if received.done() and received.exception() is not None:
+                        return
+                    if await self._migration_completed("migrate") and received.done():
+                        return
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
+
+    async def _load(self, data: bytes) -> None:
+        await self._ignore_shared_memory()
+        path = self.paths.state_socket
+        try:
+            with temporary(path):
+                await self._monitor.execute("migrate-incoming", {"uri": f"unix:{path}"})
+                async with asyncio.timeout(self._timeout_s), sending(path, data):
+                    state = await self._until_loaded()
+        except TimeoutError as error:
+            raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
+        except OSError as error:
+            raise self._failure("migrate-incoming", f"its socket cannot be reached: {error}") from error
+        if state not in {RunState.PAUSED, RunState.PRELAUNCH}:
+            raise self._failure("migrate-incoming", f"the machine is {state} after loading")
+
+    async def _until_loaded(self) -> RunState:
+        loop = asyncio.get_running_loop()
+        look_after = loop.time() + _WATCH_S
+        while (state := await self._run_state()) is RunState.INMIGRATE:
+            # The guest stands still meanwhile, so only a load that takes long is asked whether it failed.
+            if loop.time() > look_after:
+                await self._migration_completed("migrate-incoming")
+            await asyncio.sleep(_POLL_S)
+        return state
+
+    async def _migration_completed(self, command: str) -> bool:
+        """Whether the hypervisor says it is through; raises its words if it failed."""
+        answer = await self._monitor.execute("query-migrate", repeatable=True)
+        status = answer.get("status") if isinstance(answer, dict) else None
+        if status in _ENDED_BADLY:
+            raise self._failure(command, str(answer.get("error-desc", status)))
+        return status == "completed"
+
+    async def _ignore_shared_memory(self) -> None:
+        """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
+        capability = {"capability": "x-ignore-shared", "state": True}
+        await self._monitor.execute(
+            "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
+        )
+
+    def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
+        if state not in wanted:
+            raise WrongPhaseError(
+                f"machine {self._spec.name} cannot {verb} while it is {state}",
+                machine=self._spec.uuid,
+                state=state,
+            )
+
+    def _failure(self, command: str, words: str) -> MachineFailedError:
+        return MachineFailedError(
+            f"machine {self._spec.name}: {command} failed: {words}", machine=self._spec.uuid, command=command
+        )

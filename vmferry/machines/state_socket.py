@@ -1,0 +1,80 @@
+"""Device state as bytes: the two ends of the private socket through which a hypervisor hands it over.
+
+Promise: nothing is read beyond the limit, nothing counts as complete before the hypervisor closed its end,
+and the socket's file is gone afterwards, whatever happened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Final
+
+MAX_STATE_BYTES: Final = 64 * 1024 * 1024
+"""Device state of a machine with dozens of devices is a few MiB; more is a fault."""
+
+_BLOCK_BYTES: Final = 256 * 1024
+
+
+class StateTooLargeError(Exception):
+    """The hypervisor sent more than MAX_STATE_BYTES."""
+
+
+@contextlib.asynccontextmanager
+async def receiving(path: Path) -> AsyncIterator[asyncio.Task[bytes]]:
+    """Listen at ``path``; the task ends with all that the first caller sent.
+
+    The task raises StateTooLargeError when that is more than MAX_STATE_BYTES.
+    """
+    with temporary(path), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.setblocking(False)
+        listener.bind(str(path))
+        listener.listen(1)
+        task = asyncio.create_task(_accept_and_read(listener))
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _accept_and_read(listener: socket.socket) -> bytes:
+    loop = asyncio.get_running_loop()
+    link, _ = await loop.sock_accept(listener)
+    with link:
+        found = bytearray()
+        while block := await loop.sock_recv(link, _BLOCK_BYTES):
+            found += block
+            if len(found) > MAX_STATE_BYTES:
+                raise StateTooLargeError
+    return bytes(found)
+
+
+@contextlib.asynccontextmanager
+async def sending(path: Path, data: bytes) -> AsyncIterator[None]:
+    """Send ``data`` to the listener at ``path`` and say that this is all.
+
+    The connection stays open meanwhile, so that its end is never taken for a fault.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+        link.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(link, str(path))
+        # A hypervisor that finds a fault hangs up early; what it found, it says when asked.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            await loop.sock_sendall(link, data)
+            link.shutdown(socket.SHUT_WR)
+        yield
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[None]:
+    """Make sure that nothing is at ``path``, neither before nor after."""
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

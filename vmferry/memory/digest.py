@@ -1,0 +1,134 @@
+"""A digest of every page: what a page held when it was last sent or received.
+
+Promise: a :class:`PageTable` costs sixteen bytes for each page; two tables have the same root only if every
+page they noted had the same content. A page counts as zero only after its bytes were compared, never by its
+digest alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from xxhash import xxh3_128_digest
+
+from vmferry.memory.runs import PAGE_SIZE, PageRuns
+
+DIGEST_SIZE: Final = 16
+_ZERO_PAGE: Final = bytes(PAGE_SIZE)
+ZERO_PAGE_DIGEST: Final[bytes] = xxh3_128_digest(_ZERO_PAGE)
+
+
+def digest_pages(buffer: bytes | bytearray | memoryview) -> bytes:
+    """The digests of all pages in ``buffer``, one behind the other."""
+    with memoryview(buffer) as view:
+        # The list, not a generator, because join would build one anyway, more slowly.
+        return b"".join([xxh3_128_digest(view[at : at + PAGE_SIZE]) for at in range(0, len(view), PAGE_SIZE)])
+
+
+@dataclass(frozen=True)
+class PageSplit:
+    """Pages that were read, divided into those worth sending and those that are all zero."""
+
+    zero_runs: list[tuple[int, int]]
+    data_runs: list[tuple[int, int]]
+    data: bytes | memoryview
+    """The pages of ``data_runs``; the caller's own buffer when no page was zero."""
+
+
+class PageTable:
+    """The digest of each page of one region; at first every page is noted as zero, as in a new RAM file."""
+
+    def __init__(self, page_count: int) -> None:
+        self.page_count = page_count
+        self._table = bytearray(ZERO_PAGE_DIGEST * page_count)
+
+    def set(self, page: int, digest: bytes) -> None:
+        """Note the digest of one page."""
+        if not 0 <= page < self.page_count or len(digest) != DIGEST_SIZE:
+            raise ValueError(f"page {page} of {self.page_count}, digest of {len(digest)} bytes")
+        self._table[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] = digest
+
+    def get(self, page: int) -> bytes:
+        """The digest noted for one page."""
+        if not 0 <= page < self.page_count:
+            raise ValueError(f"page {page} of {self.page_count}")
+        return bytes(self._table[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE])
+
+    def root(self) -> bytes:
+        """One digest over the digests of all pages."""
+        return xxh3_128_digest(self._table)
+
+    def note_pages(self, runs: Iterable[tuple[int, int]], buffer: bytes | bytearray | memoryview) -> None:
+        """Note the digests of the pages of ``runs``, which lie one behind the other in ``buffer``."""
+        self._store(runs, digest_pages(buffer))
+
+    def note_zero(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Note that the pages of ``runs`` are all zero."""
+        runs = list(runs)
+        self._store(runs, ZERO_PAGE_DIGEST * sum(count for _, count in runs))
+
+    def scan_pages(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> PageSplit:
+        """Note the pages of ``runs`` as :meth:`note_pages` does and tell which are all zero."""
+        digests = digest_pages(buffer)
+        self._store(runs, digests)
+        if ZERO_PAGE_DIGEST not in digests:
+            return PageSplit([], list(runs), buffer)
+        zero, data = PageRuns(), PageRuns()
+        kept: list[memoryview] = []
+        for position, first, count, is_zero in _stretches(runs, digests, buffer):
+            (zero if is_zero else data).add(first, count)
+            if not is_zero:
+                kept.append(buffer[position : position + count * PAGE_SIZE])
+        return PageSplit(list(zero), list(data), b"".join(kept) if zero else buffer)
+
+    def differing(self, first_page: int, digests: bytes) -> Iterator[tuple[int, int]]:
+        """The pages from ``first_page`` on whose noted digest is not the one in ``digests``, page by page."""
+        start = first_page * DIGEST_SIZE
+        noted = bytes(self._table[start : start + len(digests)])
+        if noted == digests:
+            return
+        for at in range(0, len(digests), DIGEST_SIZE):
+            if noted[at : at + DIGEST_SIZE] != digests[at : at + DIGEST_SIZE]:
+                yield first_page + at // DIGEST_SIZE, 1
+
+    def _store(self, runs: Iterable[tuple[int, int]], digests: bytes) -> None:
+        """Put consecutive digests into the places of ``runs``."""
+        runs = list(runs)
+        # Checked before anything is stored: a slice of another length would shift the table.
+        if any(first < 0 or count < 1 or first + count > self.page_count for first, count in runs):
+            raise ValueError(f"a run lies outside a region of {self.page_count} pages")
+        if sum(count for _, count in runs) * DIGEST_SIZE != len(digests):
+            raise ValueError(f"{len(digests) // DIGEST_SIZE} pages do not fit their runs")
+        position = 0
+        for first, count in runs:
+            size = count * DIGEST_SIZE
+            self._table[first * DIGEST_SIZE : first * DIGEST_SIZE + size] = digests[
+                position : position + size
+            ]
+            position += size
+
+
+def _stretches(
+    runs: Iterable[tuple[int, int]], digests: bytes, buffer: memoryview
+) -> Iterator[tuple[int, int, int, bool]]:
+    """Cut runs where zero pages begin or end: buffer position, first page, count, all zero."""
+    page = 0
+    for first, count in runs:
+        start = 0
+        while start < count:
+            is_zero = _zero_at(digests, buffer, page + start)
+            end = start + 1
+            while end < count and _zero_at(digests, buffer, page + end) == is_zero:
+                end += 1
+            yield (page + start) * PAGE_SIZE, first + start, end - start, is_zero
+            start = end
+        page += count
+
+
+def _zero_at(digests: bytes, buffer: memoryview, page: int) -> bool:
+    """Whether a page is all zero: by digest first because that is free, then by its bytes."""
+    if digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
+        return False
+    return bytes(buffer[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) == _ZERO_PAGE

@@ -1,0 +1,1 @@
+"""gRPC at the edge: servers, interceptors, and the catalogue of errors on the wire."""

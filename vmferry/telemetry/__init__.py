@@ -1,0 +1,1 @@
+"""What tells people what happened: spans, logs, and the timeline of a trace."""
