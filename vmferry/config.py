@@ -43,7 +43,7 @@ class HostConfig:
 
     lanes: int = 4
     """Connections per migration."""
-    window_bytes: int = 32 * _MIB
+    window_bytes: int = 16 * _MIB
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
     chunk_bytes: int = _MIB
     """Page contents per message."""

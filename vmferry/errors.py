@@ -70,9 +70,7 @@ class UnauthenticatedError(VmferryError):
     code = "UNAUTHENTICATED"
     reason = "UNAUTHENTICATED"
     exit_code = ExitCode.PRECONDITION
-    remedy = (
-        "Use a certificate of this trust domain with one spiffe:// URI SAN (vmferry certs issue)."
-    )
+    remedy = "Use a certificate of this trust domain with one spiffe:// URI SAN (vmferry certs issue)."
 
 
 class PermissionDeniedError(VmferryError):
@@ -127,6 +125,15 @@ class MigrationNotFoundError(VmferryError):
     reason = "MIGRATION_NOT_FOUND"
     exit_code = ExitCode.PRECONDITION
     remedy = "List the migrations of this host (ListMigrations) and check the id."
+
+
+class TraceNotFoundError(VmferryError):
+    """No span of this trace is in the folders that were searched."""
+
+    code = "NOT_FOUND"
+    reason = "TRACE_NOT_FOUND"
+    exit_code = ExitCode.PRECONDITION
+    remedy = "Name the trace folders of both hosts (--dir), and check the id (trace_id of the migration)."
 
 
 class AttemptNotFoundError(VmferryError):

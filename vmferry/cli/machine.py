@@ -19,8 +19,10 @@ from vmferry.errors import InvalidArgumentError, MachineDeadError, MachineFailed
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.microvm.guests import PROGRAMS
 from vmferry.machines.port import RunState
 from vmferry.machines.spec import MachineSpec, new_spec
+from vmferry.machines.wire import spec_to_message
 from vmferry.v1 import machine_pb2
 
 app = typer.Typer(help="Start, show and stop the machines of this host.", no_args_is_help=True)
@@ -47,9 +49,11 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     """Start a machine that is born on this host, and let its guest run.
 
     Raises:
+        InvalidArgumentError: there is no such guest program, or it has no such parameter.
         MachineExistsError: its name or identity is taken here.
         MachineFailedError: the hypervisor does not start.
     """
+    _check_program(spec)
     directory = directory_of(config)
     ledger = HostLedger(config.journal_dir)
     machine = await start_machine(spec, directory)
@@ -92,19 +96,7 @@ async def describe(record: MachineRecord, config: HostConfig) -> machine_pb2.Mac
     return machine_pb2.Machine(
         name=spec.name,
         uuid=spec.uuid,
-        spec=machine_pb2.MachineSpec(
-            version=spec.version,
-            name=spec.name,
-            uuid=spec.uuid,
-            kind=spec.kind,
-            memory_mib=spec.memory_mib,
-            vcpus=spec.vcpus,
-            program=spec.program,
-            params=spec.params,
-            mac=spec.mac,
-            netdev=spec.netdev,
-            self_track=spec.self_track,
-        ),
+        spec=spec_to_message(spec),
         state=await _state(record, config),
         right=machine_pb2.MachineRight.ValueType(rights.standing.value),
         epoch=rights.epoch,
@@ -133,7 +125,9 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
 
 @app.command()
 def run(
-    spec_file: Annotated[Path | None, typer.Argument(metavar="[SPEC.toml]", help="The whole description.")] = None,
+    spec_file: Annotated[
+        Path | None, typer.Argument(metavar="[SPEC.toml]", help="The whole description.")
+    ] = None,
     name: Annotated[str, typer.Option("--name", help="Name: a lower-case DNS label.")] = "",
     program: Annotated[str, typer.Option("--program", help="Guest program: canary or writer.")] = "canary",
     memory_mib: Annotated[int, typer.Option("--memory-mib", min=1, help="Guest memory.")] = 256,
@@ -149,7 +143,11 @@ def run(
         raise InvalidArgumentError(
             "give either a file with the machine's description or --name, not both", field="--name"
         )
-    spec = MachineSpec.load(spec_file) if spec_file else new_spec(name, memory_mib, program, _params(param or []))
+    spec = (
+        MachineSpec.load(spec_file)
+        if spec_file
+        else new_spec(name, memory_mib, program, _params(param or []))
+    )
     machine = asyncio.run(_run(spec, host))
     if json:
         print_document(as_document(machine))
@@ -203,6 +201,16 @@ async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.Machi
         state = _STATES.get(await machine.run_state(), machine_pb2.MACHINE_STATE_PAUSED)
     await machine.close()
     return state
+
+
+def _check_program(spec: MachineSpec) -> None:
+    """Refuse what the guest would refuse, before anything is started."""
+    program = PROGRAMS.get(spec.program)
+    if program is None:
+        raise InvalidArgumentError(
+            f"there is no guest program {spec.program!r}; there are {', '.join(PROGRAMS)}", field="program"
+        )
+    program.slots(spec.params)
 
 
 def _params(texts: list[str]) -> dict[str, str]:

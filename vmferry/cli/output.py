@@ -1,6 +1,6 @@
 """What the command line prints, and where.
 
-Promise: data goes to stdout and everything else to stderr; a JSON document is the only thing on stdout when asked for;
+Promise: data goes to stdout and everything else to stderr; a JSON document, when asked for, is alone on stdout;
 nothing is coloured unless a person looks at it, and never with ``NO_COLOR``.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import typer
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -50,8 +50,14 @@ def console(*, stderr: bool = True) -> Console:
 
 
 def say(text: str) -> None:
-    """Tell a person something that is not data."""
-    print(text, file=sys.stderr, flush=True)
+    """Tell a person something that is not data.
+
+    Other hosts have a part in such texts, and must not get to command this terminal.
+    """
+    harmless = "".join(
+        char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text
+    )
+    print(harmless, file=sys.stderr, flush=True)
 
 
 def say_error(error: VmferryError) -> None:
@@ -95,7 +101,7 @@ def as_document(message: Message) -> dict[str, Any]:
     return document
 
 
-def _unquote_numbers(document: dict[str, Any], descriptor: Descriptor) -> None:
+def _unquote_numbers(document: dict[str, Any], descriptor: Any) -> None:
     for field in descriptor.fields:
         value = document.get(field.name)
         if value is None:

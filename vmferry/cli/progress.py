@@ -12,6 +12,7 @@ from typing import Final, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -137,9 +138,11 @@ class LiveView:
         done = self._round_bytes - progress.remaining_bytes
         ended = migration.outcome != MIGRATION_OUTCOME_UNSPECIFIED
         bar = ProgressBar(
-            total=1 if ended else max(1, self._round_bytes), completed=1 if ended else done, width=_BAR_COLUMNS
+            total=1 if ended else max(1, self._round_bytes),
+            completed=1 if ended else done,
+            width=_BAR_COLUMNS,
         )
-        return Group(Text(headline(migration), style="bold"), bar, Text(facts(migration)))
+        return Group(Text(headline(migration), style="bold"), Padding(bar), Text(facts(migration)))
 
     def __enter__(self) -> Self:
         self._live.start()

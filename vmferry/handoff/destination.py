@@ -109,11 +109,13 @@ class GoAsked:
 
     attempt: Attempt
     digest: bytes
+    copy_intact: bool = True
+    """The prepared copy is alive and paused. If it is not, :class:`CopyLost` is due, never the right to run."""
 
 
 @dataclass(frozen=True)
 class GuestRan:
-    """The hypervisor has confirmed that the guest executes."""
+    """The guest executes here, or has: the hypervisor says so, or the machine was sent on from here since."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ class CopyLost:
     """The copy is gone or unusable: its process died, or what arrived was wrong."""
 
     reason: str
+    tail_certain: bool = True
+    """The journal's end is whole; a torn end may hide OWNED."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,10 @@ class Stalled:
 
 @dataclass(frozen=True)
 class StatusAsked:
-    """Somebody asks how an attempt stands."""
+    """The source asks how an attempt stands; one that was never begun here is closed, so that it gets an answer.
+
+    Anybody else, and a source whose Begin may be on its way, is served by :func:`answer`, which changes nothing.
+    """
 
     attempt: Attempt
 
@@ -194,18 +201,21 @@ def decide(state: DestinationState, event: DestinationEvent) -> list[Action]:
             if isinstance(state.current, Owned) and not state.current.ran:
                 return [Append(_record(RecordKind.RAN, state.current.attempt), durable=False)]
             return []
-        case CloseAsked(attempt=attempt, reason=reason):
-            return _close(state, attempt, reason)
-        case CopyLost(reason=reason):
-            if isinstance(state.current, (Receiving, Prepared)):
-                return _refuse(state.current.attempt, reason)
-            return []
+        case CloseAsked():
+            return _close(state, event)
+        case CopyLost():
+            return _copy_lost(state, event)
         case Stalled():
             if isinstance(state.current, Receiving):
                 return _refuse(state.current.attempt, "nothing arrived for too long")
             return []  # a prepared copy may be the last one: no timer drops it
         case StatusAsked(attempt=attempt):
-            return [answer(state, attempt)]
+            known = answer(state, attempt)
+            return (
+                _close_unseen(state, attempt, "never begun")
+                if known.state is AttemptState.UNSEEN
+                else [known]
+            )
     assert_never(event)
 
 
@@ -231,14 +241,9 @@ def _begin(state: DestinationState, event: BeginAsked) -> list[Action]:
         )
     )
     if isinstance(now, (Receiving, Prepared)):
-        if now.attempt.source != attempt.source and attempt.epoch_from <= now.attempt.epoch_from:
+        if not _supersedes(attempt, now.attempt):
             raise MachineBusyError("another source has an attempt open for this machine")
-        # A later attempt proves that the source has closed the older one before it gave up any right.
-        return [
-            *_refuse(now.attempt, "closed by a newer attempt")[:-1],
-            accept,
-            Answer(AttemptState.RECEIVING),
-        ]
+        return [*_close_older(now.attempt), accept, Answer(AttemptState.RECEIVING)]
     return [accept, Answer(AttemptState.RECEIVING)]
 
 
@@ -247,7 +252,7 @@ def _verified(state: DestinationState, event: Verified) -> list[Action]:
     if isinstance(now, Receiving) and now.attempt.matches(event.attempt):
         # Lazy: a crash of this host loses the copy together with the record.
         record = replace(_record(RecordKind.PREPARED, now.attempt), digest=event.digest)
-        return [Append(record, durable=False), Answer(AttemptState.PREPARED)]
+        return [Append(record, durable=False)]
     known = answer(state, event.attempt)
     if known.state in {AttemptState.UNSEEN, AttemptState.RECEIVING}:
         raise WrongPhaseError("there is no such attempt to seal", field="attempt")
@@ -259,32 +264,66 @@ def _go(state: DestinationState, event: GoAsked) -> list[Action]:
     if isinstance(now, Prepared) and now.attempt.matches(event.attempt):
         if now.digest != event.digest:
             raise StaleAttemptError("the digest is not the one that was sealed", field="digest")
+        if not event.copy_intact:
+            return [Wait("the prepared copy is gone, so the right to run is not taken"), _final(now)]
         owned = replace(_record(RecordKind.OWNED, now.attempt), digest=now.digest, epoch=now.attempt.epoch_to)
         return [Append(owned), Resume()]
-    if isinstance(now, Owned) and now.attempt.matches(event.attempt) and not now.ran:
+    if isinstance(now, Owned) and now.attempt.matches(event.attempt) and not now.ran and event.copy_intact:
         return [Resume()]  # the guest has executed nothing yet, or its confirmation was lost
     return [answer(state, event.attempt)]
 
 
-def _close(state: DestinationState, attempt: Attempt, reason: str) -> list[Action]:
+def _close(state: DestinationState, event: CloseAsked) -> list[Action]:
+    attempt, reason = event.attempt, event.reason
     known = answer(state, attempt)
     match known.state:
         case AttemptState.RECEIVING | AttemptState.PREPARED:
             return _refuse(attempt, reason)
         case AttemptState.UNSEEN:
-            if attempt.order <= _highest(state):
-                return [Answer(AttemptState.REFUSED, "older than an attempt that was seen")]
-            if isinstance(state.current, (Receiving, Prepared)):
-                return [Wait("an older attempt is open"), known]
-            return [*_refuse(attempt, reason)[:1], Answer(AttemptState.REFUSED, reason)]
+            return _close_unseen(state, attempt, reason)
         case AttemptState.OWNED | AttemptState.RUNNING | AttemptState.REFUSED:
             return [known]
     assert_never(known.state)
 
 
+def _close_unseen(state: DestinationState, attempt: Attempt, reason: str) -> list[Action]:
+    if attempt.order <= _highest(state):
+        return [Answer(AttemptState.REFUSED, "older than an attempt that was seen")]
+    older: list[Action] = []
+    if isinstance(state.current, (Receiving, Prepared)):
+        if not _supersedes(attempt, state.current.attempt):
+            return [Wait("another source has an attempt open for this machine"), Answer(AttemptState.UNSEEN)]
+        older = _close_older(state.current.attempt)
+    return [*older, Append(_refusal(attempt, reason)), Answer(AttemptState.REFUSED, reason)]
+
+
+def _copy_lost(state: DestinationState, event: CopyLost) -> list[Action]:
+    now = state.current
+    if isinstance(now, Prepared) and not event.tail_certain:
+        # Had OWNED been written and the guest run, a refusal would bring an older copy back to life.
+        return [
+            Wait("the journal's end is torn, this host may have owned the machine; an operator must decide")
+        ]
+    if isinstance(now, (Receiving, Prepared)):
+        return _refuse(now.attempt, event.reason)
+    return []
+
+
 def _refuse(attempt: Attempt, reason: str) -> list[Action]:
-    record = replace(_record(RecordKind.REFUSED, attempt), note=reason)
-    return [Append(record), Release(), Answer(AttemptState.REFUSED, reason)]
+    return [Append(_refusal(attempt, reason)), Release(), Answer(AttemptState.REFUSED, reason)]
+
+
+def _supersedes(newer: Attempt, older: Attempt) -> bool:
+    """Whether ``newer`` proves that ``older`` was closed by its source before it gave up any right."""
+    return newer.source == older.source or newer.epoch_from > older.epoch_from
+
+
+def _close_older(attempt: Attempt) -> list[Action]:
+    return [Append(_refusal(attempt, "closed by a newer attempt")), Release()]
+
+
+def _refusal(attempt: Attempt, reason: str) -> Record:
+    return replace(_record(RecordKind.REFUSED, attempt), note=reason)
 
 
 def _record(kind: RecordKind, attempt: Attempt) -> Record:
@@ -295,20 +334,31 @@ def _final(current: Receiving | Prepared | Owned | Refused) -> Answer:
     match current:
         case Receiving():
             return Answer(AttemptState.RECEIVING)
-        case Prepared():
-            return Answer(AttemptState.PREPARED)
-        case Owned(ran=ran):
-            return Answer(AttemptState.RUNNING if ran else AttemptState.OWNED)
+        case Prepared(digest=digest):
+            return Answer(AttemptState.PREPARED, digest=digest)
+        case Owned(ran=ran, digest=digest):
+            return Answer(AttemptState.RUNNING if ran else AttemptState.OWNED, digest=digest)
         case Refused(note=note):
             return Answer(AttemptState.REFUSED, note)
     assert_never(current)
 
 
 def _highest(state: DestinationState) -> tuple[int, int]:
-    return (-1, -1) if isinstance(state.current, Empty) else state.current.attempt.order
+    """Every attempt accepted from now on is of a higher order than this."""
+    match state.current:
+        case Empty():
+            return -1, -1
+        case Owned(attempt=attempt):
+            return attempt.epoch_to, -1  # the right of before is spent: no attempt can hand it over again
+        case Receiving(attempt=attempt) | Prepared(attempt=attempt) | Refused(attempt=attempt):
+            return attempt.order
+    assert_never(state.current)
 
 
 def _with_past(state: DestinationState) -> Mapping[bytes, Answer]:
-    if isinstance(state.current, Empty):
+    now = state.current
+    if isinstance(now, Empty):
         return state.past
-    return MappingProxyType({**state.past, state.current.attempt.migration_id: _final(state.current)})
+    # A newer attempt is of a later right to run: the right that was taken here was used here and has moved on.
+    last = Answer(AttemptState.RUNNING) if isinstance(now, Owned) else _final(now)
+    return MappingProxyType({**state.past, now.attempt.migration_id: last})

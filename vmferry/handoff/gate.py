@@ -7,8 +7,8 @@ only if this host's journals, already on disk, say that the host owns the machin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import InitVar, dataclass
+from typing import Final, NoReturn
 
 from vmferry.errors import JournalDamagedError, MachineNotOwnedError
 from vmferry.handoff.rights import Rights
@@ -22,11 +22,14 @@ class ResumePermit:
 
     machine_id: str
     epoch: int
-    _seal: object = field(repr=False, compare=False, default=None)
+    seal: InitVar[object] = None
 
-    def __post_init__(self) -> None:
-        if self._seal is not _SEAL:
+    def __post_init__(self, seal: object) -> None:
+        if seal is not _SEAL:
             raise TypeError("a resume permit is minted by the gate, never constructed")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a resume permit is used where it was minted, never copied or stored")
 
 
 def mint(machine_id: str, durable: Rights) -> ResumePermit:

@@ -4,19 +4,21 @@ Format: slots of 4096 bytes in a preallocated file, so that a record is one sect
 metadata. A slot is magic, format version, length, sequence number, the hash of the previous slot, the payload,
 and a SHA-256 over all that. The first slot names machine and role, so that a swapped or foreign file is noticed.
 
-Promise: :meth:`Journal.append` with ``durable`` returns only when the record is on disk. Reading gives a prefix
-of what was appended, or says why it cannot be trusted: a bad slot with something valid behind it is *damage*; a
-bad slot at the very end is a *torn tail* (an append that was not finished, or its record rotted: the reader
-cannot know, so a source with an open attempt must ask the destination before it acts alone). An error of the
-disk while writing is never retried: the journal refuses every further append.
+Promise: :meth:`Journal.append` with ``durable`` returns only when the record is on disk; so does opening a journal
+with what was read. At most the last record is not on disk, so a crash leaves no hole. Reading gives a prefix of
+what was appended, or says why it cannot be trusted: a bad slot with something valid behind it is *damage*; a bad
+slot at the very end, or a file cut short, is a *torn tail* (an append that was not finished, or its record rotted:
+the reader cannot know, so a source with an open attempt must ask the destination before it acts alone). An error
+of the disk while writing is never retried: the journal refuses every further append.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -31,6 +33,9 @@ _HEADER: Final = struct.Struct("<4sHHQ32s")
 _HASH_BYTES: Final = 32
 MAX_PAYLOAD_BYTES: Final = SLOT_BYTES - _HEADER.size - _HASH_BYTES
 _EMPTY: Final = bytes(SLOT_BYTES)
+_EXTENT_BYTES: Final = SLOT_BYTES * SLOTS_PER_EXTENT
+_RESERVE_SLOTS: Final = 8
+"""More than any attempt still has to write."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +48,37 @@ class Contents:
     last_hash: bytes = field(default=bytes(_HASH_BYTES), repr=False)
 
 
-def read(path: Path, label: bytes) -> Contents:
-    """Read a journal without changing it; a missing file reads as empty."""
+def read(path: Path, label: bytes, *, settled: bool = False) -> Contents:
+    """Read a journal without changing it; a missing file reads as empty.
+
+    With ``settled`` everything returned is on disk: its writer may be between write and sync, or have been killed
+    there.
+    """
     try:
-        data = path.read_bytes()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return Contents()
+    with os.fdopen(fd, "rb") as file:
+        data = file.read()
+        if settled:
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                return Contents(damage=f"{path.name} cannot be synced: {error}")
+    return _contents(data, path, label)
+
+
+def _contents(data: bytes, path: Path, label: bytes) -> Contents:
     slots = [data[at : at + SLOT_BYTES].ljust(SLOT_BYTES, b"\0") for at in range(0, len(data), SLOT_BYTES)]
     contents = _read_slots(slots)
     if contents.payloads and contents.payloads[0] != label:
-        return Contents(damage=f"{path.name} belongs to another machine or role")
+        return Contents(damage=f"{path.name} belongs to another machine, role or host")
     if not contents.payloads:
         # The first slot is on disk before the file gets its name, so a file without it was not left by us.
         return Contents(damage=contents.damage or f"{path.name} has no readable first slot")
-    return Contents(contents.payloads[1:], contents.torn_tail, contents.damage, contents.last_hash)
+    # The file grows by whole extents before they are used; one that was cut short may have lost records.
+    torn = contents.torn_tail or (not contents.damage and len(data) % _EXTENT_BYTES != 0)
+    return Contents(contents.payloads[1:], torn, contents.damage, contents.last_hash)
 
 
 def _read_slots(slots: Sequence[bytes]) -> Contents:
@@ -103,33 +125,33 @@ class Journal:
 
     def __init__(self, path: Path, label: bytes) -> None:
         self.path = path
-        self._label = label
         self._broken = ""
-        contents = read(path, label)
-        if contents.damage:
-            raise JournalDamagedError(f"{path}: {contents.damage}", path=path)
-        self.torn_tail = contents.torn_tail
-        self._count = len(contents.payloads) + 1
-        self._previous = contents.last_hash
-        self._slots = 0
         if not path.exists():
-            self._create()
+            _create(path, label)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._slots = os.fstat(self._fd).st_size // SLOT_BYTES
-
-    def _create(self) -> None:
-        first = _encode(0, bytes(_HASH_BYTES), self._label)
-        temporary = self.path.with_suffix(f".{os.getpid()}.new")
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            _preallocate(fd, 0)
-            _write_all(fd, first, 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.rename(self.path)
-        _sync_directory(self.path.parent)
-        self._previous = first[-_HASH_BYTES:]
+            self._settle(label)
+        except BaseException:
+            self.close()
+            raise
+
+    def _settle(self, label: bytes) -> None:
+        data = _read_all(self._fd)
+        contents = _contents(data, self.path, label)
+        if contents.damage:
+            raise JournalDamagedError(f"{self.path}: {contents.damage}", path=self.path)
+        self.contents = contents
+        self.torn_tail = contents.torn_tail
+        self._previous = contents.last_hash
+        self._count = len(contents.payloads) + 1
+        self._slots = max(len(data) // SLOT_BYTES, self._count)
+        # The last record may exist in the page cache only: its writer was killed before the sync, or the sync
+        # failed and the kernel called the page clean. Written again and synced, it may be believed.
+        last = (self._count - 1) * SLOT_BYTES
+        with self._breaking("settle"):
+            _write_all(self._fd, data[last : last + SLOT_BYTES], last)
+            os.fdatasync(self._fd)
+        self._synced = self._count
 
     def append(self, payload: bytes, *, durable: bool) -> None:
         """Add one record; when ``durable`` it is on disk on return.
@@ -137,38 +159,71 @@ class Journal:
         Raises:
             JournalDamagedError: the disk failed now or before; nothing may be concluded from this file any more.
         """
-        if self._broken:
-            raise JournalDamagedError(f"{self.path} failed before: {self._broken}", path=self.path)
         if len(payload) > MAX_PAYLOAD_BYTES:
             raise ValueError(f"a record has at most {MAX_PAYLOAD_BYTES} bytes")
         slot = _encode(self._count, self._previous, payload)
-        try:
-            if self._count >= self._slots:
-                _preallocate(self._fd, self._slots)
-                os.fsync(self._fd)
-                self._slots += SLOTS_PER_EXTENT
+        self.sync()
+        with self._breaking("write"):
+            if self._count >= self._slots or self._slots % SLOTS_PER_EXTENT:
+                self._allocate()
+                self._fill()
             _write_all(self._fd, slot, self._count * SLOT_BYTES)
             if durable:
                 os.fdatasync(self._fd)
-        except OSError as error:
-            # After a failed sync the kernel may call lost pages clean: trying again would prove nothing.
-            self._broken = str(error)
-            raise JournalDamagedError(f"cannot write {self.path}: {error}", path=self.path) from error
         self._count += 1
+        if durable:
+            self._synced = self._count
         self._previous = slot[-_HASH_BYTES:]
         self.torn_tail = False
 
+    def sync(self) -> None:
+        """Bring a record that was not appended as durable to disk, as the next append would have to.
+
+        Called beside other work, it takes that wait off the critical path; callable from another thread.
+        """
+        count = self._count
+        with self._breaking("sync"):
+            if self._synced < count:
+                os.fdatasync(self._fd)
+                self._synced = max(self._synced, count)
+
     def probe(self) -> None:
-        """Check that a further record could be written: space for it, and a sync that works."""
+        """Check that the records to come could be written: space for them, and a sync that works.
+
+        Raises:
+            JournalDamagedError: they could not. Where only space is missing, the journal itself goes on.
+        """
+        with self._breaking("sync"):
+            os.fdatasync(self._fd)
+            self._synced = self._count
+        if self._count + _RESERVE_SLOTS > self._slots:
+            try:
+                self._allocate()
+            except OSError as error:
+                raise JournalDamagedError(f"cannot extend {self.path}: {error}", path=self.path) from error
+            with self._breaking("extend"):
+                self._fill()
+
+    def _allocate(self) -> None:
+        os.posix_fallocate(self._fd, self._slots * SLOT_BYTES, _to_next_extent(self._slots))
+
+    def _fill(self) -> None:
+        # Written zeros, not only allocated blocks: a later record then changes no metadata of the file system.
+        missing = _to_next_extent(self._slots)
+        _write_all(self._fd, bytes(missing), self._slots * SLOT_BYTES)
+        os.fsync(self._fd)
+        self._slots += missing // SLOT_BYTES
+
+    @contextlib.contextmanager
+    def _breaking(self, what: str) -> Iterator[None]:
+        """After a failed write or sync the kernel may call lost pages clean: trying again would prove nothing."""
         if self._broken:
             raise JournalDamagedError(f"{self.path} failed before: {self._broken}", path=self.path)
         try:
-            if self._count + 8 > self._slots:
-                _preallocate(self._fd, self._slots)
-                self._slots += SLOTS_PER_EXTENT
-            os.fsync(self._fd)
+            yield
         except OSError as error:
-            raise JournalDamagedError(f"cannot sync {self.path}: {error}", path=self.path) from error
+            self._broken = f"cannot {what}: {error}"
+            raise JournalDamagedError(f"cannot {what} {self.path}: {error}", path=self.path) from error
 
     def close(self) -> None:
         """Give the file back; safe to call twice."""
@@ -177,10 +232,26 @@ class Journal:
             self._fd = -1
 
 
-def _preallocate(fd: int, slots: int) -> None:
-    # Written zeros, not only allocated blocks: a later record then changes no metadata of the file system.
-    os.posix_fallocate(fd, slots * SLOT_BYTES, SLOTS_PER_EXTENT * SLOT_BYTES)
-    _write_all(fd, bytes(SLOTS_PER_EXTENT * SLOT_BYTES), slots * SLOT_BYTES)
+def _create(path: Path, label: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.new")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, _EXTENT_BYTES)
+        _write_all(fd, _encode(0, bytes(_HASH_BYTES), label).ljust(_EXTENT_BYTES, b"\0"), 0)
+        os.fsync(fd)
+    except OSError as error:
+        temporary.unlink()
+        raise JournalDamagedError(f"cannot create {path}: {error}", path=path) from error
+    finally:
+        os.close(fd)
+    temporary.rename(path)
+    sync_directory(path.parent)
+    sync_directory(path.parent.parent)  # the folder may be new itself, and would take the file with it
+
+
+def _to_next_extent(slots: int) -> int:
+    """Bytes from the end of ``slots`` to the end of the extent that begins or goes on there."""
+    return _EXTENT_BYTES - slots * SLOT_BYTES % _EXTENT_BYTES
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:
@@ -190,7 +261,14 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _sync_directory(path: Path) -> None:
+def _read_all(fd: int) -> bytes:
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the names in a directory to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -2,7 +2,8 @@
 
 Layout below the journal directory::
 
-  incarnation                     a UUID made with the directory; a host that lost its journals is another one
+  incarnation                     a UUID made with the directory; a host that lost its journals is another one,
+                                  and each journal names it, so that one from another host is not believed
   source.lock, destination.lock   held for life by the one service of that role
   MACHINE-UUID/operator.journal   BORN and ENDED, written by ``vmferry machine run|stop``
   MACHINE-UUID/source.journal     written by the source service
@@ -23,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -76,33 +78,28 @@ class HostLedger:
         self.incarnation = _incarnation(directory)
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
-    def machines(self) -> list[str]:
-        """Identities of all machines that any journal here speaks of."""
-        return sorted(
-            entry.name for entry in self.directory.iterdir() if entry.is_dir() and _is_uuid(entry.name)
-        )
+    def machines(self, role: Role | None = None) -> list[str]:
+        """Identities of all machines that any journal here speaks of, or that of one role."""
+        folders = {path.parent.name for path in self.directory.glob(f"*/{role or '*'}.journal")}
+        return sorted(name for name in folders if _is_uuid(name))
 
-    def rights(self, machine_id: str) -> Rights:
-        """What the journals on disk say about one machine."""
-        views = {role: self._view(machine_id, role) for role in Role}
-        epochs = Epochs()
-        for view in views.values():
-            epochs = epochs.merged(view.epochs)
-        damaged = any(view.damage for view in views.values())
+    def rights(self, machine_id: str, *, settled: bool = False) -> Rights:
+        """What the journals say about one machine; with ``settled`` all of it is on disk on return."""
+        views = {role: self._view(machine_id, role, settled=settled) for role in Role}
+        epochs = reduce(Epochs.merged, (view.epochs for view in views.values()))
         outgoing: source.SourceState = source.Quiet()
         incoming = destination.DestinationState()
+        damaged = bool(views[Role.OPERATOR].damage)
         try:
-            for record in views[Role.SOURCE].records:
-                outgoing = source.evolve(outgoing, record)
-            for record in views[Role.DESTINATION].records:
-                incoming = destination.evolve(incoming, record)
+            outgoing = _folded(views[Role.SOURCE], outgoing, source.evolve)
+            incoming = _folded(views[Role.DESTINATION], incoming, destination.evolve)
         except InvalidTransitionError:
             damaged = True
         return Rights(epochs, outgoing, incoming, damaged=damaged)
 
     def permit(self, machine_id: str) -> ResumePermit:
         """A permit to resume the machine, if the journals on disk allow it."""
-        return gate.mint(machine_id, self.rights(machine_id))
+        return gate.mint(machine_id, self.rights(machine_id, settled=True))
 
     def birth(self, machine_id: str) -> ResumePermit:
         """Record that the machine was made here, and allow it to run.
@@ -111,7 +108,7 @@ class HostLedger:
             MachineExistsError: a journal already speaks of it; only a machine nobody has seen can be born.
         """
         with self.machine_lock(machine_id):
-            if self.rights(machine_id).epoch or (self._path(machine_id, Role.OPERATOR)).exists():
+            if not self.rights(machine_id).unheard_of or self._path(machine_id, Role.OPERATOR).exists():
                 raise MachineExistsError(f"machine {machine_id} is known to this host's journal already")
             self._operator_record(Record(RecordKind.BORN, machine_id, epoch=FIRST_EPOCH))
         return self.permit(machine_id)
@@ -124,7 +121,7 @@ class HostLedger:
             MachineNotOwnedError: it is not this host's to end.
         """
         with self.machine_lock(machine_id):
-            rights = self.rights(machine_id)
+            rights = self.rights(machine_id, settled=True)
             if rights.damaged:
                 raise JournalDamagedError(
                     f"the journal of machine {machine_id} is damaged", machine=machine_id
@@ -140,9 +137,7 @@ class HostLedger:
     @contextlib.contextmanager
     def machine_lock(self, machine_id: str) -> Iterator[None]:
         """Keeps every other process from changing what the journals say about the machine."""
-        folder = self._folder(machine_id)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        with (folder / "lock").open("w") as file:
+        with (self._made_folder(machine_id) / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -173,31 +168,40 @@ class HostLedger:
     def _encode(self, record: Record) -> bytes:
         return records.encode(record, boot_id=self.boot_id, write_unix_ns=time.time_ns())
 
-    def _view(self, machine_id: str, role: Role) -> _View:
+    def _view(self, machine_id: str, role: Role, *, settled: bool) -> _View:
         path, label = self._file(machine_id, role)
-        contents = journal.read(path, label)
+        contents = journal.read(path, label, settled=settled)
         for _ in range(3):
             if not (contents.torn_tail or contents.damage):
                 break
             time.sleep(0.001)  # its writer may be in the middle of an append
-            contents = journal.read(path, label)
-        try:
-            decoded = [records.decode(payload) for payload in contents.payloads]
-        except ValueError as error:
-            return _View(damage=f"{path}: {error}")
-        found = tuple(record for record, _ in decoded)
-        return _View(found, tuple(boot for _, boot in decoded), contents.torn_tail, contents.damage)
+            contents = journal.read(path, label, settled=settled)
+        return _decoded(contents)
 
     def _folder(self, machine_id: str) -> Path:
         if not _is_uuid(machine_id):
             raise InvalidArgumentError("a machine's identity is a lower-case UUID", field="machine_id")
         return self.directory / machine_id
 
+    def _made_folder(self, machine_id: str) -> Path:
+        folder = self._folder(machine_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
     def _path(self, machine_id: str, role: Role) -> Path:
         return self._folder(machine_id) / f"{role}.journal"
 
     def _file(self, machine_id: str, role: Role) -> tuple[Path, bytes]:
-        return self._path(machine_id, role), f"vmferry {role} {machine_id}".encode()
+        return self._path(machine_id, role), f"vmferry {role} {machine_id} {self.incarnation}".encode()
+
+
+def _decoded(contents: journal.Contents) -> _View:
+    try:
+        decoded = [records.decode(payload) for payload in contents.payloads]
+    except ValueError as error:
+        return _View(damage=f"a record cannot be read: {error}")
+    found = tuple(record for record, _ in decoded)
+    return _View(found, tuple(boot for _, boot in decoded), contents.torn_tail, contents.damage)
 
 
 class RoleLock:
@@ -224,6 +228,12 @@ State = TypeVar("State", source.SourceState, destination.DestinationState)
 Evolve = Callable[[State, Record], State]
 
 
+def _folded(view: _View, initial: State, evolve: Evolve[State]) -> State:
+    if view.damage:
+        raise InvalidTransitionError(view.damage)
+    return reduce(evolve, view.records, initial)
+
+
 class MachineJournal(Generic[State]):
     """One machine's journal in one role, with the state it folds to; states change here and nowhere else."""
 
@@ -233,28 +243,29 @@ class MachineJournal(Generic[State]):
         self._ledger = ledger
         self._evolve: Evolve[State] = evolve
         self.machine_id = machine_id
-        ledger._folder(machine_id).mkdir(mode=0o700, exist_ok=True)  # noqa: SLF001 - one unit with the ledger
+        ledger._made_folder(machine_id)  # noqa: SLF001 - one unit with the ledger
         path, label = ledger._file(machine_id, role)  # noqa: SLF001 - one unit with the ledger
         self._journal = journal.Journal(path, label)
-        view = ledger._view(machine_id, role)  # noqa: SLF001 - one unit with the ledger
+        view = _decoded(self._journal.contents)
         self.torn_tail = view.torn_tail
         self.last_boot_id = view.boot_ids[-1] if view.boot_ids else ""
-        self.state: State = initial
         try:
-            for record in view.records:
-                self.state = evolve(self.state, record)
+            self.state: State = _folded(view, initial, evolve)
         except InvalidTransitionError as error:
             self._journal.close()
             raise JournalDamagedError(f"{path}: {error}", path=path) from error
 
     def append(self, action: Append) -> None:
         """Write one record and fold it in; durable ones are on disk on return."""
-        state = self._evolve(
-            self.state, action.record
-        )  # refuses what cannot follow before anything is written
+        # What cannot follow is refused before anything is written.
+        state = self._evolve(self.state, action.record)
         self._journal.append(self._ledger._encode(action.record), durable=action.durable)  # noqa: SLF001 - one unit
         self.state = state
         self.torn_tail = False
+
+    def sync(self) -> None:
+        """Bring a lazy record to disk beside other work, so that the next record need not wait for it."""
+        self._journal.sync()
 
     def probe(self) -> None:
         """Check that further records could be written."""
@@ -274,20 +285,24 @@ def _is_uuid(text: str) -> bool:
 
 def _incarnation(directory: Path) -> str:
     path = directory / "incarnation"
-    with contextlib.suppress(FileExistsError):
-        temporary = directory / f".incarnation.{os.getpid()}"
-        fresh = str(uuid.uuid4())
-        with temporary.open("w", encoding="ascii") as file:
-            file.write(fresh)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
+    if not path.exists():
+        _make_incarnation(path)
+    found = path.read_text(encoding="ascii", errors="replace").strip()
+    if not _is_uuid(found):
+        raise JournalDamagedError(f"{path} is damaged: it does not hold a UUID", path=path)
+    return found
+
+
+def _make_incarnation(path: Path) -> None:
+    temporary = path.with_name(f".incarnation.{os.getpid()}")
+    with temporary.open("w", encoding="ascii") as file:
+        file.write(str(uuid.uuid4()))
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        with contextlib.suppress(FileExistsError):
             os.link(temporary, path)  # fails if somebody was faster
-        finally:
-            temporary.unlink()
-        fd = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return path.read_text(encoding="ascii").strip()
+    finally:
+        temporary.unlink()
+    journal.sync_directory(path.parent)
+    journal.sync_directory(path.parent.parent)

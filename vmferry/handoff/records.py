@@ -1,14 +1,22 @@
 """Journal records and attempts as protobuf, byte for byte the same on every host and in every release.
 
-Promise: decoding what was encoded gives the same record; anything else raises ``ValueError``.
+Promise: decoding what was encoded gives the same record (a long note is cut); anything else raises ``ValueError``.
+Every record of an attempt fits its slot if the first one did.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 from google.protobuf.message import DecodeError
 
+from vmferry.errors import InvalidArgumentError
 from vmferry.handoff.states import Attempt, Record, RecordKind
 from vmferry.v1 import handoff_pb2, journal_pb2
+
+MAX_NAME_BYTES: Final = 384
+"""Of each identity, address and incarnation; an identity of ours has at most 262."""
+MAX_NOTE_BYTES: Final = 512
 
 
 def attempt_to_ref(attempt: Attempt) -> handoff_pb2.AttemptRef:
@@ -23,6 +31,7 @@ def attempt_to_ref(attempt: Attempt) -> handoff_pb2.AttemptRef:
         destination=attempt.destination,
         source_incarnation=attempt.source_incarnation,
         destination_incarnation=attempt.destination_incarnation,
+        destination_address=attempt.destination_address,
     )
 
 
@@ -41,11 +50,17 @@ def attempt_from_ref(ref: handoff_pb2.AttemptRef) -> Attempt:
         destination=ref.destination,
         source_incarnation=ref.source_incarnation,
         destination_incarnation=ref.destination_incarnation,
+        destination_address=ref.destination_address,
     )
 
 
 def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
-    """The record as the payload of a journal slot."""
+    """The record as the payload of a journal slot.
+
+    Raises:
+        InvalidArgumentError: a name is too long for a slot.
+    """
+    _check_names(record)
     message = journal_pb2.JournalRecord(
         kind=journal_pb2.RecordKind.ValueType(record.kind.value),
         machine_id=record.machine_id,
@@ -53,7 +68,7 @@ def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
         epoch=record.epoch,
         ticket_nonce=record.ticket_nonce,
         boot_id=boot_id,
-        note=record.note[:512],
+        note=_cut(record.note),
     )
     if record.attempt is not None:
         message.attempt.CopyFrom(attempt_to_ref(record.attempt))
@@ -80,3 +95,25 @@ def decode(payload: bytes) -> tuple[Record, str]:
         note=message.note,
     )
     return record, message.boot_id
+
+
+def _check_names(record: Record) -> None:
+    names = {"machine_id": record.machine_id}
+    if record.attempt is not None:
+        for name in (
+            "machine_id",
+            "source",
+            "destination",
+            "source_incarnation",
+            "destination_incarnation",
+            "destination_address",
+        ):
+            names[f"attempt.{name}"] = getattr(record.attempt, name)
+    for field, value in names.items():
+        if len(value.encode(errors="surrogatepass")) > MAX_NAME_BYTES:
+            raise InvalidArgumentError(f"{field} has more than {MAX_NAME_BYTES} bytes", field=field)
+
+
+def _cut(note: str) -> str:
+    # A note is often the text of an error and may hold anything; it must never keep a record from being written.
+    return note.encode(errors="replace")[:MAX_NOTE_BYTES].decode(errors="ignore")

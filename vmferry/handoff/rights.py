@@ -73,6 +73,12 @@ class Rights:
         return self.damaged or self.owner or not isinstance(self.outgoing, source.Quiet)
 
     @property
+    def unheard_of(self) -> bool:
+        """No journal here speaks of the machine."""
+        nothing = source.Quiet() == self.outgoing and destination.DestinationState() == self.incoming
+        return nothing and not self.epoch and not self.damaged
+
+    @property
     def epoch(self) -> int:
         """The newest right to run that this host knows of."""
         return max(self.epochs.granted, self.epochs.left)

@@ -90,7 +90,9 @@ class Heard:
     state: AttemptState
     incarnation: str
     digest: bytes = b""
+    """What it has verified, where it says PREPARED."""
     memory_intact: bool = True
+    """The hypervisor still has the guest's memory, and it has not run elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +156,15 @@ def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
         case HandedOff():
             return [Wait("the right to run was given up; only the destination's answer can bring it back")]
         case Begun(attempt=attempt) | Sealed(attempt=attempt):
+            if not event.memory_intact:
+                # Asked, not told to close: what waits there may be the only copy.
+                return [
+                    Wait("the guest's memory is gone here; the destination may hold the only copy"),
+                    Tell("GetAttempt"),
+                ]
             if not event.tail_certain:
                 return [
                     Wait("the journal's end is torn, a hand-off may have been written; asking first"),
-                    Tell("Abort"),
-                ]
-            if not event.memory_intact:
-                return [
-                    Wait("the guest's memory is gone here; the destination may hold the only copy"),
                     Tell("Abort"),
                 ]
             return [_append(RecordKind.ABORTED, attempt, note=event.reason), Resume(), Tell("Abort")]
@@ -171,24 +174,43 @@ def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
 def _heard(state: SourceState, heard: Heard) -> list[Action]:
     if isinstance(state, Quiet) or not state.attempt.matches(heard.attempt):
         return []  # of an attempt that is closed, or was never ours
-    match state:
-        case Begun():
-            return _heard_before_handoff(state, heard)
-        case Sealed():
-            ready = heard.state is AttemptState.PREPARED and heard.digest == state.digest
-            if ready and heard.incarnation == state.attempt.destination_incarnation:
-                return [_append(RecordKind.HANDED_OFF, state.attempt, digest=state.digest), Tell("Go")]
-            return _heard_before_handoff(state, heard)
-        case HandedOff():
-            return _heard_after_handoff(state, heard)
-    assert_never(state)
+    if isinstance(state, HandedOff):
+        return _heard_after_handoff(state, heard)
+    return _heard_before_handoff(state, heard)
 
 
 def _heard_before_handoff(state: Begun | Sealed, heard: Heard) -> list[Action]:
-    if heard.state is not AttemptState.REFUSED:
+    attempt = state.attempt
+    said_ready = heard.incarnation == attempt.destination_incarnation
+    match heard.state:
+        case AttemptState.PREPARED if said_ready:
+            return _ready(state, heard)
+        case AttemptState.REFUSED:
+            aborted = _append(RecordKind.ABORTED, attempt, note="refused by the destination")
+            return [aborted, Resume()] if heard.memory_intact else [aborted]
+        case AttemptState.OWNED | AttemptState.RUNNING if said_ready and isinstance(state, Sealed):
+            # Only Go makes an owner, and Go is sent behind HANDED_OFF: that record was written and is lost.
+            handed_off = HandedOff(attempt, state.digest)
+            repaired = _append(RecordKind.HANDED_OFF, attempt, digest=state.digest)
+            return [repaired, *_heard_after_handoff(handed_off, heard)]
+    if heard.memory_intact:
         return []
-    aborted = _append(RecordKind.ABORTED, state.attempt, note="refused by the destination")
-    return [aborted, Resume()] if heard.memory_intact else [aborted]
+    return [
+        Wait(f"the guest's memory is gone here and the destination says {heard.state.name}; asking again")
+    ]
+
+
+def _ready(state: Begun | Sealed, heard: Heard) -> list[Action]:
+    attempt = state.attempt
+    go: list[Action] = [_append(RecordKind.HANDED_OFF, attempt, digest=heard.digest), Tell("Go")]
+    if isinstance(state, Sealed):
+        return go if heard.digest == state.digest else []
+    if heard.memory_intact or not heard.digest:
+        return []
+    # Ready without SEALED: a crash of this machine took that record and the memory with it. The guest has not run
+    # since, or ABORTED would be here, so the copy over there is the latest one, and the only one.
+    sealed = replace(_append(RecordKind.SEALED, attempt, digest=heard.digest), durable=False)
+    return [sealed, *go]
 
 
 def _heard_after_handoff(state: HandedOff, heard: Heard) -> list[Action]:

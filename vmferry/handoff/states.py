@@ -41,7 +41,7 @@ turns an event into the actions to do, in order. Both are pure, in ``source`` an
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vmferry.errors import InternalError
 
@@ -76,6 +76,8 @@ class Attempt:
     destination: str
     source_incarnation: str
     destination_incarnation: str = ""
+    destination_address: str = field(default="", compare=False)
+    """Where the source reaches the destination; kept so that a restarted source can ask."""
 
     @property
     def epoch_to(self) -> int:
@@ -150,7 +152,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Tell:
-    """Call the destination, by name of the method: ``Go``, ``Abort``."""
+    """Call the destination: ``Go``, ``Abort``, or ``AbortUnlessPrepared``."""
 
     method: str
 
@@ -161,6 +163,8 @@ class Answer:
 
     state: AttemptState
     refusal: str = ""
+    digest: bytes = b""
+    """Of the copy, from PREPARED on."""
 
 
 @dataclass(frozen=True)

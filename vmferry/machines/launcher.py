@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.errors import (
-    InvalidArgumentError,
     MachineDeadError,
     MachineExistsError,
     MachineFailedError,
@@ -51,7 +50,6 @@ async def start_machine(
     spec: MachineSpec,
     directory: MachineDirectory,
     *,
-    paused: bool = True,
     incoming: bool = False,
     ram_exists: bool = False,
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
@@ -61,22 +59,14 @@ async def start_machine(
     Args:
         spec: what to start.
         directory: where it will live.
-        paused: always true; a guest is set running by ``cont`` alone.
         incoming: wait for device state from elsewhere.
         ram_exists: somebody made the memory file already (it is checked, and stays if the start fails).
         start_timeout_s: limit until the process takes commands.
 
     Raises:
-        InvalidArgumentError: ``paused`` is false.
         MachineExistsError: the name or the identity is taken.
         MachineFailedError: the process ended or does not answer; with the last lines of its log.
     """
-    if not paused:
-        raise InvalidArgumentError(
-            "a machine is never started running",
-            field="paused",
-            remedy="Start it paused, then call cont with a permit.",
-        )
     paths = directory.claim(spec)
     made = MachineRecord(spec, paths, process=None, alive=False)
     own_ram = False
@@ -86,7 +76,7 @@ async def start_machine(
         else:
             _make_ram(paths.ram, spec.memory_mib * _MIB)
             own_ram = True
-        command = render_command(spec, paths, paused=True, incoming=incoming)
+        command = render_command(spec, paths, incoming=incoming)
         made = MachineRecord(spec, paths, _spawn(command, paths), alive=True)
         return await _ready(directory, made, incoming=incoming, start_timeout_s=start_timeout_s)
     except BaseException:
@@ -186,6 +176,8 @@ def _check_ram(path: Path, size_bytes: int) -> None:
 
 def _spawn(command: list[str], paths: MachinePaths) -> ProcessIdentity:
     environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
+    # With the umask of a machine, the folders of its byte code would be shut to everybody else.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     started_at = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     descriptor = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 
 from vmferry.errors import MachineDeadError, MachineFailedError
 from vmferry.machines.paths import MachinePaths
@@ -26,6 +26,15 @@ _DYING_S: Final = 1.0
 """A process that is being killed closes its sockets before it counts as ended; so long we wait to tell."""
 _START_POLL_S: Final = 0.01
 _UCRED: Final = struct.Struct("3i")
+
+
+class _LineClient(QMPClient):
+    """Ends each command with a line break, which the micro-VM waits for and QEMU skips as white space."""
+
+    def _do_send(self, msg: Message) -> None:
+        super()._do_send(msg)
+        assert self._writer is not None
+        self._writer.write(b"\n")
 
 
 class Monitor:
@@ -126,7 +135,7 @@ class Monitor:
             link.setblocking(False)
             await asyncio.get_running_loop().sock_connect(link, str(self._paths.qmp))
             self._check_peer(link)
-            client = QMPClient()
+            client = _LineClient()
             # The client keeps every event for a listener that nobody reads here.
             client.events.event_filter = lambda _event: False
             await client.connect(link)

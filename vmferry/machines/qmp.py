@@ -76,7 +76,6 @@ class QmpMachine(Machine):
         self._timeout_s = qmp_timeout_s
         self._monitor = Monitor(spec, paths, process, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
-        self._saved: bytes | None = None
         self._loaded: bytes | None = None
         self.paths = paths
         self.process = process
@@ -128,22 +127,17 @@ class QmpMachine(Machine):
             # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
             # wish and start the guest by itself as soon as the state has come.
             self._require(state, _STOPPED, "be resumed")
-            self._saved = self._loaded = None
+            self._loaded = None
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
                 raise self._failure("cont", "the guest still does not run")
 
     async def save_device_state(self) -> bytes:
-        """Everything of the paused machine that is not RAM.
-
-        A second call without a ``cont`` in between gives the same bytes: QEMU saves a machine only once.
-        """
+        """Everything of the paused machine that is not RAM, asked for anew by each call."""
         async with self._lock:
             state = await self._run_state()
             self._require(state, _STOPPED, "be saved")
-            if self._saved is None or state is not RunState.POSTMIGRATE:
-                self._saved = await self._save()
-            return self._saved
+            return await self._save()
 
     async def load_device_state(self, data: bytes) -> None:
         """Give a machine that waits for it the device state; the same bytes again change nothing."""

@@ -149,13 +149,12 @@ def new_spec(
     )
 
 
-def render_command(spec: MachineSpec, paths: MachinePaths, *, paused: bool, incoming: bool) -> list[str]:
-    """The command line of a machine's process.
+def render_command(spec: MachineSpec, paths: MachinePaths, *, incoming: bool) -> list[str]:
+    """The command line of a machine's process; it never runs the guest before it is told to.
 
     Args:
         spec: what to run.
         paths: where its files are.
-        paused: do not run the guest until told to.
         incoming: wait for device state from elsewhere.
     """
     command = [
@@ -170,9 +169,7 @@ def render_command(spec: MachineSpec, paths: MachinePaths, *, paused: bool, inco
     command += ["--program", spec.program]
     for key, value in spec.params.items():
         command += ["--param", f"{key}={value}"]
-    command += ["--self-track", "on" if spec.self_track else "off"]
-    if paused:
-        command.append("-S")
+    command += ["--self-track", "on" if spec.self_track else "off", "-S"]
     if incoming:
         command += ["--incoming", "defer"]
     return command

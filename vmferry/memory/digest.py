@@ -83,15 +83,19 @@ class PageTable:
                 kept.append(buffer[position : position + count * PAGE_SIZE])
         return PageSplit(list(zero), list(data), b"".join(kept) if zero else buffer)
 
-    def differing(self, first_page: int, digests: bytes) -> Iterator[tuple[int, int]]:
-        """The pages from ``first_page`` on whose noted digest is not the one in ``digests``, page by page."""
-        start = first_page * DIGEST_SIZE
-        noted = bytes(self._table[start : start + len(digests)])
-        if noted == digests:
-            return
-        for at in range(0, len(digests), DIGEST_SIZE):
-            if noted[at : at + DIGEST_SIZE] != digests[at : at + DIGEST_SIZE]:
-                yield first_page + at // DIGEST_SIZE, 1
+    def differing(self, runs: Iterable[tuple[int, int]], digests: bytes) -> Iterator[tuple[int, int]]:
+        """Those pages of ``runs``, as runs, whose noted digest is not the one in ``digests``."""
+        position = 0
+        for first, count in runs:
+            size = count * DIGEST_SIZE
+            given = digests[position : position + size]
+            noted = self._table[first * DIGEST_SIZE : first * DIGEST_SIZE + size]
+            position += size
+            if noted == given:
+                continue
+            for at in range(0, size, DIGEST_SIZE):
+                if noted[at : at + DIGEST_SIZE] != given[at : at + DIGEST_SIZE]:
+                    yield first + at // DIGEST_SIZE, 1
 
     def _store(self, runs: Iterable[tuple[int, int]], digests: bytes) -> None:
         """Put consecutive digests into the places of ``runs``."""

@@ -13,9 +13,10 @@ import select
 import struct
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmferry.errors import MachineDeadError, TrackerUnavailableError
 from vmferry.memory.regions import MappedRegion, find_mapping
@@ -39,8 +40,11 @@ _RESULT_FIELDS: Final = 3
 _MAX_RESULTS: Final = 4096
 
 ENTRY_SIZE: Final = 8
+_CLEAR_SOFT_DIRTY: Final = "4"
 _SOFT_DIRTY: Final = 1 << 55
 _MAPPED: Final = 1 << 63 | 1 << 62
+
+Addresses: TypeAlias = "array[int]"
 
 
 class PageMap:
@@ -82,36 +86,45 @@ class PageMap:
 
     def protect(self) -> None:
         """Write-protect every page, also those that were never touched."""
-        self._scan(WP_MATCHING | CHECK_WPASYNC)
+        self._pages(WP_MATCHING)
 
-    def written(self, *, protect: bool) -> PageRuns:
-        """The pages written since they were protected; ``protect`` protects each one before it is reported.
+    def take_written(self) -> PageRuns:
+        """The pages written since they were protected; each is protected again before it is reported.
 
-        Two walks. The first asks for WRITTEN alone, the one form of the call for which the kernel also reports
+        Two walks. The first asks for WRITTEN alone, the one form of the call for which every kernel also reports
         pages whose table entry was dropped since. The second finds page tables that are missing as a whole:
         :meth:`protect` made all of them, so a missing one was thrown away with the notes it held (this happens
         when a huge page is split), and all its pages must count as written.
         """
-        flags = CHECK_WPASYNC | (WP_MATCHING if protect else 0)
-        written = self._scan(flags, mask=WRITTEN)
-        dropped = self._scan(flags, mask=ABSENT, inverted=ABSENT)
+        written = self._pages(WP_MATCHING, mask=WRITTEN)
+        dropped = self._pages(WP_MATCHING, mask=ABSENT, inverted=ABSENT)
         return written.union(dropped) if dropped else written
 
-    def entries(self) -> bytes:
-        """The map in its older format: eight bytes for each page of the region."""
-        size = self._mapped.region.page_count * ENTRY_SIZE
-        offset = self._mapped.address // PAGE_SIZE * ENTRY_SIZE
-        parts = []
-        while size and (part := os.pread(self._fd, size, offset)):
-            parts.append(part)
-            size, offset = size - len(part), offset + len(part)
-        self._verify()
-        return b"".join(parts)
+    def count_written(self) -> int:
+        """How many pages :meth:`take_written` would report; protects nothing."""
+        with self._explained():
+            return sum(
+                (sum(ends) - sum(starts)) // PAGE_SIZE
+                for inverted, mask in ((0, WRITTEN), (ABSENT, ABSENT))
+                for starts, ends in self._walk(CHECK_WPASYNC, mask=mask, inverted=inverted)
+            )
 
-    def _scan(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
+    def _pages(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
         """Walk the region; the pages whose categories match."""
+        base = self._mapped.address
+        runs = PageRuns()
+        with self._explained():
+            for starts, ends in self._walk(flags | CHECK_WPASYNC, mask=mask, inverted=inverted):
+                firsts = [(start - base) // PAGE_SIZE for start in starts]
+                counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
+                runs.extend(zip(firsts, counts, strict=True))
+        return runs
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Refuse a walk that failed, or that found nothing because its memory is no longer there."""
         try:
-            runs = PageRuns(self._walk(flags, mask=mask, inverted=inverted))
+            yield
         except OSError as exc:
             self._verify()
             why = (
@@ -123,7 +136,6 @@ class PageMap:
                 f"PAGEMAP_SCAN of process {self._mapped.pid}: {why}", pid=self._mapped.pid, errno=exc.errno
             ) from exc
         self._verify()
-        return runs
 
     def _verify(self) -> None:
         """Refuse the answer of a scan if the memory it was about is no longer there."""
@@ -135,25 +147,59 @@ class PageMap:
         if find_mapping(pid, self._mapped.region) != self._mapped:
             raise TrackerUnavailableError(f"process {pid} moved its memory while it was tracked", pid=pid)
 
-    def _walk(self, flags: int, *, mask: int, inverted: int = 0) -> Iterator[tuple[int, int]]:
-        """Call PAGEMAP_SCAN as often as one answer is too small for all results."""
-        base, position = self._mapped.address, self._mapped.address
+    def _walk(self, flags: int, *, mask: int, inverted: int = 0) -> Iterator[tuple[Addresses, Addresses]]:
+        """Call PAGEMAP_SCAN as often as one answer is too small; where the matching runs start and end."""
+        position = self._mapped.address
         # A call that only protects (no mask) has no results, which is the kernel's fast path.
         vector, room = (self._results.buffer_info()[0], _MAX_RESULTS) if mask else (0, 0)
         while position < self._end:
             argument = bytearray(
                 SCAN_ARGUMENT.pack(
-                    SCAN_ARGUMENT.size, flags, position, self._end, 0, vector, room, 0, inverted, mask, 0, mask
+                    SCAN_ARGUMENT.size,
+                    flags,
+                    position,
+                    self._end,
+                    0,
+                    vector,
+                    room,
+                    0,
+                    inverted,
+                    mask,
+                    0,
+                    mask,
                 )
             )
             # JUSTIFICATION: there is no other way to read and protect in one step.
             # SAFETY: the argument is 96 bytes as the request says; the kernel writes at most ``room`` results
             # to an array of that length, which this object holds.
-            count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)  # noqa: FBT003 (positional only)
+            count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)
             found = self._results[: count * _RESULT_FIELDS]
-            for start, end in zip(found[::_RESULT_FIELDS], found[1::_RESULT_FIELDS], strict=True):
-                yield (start - base) // PAGE_SIZE, (end - start) // PAGE_SIZE
-            position = int.from_bytes(argument[_WALK_END], "little")
+            yield found[::_RESULT_FIELDS], found[1::_RESULT_FIELDS]
+            if count < room:
+                return
+            # The kernel's buffer is smaller than ours. Each time that fills, it notes where the walk stood, goes
+            # on, and does not correct the note if the walk then completes: walk_end can lie before results.
+            position = max(int.from_bytes(argument[_WALK_END], "little"), found[-2] if found else 0)
+
+
+def clear_soft_dirty(pid: int) -> None:
+    """Have the kernel note writes of a process anew, by the bit in its page table entries."""
+    try:
+        Path(f"/proc/{pid}/clear_refs").write_text(_CLEAR_SOFT_DIRTY)
+    except (FileNotFoundError, ProcessLookupError) as exc:
+        raise MachineDeadError(f"process {pid} is gone", pid=pid) from exc
+    except PermissionError as exc:
+        raise TrackerUnavailableError(f"soft-dirty bits of process {pid}: {exc.strerror}", pid=pid) from exc
+
+
+def read_entries(pagemap: int, address: int, length: int) -> bytes:
+    """From an open page map, the older format of a range: one 64-bit number for each page."""
+    size, offset = length // PAGE_SIZE * ENTRY_SIZE, address // PAGE_SIZE * ENTRY_SIZE
+    parts = []
+    while size and (part := os.pread(pagemap, size, offset)):
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return b"".join(parts)
 
 
 def soft_dirty_runs(entries: bytes) -> tuple[PageRuns, PageRuns]:

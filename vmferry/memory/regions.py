@@ -255,7 +255,8 @@ class RamFile:
         for first, count in runs:
             if first < 0 or count < 1 or first + count > self.page_count:
                 raise ChunkRejectedError(
-                    f"{count} pages at {first} lie outside a region of {self.page_count} pages", path=self.path
+                    f"{count} pages at {first} lie outside a region of {self.page_count} pages",
+                    path=self.path,
                 )
             room -= count * PAGE_SIZE
             spans.append((first * PAGE_SIZE, count * PAGE_SIZE))

@@ -99,6 +99,10 @@ class PageRuns:
         """The pages that are in both sets."""
         return PageRuns(_overlaps(iter(self), iter(other)))
 
+    def difference(self, other: PageRuns) -> PageRuns:
+        """The pages that are in this set and not in the other."""
+        return PageRuns(_remainders(self, iter(other)))
+
     def batches(self, max_pages: int) -> Iterator[list[tuple[int, int]]]:
         """The runs in order, in groups of at most ``max_pages`` pages each; a long run is cut."""
         if max_pages < 1:
@@ -126,6 +130,24 @@ def _without_overlap(runs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int
         if start < end:
             yield start, end - start
             covered = end
+
+
+def _remainders(
+    runs: Iterable[tuple[int, int]], holes: Iterator[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """What is left of ascending runs when ascending ``holes`` are cut out."""
+    hole_first, hole_count = next(holes, (0, 0))
+    for first, count in runs:
+        start, end = first, first + count
+        while hole_count and hole_first < end:
+            if hole_first > start:
+                yield start, hole_first - start
+            start = max(start, min(hole_first + hole_count, end))
+            if hole_first + hole_count > end:
+                break
+            hole_first, hole_count = next(holes, (0, 0))
+        if start < end:
+            yield start, end - start
 
 
 def _overlaps(left: Iterator[tuple[int, int]], right: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -65,7 +65,9 @@ def register_writes(fd: int, address: int, length: int) -> None:
         TrackerUnavailableError: the kernel cannot do it, or another userfaultfd holds the range.
     """
     _call(fd, UFFDIO_API, API_ARGUMENT.pack(API_VERSION, _FEATURES, 0), "UFFDIO_API for asynchronous mode")
-    _call(fd, UFFDIO_REGISTER, REGISTER_ARGUMENT.pack(address, length, REGISTER_MODE_WP, 0), "UFFDIO_REGISTER")
+    _call(
+        fd, UFFDIO_REGISTER, REGISTER_ARGUMENT.pack(address, length, REGISTER_MODE_WP, 0), "UFFDIO_REGISTER"
+    )
 
 
 def track_own_range(address: int, length: int) -> int:
@@ -84,7 +86,7 @@ def _call(fd: int, request: int, argument: bytes, name: str) -> None:
     try:
         # JUSTIFICATION: userfaultfd is driven by ioctl only.
         # SAFETY: the buffer has the size encoded in the request (asserted by a test) and outlives the call.
-        fcntl.ioctl(fd, request, bytearray(argument), True)  # noqa: FBT003 (positional only)
+        fcntl.ioctl(fd, request, bytearray(argument), True)
     except OSError as exc:
         if exc.errno == errno.ESRCH:
             raise MachineDeadError("the process whose memory was to be tracked is gone") from exc

@@ -22,7 +22,7 @@ import grpc.aio
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+Continuation: TypeAlias = Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]]
 Around: TypeAlias = Callable[[str, Context], AbstractAsyncContextManager[None]]
 """Given the method as ``/package.Service/Method`` and the call's context, what to run around the call."""
 
@@ -42,7 +42,9 @@ def wrap_handler(handler: Handler, method: str, around: Around) -> Handler:
     Raises:
         TypeError: the handler is not asynchronous; vmferry has no other.
     """
-    arity = "_".join("stream" if side else "unary" for side in (handler.request_streaming, handler.response_streaming))
+    arity = "_".join(
+        "stream" if side else "unary" for side in (handler.request_streaming, handler.response_streaming)
+    )
     behaviour = _as_coroutine(getattr(handler, arity), method)
 
     async def call(request: Any, context: Context) -> Any:
@@ -56,9 +58,10 @@ def wrap_handler(handler: Handler, method: str, around: Around) -> Handler:
     )
 
 
-def unimplemented_handler() -> Handler:
-    """A handler for a method nobody serves: it answers as gRPC does by itself, but interceptors can wrap it."""
-    return grpc.stream_stream_rpc_method_handler(_unimplemented)
+async def find_handler(continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler:
+    """The method's handler; for a method nobody serves, one that says so, which can be wrapped like any other."""
+    found = await continuation(details)
+    return grpc.stream_stream_rpc_method_handler(_unimplemented) if found is None else found
 
 
 async def _unimplemented(_requests: Any, context: Context) -> None:

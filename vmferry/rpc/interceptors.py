@@ -11,21 +11,31 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import grpc.aio
 
 from vmferry.errors import InternalError, VmferryError
-from vmferry.rpc.handlers import Context, Continuation, Handler, unimplemented_handler, wrap_handler
+from vmferry.rpc.handlers import (
+    Context,
+    Continuation,
+    Handler,
+    find_handler,
+    wrap_handler,
+)
 from vmferry.rpc.status import to_grpc_status
-from vmferry.security.authorization import authorize, caller_from_auth_context, caller_key_sha256
+from vmferry.security.authorization import (
+    authorize,
+    caller_from_auth_context,
+    caller_key_sha256,
+    tls_version_from_auth_context,
+)
 from vmferry.security.identity import Identity
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, span_attributes
 
 _LOG: Final = get_logger(__name__)
-_TLS_VERSION_PROPERTY: Final = "ssl_tls_version"
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def _authorised() -> _Caller:
         raise InternalError("the caller was asked for outside of an authorised call") from None
 
 
-class AuthorizationInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class AuthorizationInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic only in its stubs
     """Lets a call pass only if its certificate's identity may make it; tells the handler who calls."""
 
     def __init__(self, own: Identity) -> None:
@@ -72,14 +82,14 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
         """Put the check before the method's handler, or before the answer that there is none."""
-        handler = await continuation(handler_call_details) or unimplemented_handler()
+        handler = await find_handler(continuation, handler_call_details)
         return wrap_handler(handler, handler_call_details.method, self._around)
 
     @asynccontextmanager
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         properties = context.auth_context()
         identity = caller_from_auth_context(properties)
-        tls_version = b"".join(properties.get(_TLS_VERSION_PROPERTY, ())).decode("ascii", errors="replace")
+        tls_version = tls_version_from_auth_context(properties)
         authorize(method, caller=identity, own=self._own, tls_version=tls_version)
         token = _CALLER.set(_Caller(identity, caller_key_sha256(properties)))
         try:
@@ -88,24 +98,28 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
             _CALLER.reset(token)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic only in its stubs
     """Ends calls that met an error with the error's status."""
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler | None:
+    ) -> Handler:
         """Put the translation around the method's handler."""
-        handler = await continuation(handler_call_details)
-        return wrap_handler(handler, handler_call_details.method, self._around) if handler else None
+        handler = await find_handler(continuation, handler_call_details)
+        return wrap_handler(handler, handler_call_details.method, self._around)
 
     @asynccontextmanager
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         try:
             yield
         except VmferryError as error:
-            _LOG.info("call refused", method=method, reason=error.reason, detail=error.message, **_peer(context))
+            _LOG.info(
+                "call refused", method=method, reason=error.reason, detail=error.message, **_peer(context)
+            )
             await _abort(context, error)
-        except grpc.aio.UsageError as error:  # a handler that misuses its context, before the other errors of gRPC
+        except (
+            grpc.aio.UsageError
+        ) as error:  # a handler that misuses its context, before the other errors of gRPC
             await _abort_unexpected(method, context, error)
         except grpc.aio.BaseError:  # already aborted, the client is gone, or the server is stopping
             raise
@@ -125,7 +139,8 @@ async def _abort(context: Context, error: VmferryError) -> None:
     span_attributes(reason=error.reason)
     if context.done():  # the handler aborted the call itself and failed afterwards; the first status stands
         raise error
-    await context.abort_with_status(to_grpc_status(error))
+    status = to_grpc_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
 
 
 def _peer(context: Context) -> dict[str, str]:

@@ -7,7 +7,7 @@ caller has one family of exceptions to handle. The answer always fits into gRPC'
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -54,12 +54,7 @@ def to_grpc_status(error: VmferryError) -> grpc.Status:
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> VmferryError:
     """The error that the other side raised, or the one that tells best what the transport met."""
-    status = _rich_status(error)
-    info, bad_request = ErrorInfo(), BadRequest()
-    for detail in status.details if status else ():
-        for target in (info, bad_request):
-            if detail.Is(target.DESCRIPTOR):
-                detail.Unpack(target)
+    info, bad_request = _details(error)
     known = catalogue().get(info.reason) if info.domain == DOMAIN else None
     if known is None:
         return _from_bare_code(error, info)
@@ -70,14 +65,18 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> VmferryError:
     return found
 
 
-def _rich_status(error: grpc.aio.AioRpcError) -> Status | None:
+def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorInfo, BadRequest]:
+    info, bad_request = ErrorInfo(), BadRequest()
     # AioRpcError is a snapshot whose methods answer at once, so the synchronous reader serves it; its own module for
     # asyncio wants a live call. A peer whose details are malformed or contradict its status is taken at its status.
+    call: Any = error
     try:
-        found: Status | None = rpc_status.from_call(error)
+        status: Status | None = rpc_status.from_call(call)
+        for detail in status.details if status else ():
+            _ = detail.Unpack(info) or detail.Unpack(bad_request)
     except (ValueError, DecodeError):
-        return None
-    return found
+        return ErrorInfo(), BadRequest()
+    return info, bad_request
 
 
 def _from_bare_code(error: grpc.aio.AioRpcError, info: ErrorInfo) -> VmferryError:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from vmferry.errors import InvalidArgumentError, UnauthenticatedError, VmferryError
+from vmferry.security.trust import UNREADABLE
 
 MAX_DNS_NAME_CHARS: Final = 253
+MAX_URI_CHARS: Final = MAX_DNS_NAME_CHARS + len("spiffe://")
+"""The URI has the same parts and separators as the DNS name, and the scheme."""
 
 _LABEL: Final = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(_LABEL)
@@ -68,14 +70,17 @@ class Identity:
         Raises:
             VmferryError: of class ``error``, naming ``field``, if it is anything else.
         """
-        match = _URI.fullmatch(uri)
+        match = _URI.fullmatch(uri) if len(uri) <= MAX_URI_CHARS else None
+        if match is None:
+            raise error(
+                f"{uri[:MAX_URI_CHARS]!r} is not of the form spiffe://DOMAIN/KIND/NAME"
+                f" with at most {MAX_URI_CHARS} characters",
+                field=field,
+            )
         try:
-            if match is None:
-                raise InvalidArgumentError("it is not of the form spiffe://DOMAIN/KIND/NAME")
             return cls(match["trust_domain"], _kind(match["kind"]), match["name"])
         except InvalidArgumentError as fault:
-            shown = uri if len(uri) <= MAX_DNS_NAME_CHARS else uri[:MAX_DNS_NAME_CHARS] + "..."
-            raise error(f"{shown!r} is not an identity: {fault}", field=field) from None
+            raise error(f"{uri!r} is not an identity: {fault}", field=field) from None
 
     @property
     def uri(self) -> str:
@@ -114,7 +119,7 @@ def load_certificate(pem_or_der: bytes) -> x509.Certificate:
         if pem_or_der.lstrip().startswith(b"-----BEGIN"):
             return x509.load_pem_x509_certificate(pem_or_der)
         return x509.load_der_x509_certificate(pem_or_der)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise UnauthenticatedError("that is not an X.509 certificate") from error
 
 
@@ -122,7 +127,7 @@ def identity_from_x509(certificate: x509.Certificate) -> Identity:
     """As :func:`identity_from_certificate`, for a certificate that was already read."""
     try:
         extensions = certificate.extensions
-    except (ValueError, x509.DuplicateExtension, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise UnauthenticatedError(f"the certificate's extensions cannot be read: {error}") from error
     _require_leaf(extensions)
     try:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -20,16 +21,18 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from vmferry.errors import ConfigError, UnauthenticatedError
 from vmferry.security.files import read_private, read_public
 from vmferry.security.identity import Identity, Kind, identity_from_x509, load_certificate, public_key_sha256
-from vmferry.security.trust import find_issuer, is_valid_at
+from vmferry.security.trust import UNREADABLE, find_issuer, is_valid_at
+
+_CURVES: Final = (ec.SECP256R1, ec.SECP384R1)
 
 
 @dataclass(frozen=True)
 class TlsMaterial:
     """What one end of a connection proves itself with."""
 
-    ca_pem: bytes
+    ca_pem: bytes = field(repr=False)
     """Authorities that peers must be issued by; more than one while an authority is being replaced."""
-    cert_pem: bytes
+    cert_pem: bytes = field(repr=False)
     """The own certificate, followed by intermediate ones if there are any."""
     key_pem: bytes = field(repr=False)
     identity: Identity
@@ -73,7 +76,9 @@ class TlsFiles:
             except OSError:
                 found.append(())
             else:
-                found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+                found.append(
+                    (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                )
         return tuple(found)
 
     def load(self) -> TlsMaterial:
@@ -97,7 +102,9 @@ class TlsFiles:
         try:
             identity = identity_from_x509(leaf)
         except UnauthenticatedError as error:
-            raise ConfigError(f"{self.cert}: {error}", field=self.cert.name, remedy=error.instance_remedy) from error
+            raise ConfigError(
+                f"{self.cert}: {error}", field=self.cert.name, remedy=error.instance_remedy
+            ) from error
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         if identity.kind is Kind.VMHOST and not names.get_values_for_type(x509.DNSName):
             raise ConfigError(
@@ -109,9 +116,10 @@ class TlsFiles:
 
     def _check_key(self, leaf: x509.Certificate, key_pem: bytes) -> None:
         public = leaf.public_key()
-        if not isinstance(public, ec.EllipticCurvePublicKey):
+        if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, _CURVES):
             raise ConfigError(
-                f"{self.cert}: the key must be an elliptic-curve (ECDSA) one: TLS 1.2 is locked out by this",
+                f"{self.cert}: its key must be ECDSA P-256 or P-384; with RSA, TLS 1.2 could not be shut out,"
+                " and gRPC's TLS takes no other kind",
                 field=self.cert.name,
                 remedy="Issue the certificate for an ECDSA P-256 key.",
             )
@@ -145,7 +153,7 @@ class TlsFiles:
 def _certificates(path: Path, pem: bytes) -> list[x509.Certificate]:
     try:
         return x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{path} holds no PEM certificate, or a broken one", field=path.name) from error
 
 
@@ -153,7 +161,13 @@ def _check_validity(path: Path, certificate: x509.Certificate, now: datetime) ->
     if is_valid_at(certificate, now):
         return
     start, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    state = f"expired at {end:%Y-%m-%dT%H:%M:%SZ}" if now > end else f"is not valid before {start:%Y-%m-%dT%H:%M:%SZ}"
+    state = (
+        f"expired at {end:%Y-%m-%dT%H:%M:%SZ}"
+        if now > end
+        else f"is not valid before {start:%Y-%m-%dT%H:%M:%SZ}"
+    )
     raise ConfigError(
-        f"{path} {state}", field=path.name, remedy="Issue a new one (vmferry certs issue --force), or set the clock."
+        f"{path} {state}",
+        field=path.name,
+        remedy="Issue a new one (vmferry certs issue --force), or set the clock.",
     )

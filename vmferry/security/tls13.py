@@ -29,5 +29,7 @@ def enforce_tls13() -> None:
     if os.environ.get(VARIABLE) == RSA_ONLY_SUITE:
         return
     if "grpc" in sys.modules:
-        raise InternalError(f"enforce_tls13() must come before the first import of grpc, which reads {VARIABLE}")
+        raise InternalError(
+            f"enforce_tls13() must come before the first import of grpc, which reads {VARIABLE}"
+        )
     os.environ[VARIABLE] = RSA_ONLY_SUITE

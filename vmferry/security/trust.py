@@ -8,9 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
+from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.utils import CryptographyDeprecationWarning
+
+UNREADABLE: Final = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+    # Only where warnings are errors; what is malformed today is unreadable to the library's next release.
+    CryptographyDeprecationWarning,
+)
+"""Everything that looking at a malformed certificate is known to raise; found by changing bytes at random."""
 
 
 def is_valid_at(certificate: x509.Certificate, now: datetime) -> bool:
@@ -33,7 +46,7 @@ def _is_authority(certificate: x509.Certificate) -> bool:
         extensions = certificate.extensions
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
         usage = extensions.get_extension_for_class(x509.KeyUsage).value
-    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, UnsupportedAlgorithm):
+    except (*UNREADABLE, x509.ExtensionNotFound):
         return False
     return constraints.ca and usage.key_cert_sign
 
@@ -41,6 +54,6 @@ def _is_authority(certificate: x509.Certificate) -> bool:
 def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except (*UNREADABLE, TypeError, InvalidSignature):
         return False
     return True

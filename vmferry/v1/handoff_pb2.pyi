@@ -88,6 +88,7 @@ class AttemptRef(_message.Message):
     DESTINATION_FIELD_NUMBER: _builtins.int
     SOURCE_INCARNATION_FIELD_NUMBER: _builtins.int
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
+    DESTINATION_ADDRESS_FIELD_NUMBER: _builtins.int
     machine_id: _builtins.str
     """Identity of the machine."""
     migration_id: _builtins.bytes
@@ -106,6 +107,8 @@ class AttemptRef(_message.Message):
     """Incarnation of the source's journal."""
     destination_incarnation: _builtins.str
     """Incarnation of the destination's journal, as the source learnt it; empty before that."""
+    destination_address: _builtins.str
+    """Where the source reaches the destination; only for the source's own journal."""
     def __init__(
         self,
         *,
@@ -118,10 +121,11 @@ class AttemptRef(_message.Message):
         destination: _builtins.str = ...,
         source_incarnation: _builtins.str = ...,
         destination_incarnation: _builtins.str = ...,
+        destination_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_incarnation", b"destination_incarnation", "epoch_from", b"epoch_from", "epoch_to", b"epoch_to", "machine_id", b"machine_id", "migration_id", b"migration_id", "source", b"source", "source_incarnation", b"source_incarnation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "destination", b"destination", "destination_address", b"destination_address", "destination_incarnation", b"destination_incarnation", "epoch_from", b"epoch_from", "epoch_to", b"epoch_to", "machine_id", b"machine_id", "migration_id", b"migration_id", "source", b"source", "source_incarnation", b"source_incarnation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,22 +140,26 @@ class AttemptStatus(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     state: Global___AttemptState.ValueType
     """How it stands."""
     destination_incarnation: _builtins.str
     """Incarnation of the journal that says so."""
     refusal: _builtins.str
     """Why it was refused, if it was."""
+    digest: _builtins.bytes
+    """Digest of the copy, from PREPARED on."""
     def __init__(
         self,
         *,
         state: Global___AttemptState.ValueType = ...,
         destination_incarnation: _builtins.str = ...,
         refusal: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "refusal", b"refusal", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "digest", b"digest", "refusal", b"refusal", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -101,5 +102,4 @@ def test_a_record_reads_back_and_nothing_else_does() -> None:
 
 
 def _comm(pid: int) -> str:
-    with open(f"/proc/{pid}/comm", encoding="ascii") as file:
-        return file.read().rstrip("\n")
+    return Path(f"/proc/{pid}/comm").read_text(encoding="ascii").rstrip("\n")

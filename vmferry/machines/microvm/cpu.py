@@ -11,8 +11,9 @@ import struct
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
-from unicorn import UC_ARCH_X86, UC_MODE_64, UC_PROT_ALL, Uc
+from unicorn import UC_ARCH_X86, UC_MODE_64, UC_PROT_ALL
 from unicorn import x86_const as x86
+from unicorn.unicorn import Uc
 
 from vmferry.errors import DeviceStateError, MachineFailedError
 from vmferry.machines.microvm.ports import Part
@@ -71,7 +72,8 @@ class Cpu(Part):
     version: ClassVar[int] = 1
 
     def __init__(self, ram: Ram) -> None:
-        self.uc = Uc(UC_ARCH_X86, UC_MODE_64)
+        engine: type[Any] = Uc  # the library's annotations stop here
+        self.uc: Any = engine(UC_ARCH_X86, UC_MODE_64)
         self._ram = ram
         # JUSTIFICATION: the guest must write into the shared file itself, not into a copy of the engine's.
         # SAFETY: ``ram`` outlives the engine (both live until the process ends) and never moves its mapping.
@@ -113,14 +115,18 @@ class Cpu(Part):
     def save(self) -> bytes:
         """The registers as the payload of a section."""
         if self._fixed_state() != self._fixed_at_reset:
-            raise MachineFailedError("the guest changed control registers or descriptor tables, which are not saved")
+            raise MachineFailedError(
+                "the guest changed control registers or descriptor tables, which are not saved"
+            )
         return pack(self.registers())
 
     def prepare(self, payload: bytes) -> Callable[[], None]:
         """Check saved registers; the result applies them."""
         registers = unpack(payload)
         if registers["RIP"] >= self._ram.size:
-            raise DeviceStateError("the saved CPU stands outside the memory of this machine", rip=registers["RIP"])
+            raise DeviceStateError(
+                "the saved CPU stands outside the memory of this machine", rip=registers["RIP"]
+            )
 
         def apply() -> None:
             for name in (*_WORDS, *_VECTORS):

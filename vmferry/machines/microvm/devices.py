@@ -169,6 +169,8 @@ class Power(Part):
         self._clock = clock
         self._on_sleep = on_sleep
         self._wake_at_ns = 0
+        self.asked = False
+        """Set when the guest asks to sleep; cleared by whoever acts on it."""
         bus.on_write(PORT_SLEEP, self._sleep)
 
     def asleep_ns(self) -> int:
@@ -190,6 +192,7 @@ class Power(Part):
 
     def _sleep(self, microseconds: int) -> None:
         self._wake_at_ns = self._clock.guest_ns() + 1000 * microseconds
+        self.asked = True
         self._on_sleep()
 
 

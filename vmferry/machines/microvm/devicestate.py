@@ -93,13 +93,19 @@ def parse(stream: bytes) -> list[Section]:
         raise DeviceStateError("this is not the device state of a micro-VM: the magic number is missing")
     version = int.from_bytes(reader.take(2, "the format number"), "little")
     if version != FORMAT:
-        raise DeviceStateError(f"device state of format {version}, this machine reads {FORMAT}", format=version)
+        raise DeviceStateError(
+            f"device state of format {version}, this machine reads {FORMAT}", format=version
+        )
     sections: list[Section] = []
     while (kind := reader.take(1, "the list of sections")) == _SECTION:
         sections.append(_parse_section(reader))
     if kind != _DESCRIPTION:
         raise DeviceStateError(f"unknown record {kind!r} in the device state", offset=reader.at - 1)
     _check_description(reader, sections)
+    names = [section.name for section in sections]
+    for name in set(names):
+        if names.count(name) > 1:
+            raise DeviceStateError(f"section {name!r} is there twice", section=name)
     return sections
 
 

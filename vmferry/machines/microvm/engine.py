@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from unicorn import UC_HOOK_INSN, UcError
+from unicorn import UC_HOOK_INSN
 from unicorn import x86_const as x86
+from unicorn.unicorn import UcError
 
 from vmferry.errors import MachineFailedError
 from vmferry.machines.microvm.cpu import Cpu
@@ -38,6 +39,14 @@ class Ending(enum.Enum):
     FAULTED = "faulted"
 
 
+@dataclass(frozen=True)
+class Ended:
+    """That, and why, a guest stopped running by itself."""
+
+    kind: Ending
+    reason: str
+
+
 @dataclass
 class VcpuTimes:
     """CLOCK_MONOTONIC instants at which the CPU last began and ceased to execute; None: never yet."""
@@ -50,10 +59,11 @@ class Engine:
     """Runs one CPU on a thread of its own."""
 
     def __init__(
-        self, cpu: Cpu, bus: PortBus, clock: Clock, power: Power, on_ending: Callable[[Ending, str], None]
+        self, cpu: Cpu, bus: PortBus, clock: Clock, power: Power, on_ending: Callable[[], None]
     ) -> None:
-        """``on_ending`` is called on the CPU thread when the guest halts or faults."""
+        """``on_ending`` is called on the CPU thread when the guest halts or faults: see ``ended`` then."""
         self.times = VcpuTimes()
+        self.ended: Ended | None = None
         self._cpu = cpu
         self._clock = clock
         self._power = power
@@ -106,31 +116,33 @@ class Engine:
                 self.times.last_start_ns = time.monotonic_ns()
                 self._clock.start(self.times.last_start_ns)
                 self._changed.notify_all()
-            ending = self._run()
+            ended = self._run()
             with self._changed:
+                self.ended = ended
                 self._running = False
                 self._wanted = False
                 self.times.last_stop_ns = time.monotonic_ns()
                 self._clock.stop(self.times.last_stop_ns)
                 self._changed.notify_all()
-            if ending is not None:
-                self._on_ending(*ending)
+            if ended is not None:
+                self._on_ending()
 
-    def _run(self) -> tuple[Ending, str] | None:
+    def _run(self) -> Ended | None:
         """Execute until told to stop (None) or until the guest ends by itself."""
         while True:
             self._sleep_with_guest()
             if not self._wanted:
                 return None
+            self._power.asked = False
             try:
                 self._cpu.uc.emu_start(self._cpu.rip, _NOWHERE)
             except UcError as error:
-                return Ending.FAULTED, f"the guest faulted at {self._cpu.rip:#x}: {error}"
-            except Exception as error:  # a device failed inside its hook: the guest must not run on
+                return Ended(Ending.FAULTED, f"the guest faulted at {self._cpu.rip:#x}: {error}")
+            except Exception as error:  # noqa: BLE001 - a device failed inside its hook: the guest must not run on
                 _log.exception("a device failed")
-                return Ending.FAULTED, f"a device failed at {self._cpu.rip:#x}: {error!r}"
-            if self._wanted and not self._power.asleep_ns() and self._cpu.halted():
-                return Ending.HALTED, f"the guest halted at {self._cpu.rip:#x}"
+                return Ended(Ending.FAULTED, f"a device failed at {self._cpu.rip:#x}: {error!r}")
+            if self._wanted and not self._power.asked and self._cpu.halted():
+                return Ended(Ending.HALTED, f"the guest halted at {self._cpu.rip:#x}")
 
     def _sleep_with_guest(self) -> None:
         if not self._power.asleep_ns():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Callable
-from typing import ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from vmferry.errors import ConfigError, DeviceStateError
 from vmferry.machines.microvm.ports import U32, Part, PortBus
@@ -20,7 +20,6 @@ MAX_FRAME_BYTES: Final = 9216
 """Jumbo frames and nothing larger."""
 _RARP_FRAME_BYTES: Final = 60
 _RARP: Final = struct.Struct(">6s6sHHHBBH6s4s6s4s")
-_Address = str | tuple[str, int]
 
 
 class GuestMemory(Protocol):
@@ -41,7 +40,7 @@ class Backend:
         kind, _, rest = option.partition(":")
         if kind != "dgram" or not rest:
             raise ConfigError(f"{option!r} is neither dgram:unix:PATH nor dgram:HOST:PORT", field="netdev")
-        self._peer: _Address
+        self._peer: Any  # a socket address of the family chosen below
         if rest.startswith("unix:"):
             self._peer = rest.removeprefix("unix:")
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -51,7 +50,7 @@ class Backend:
             try:
                 family, *_, self._peer = socket.getaddrinfo(
                     host.strip("[]"), port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICSERV
-                )[0]  # type: ignore[misc]
+                )[0]
             except OSError as error:
                 raise ConfigError(f"cannot resolve {option!r}: {error.strerror}", field="netdev") from error
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
@@ -114,7 +113,9 @@ class Nic(Part):
         """Refuse the state of an interface with another address."""
         mac, tx_address, rx_address, rx_capacity = self._unpack(self._LAYOUT, payload)
         if mac != self.mac:
-            raise DeviceStateError(f"the device state has MAC {mac.hex(':')}, this machine {self.mac.hex(':')}")
+            raise DeviceStateError(
+                f"the device state has MAC {mac.hex(':')}, this machine {self.mac.hex(':')}"
+            )
 
         def apply() -> None:
             self._tx_address = tx_address

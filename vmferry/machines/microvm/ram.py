@@ -9,14 +9,16 @@ this process on behalf of devices are both seen, because both go through this on
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import stat
 from pathlib import Path
 
-from vmferry.errors import ConfigError
+from vmferry.errors import ConfigError, TrackerUnavailableError
+from vmferry.memory.userfault import track_own_range
 
-PAGE_BYTES = mmap.PAGESIZE
+_log = logging.getLogger(__name__)
 
 
 class AddressError(ValueError):
@@ -30,7 +32,9 @@ class Ram:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise ConfigError(f"cannot open the RAM file {path}: {error.strerror}", field="ram-file") from error
+            raise ConfigError(
+                f"cannot open the RAM file {path}: {error.strerror}", field="ram-file"
+            ) from error
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_size != size:
@@ -45,6 +49,13 @@ class Ram:
         # JUSTIFICATION: the CPU engine needs the address of the mapping.
         # SAFETY: the exported buffer keeps the mapping from being closed or resized while this object lives.
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+
+    def track_writes(self) -> None:
+        """Let the kernel note writes for whoever asks; where it cannot, the machine runs all the same."""
+        try:
+            self._tracker = track_own_range(self.address, self.size)
+        except TrackerUnavailableError as error:
+            _log.warning("writes to RAM are not tracked: %s", error)
 
     def check(self, address: int, length: int) -> None:
         """Raise :class:`AddressError` unless the range lies inside."""

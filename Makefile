@@ -1,0 +1,62 @@
+# Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
+#
+#   PYTHON=python3.12   the interpreter to work with
+#   ARGS="..."          further arguments of `make demo` and `make test`
+#   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check check-style check-types check-protos check-guests check-contract \
+        format protos guests lock clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: ## Make .venv, or bring it up to date (all targets below do this first)
+	@$(PYTHON) -I scripts/setup_env.py
+
+demo: setup ## Move a running guest from one service to another and show what happened
+	@$(BIN)/vmferry demo $(ARGS)
+
+test: setup ## Run every test this machine allows; the summary names what is left out, and why
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: check-style check-types check-protos check-guests check-contract ## Run all checks that need no test to run
+
+check-style: setup ## Lint, and check the formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+check-types: setup ## Check the types, strictly
+	@$(BIN)/mypy
+	@$(BIN)/mypy scripts
+
+check-protos: setup ## Check that vmferry/v1 is what protos/ says
+	@$(BIN)/python scripts/gen_protos.py --check
+
+check-guests: setup ## Check that the guest programs are what their sources say
+	@scripts/if-installed "the drift of guest programs" binutils as objcopy -- \
+	  $(BIN)/python -m vmferry.machines.microvm.guests.build --check
+
+check-contract: ## Lint the contract in protos/
+	@scripts/if-installed "the lint of protos/" "nodejs and npm" node npm -- scripts/buf lint
+
+format: setup ## Format the code, and mend what can be mended automatically
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+protos: setup ## Generate vmferry/v1 from protos/
+	@$(BIN)/python scripts/gen_protos.py
+
+guests: setup ## Assemble the guest programs of the micro-VM
+	@$(BIN)/python -m vmferry.machines.microvm.guests.build
+
+lock: ## Rewrite constraints.txt with the newest versions pyproject.toml allows
+	@$(PYTHON) -I scripts/lock.py
+
+clean: ## Remove everything that make made
+	@rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	@find vmferry source_svc dest_svc tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,198 @@
+"""The thin shell around the destination's half of the hand-off: one machine's arrivals at this host.
+
+Promise: every step is decided by ``vmferry.handoff.destination.decide`` and done in its order: a record is on disk
+before the effect that needs it, the guest runs only with a permit minted from the journals, and every answer is
+what the journal says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from dest_svc.receiver import Receiver, discard_leftover
+from vmferry.errors import JournalDamagedError, MachineDeadError, MachineNotFoundError, VmferryError
+from vmferry.handoff import destination
+from vmferry.handoff.ledger import HostLedger
+from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
+from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase
+
+_LOG: Final = get_logger(__name__)
+
+
+class Arrival:
+    """One machine's journal at this destination, and what its open attempt holds here."""
+
+    def __init__(
+        self,
+        machine_id: str,
+        ledger: HostLedger,
+        directory: MachineDirectory,
+        *,
+        resume_retry_s: float,
+        on_broken_journal: Callable[[VmferryError], None],
+    ) -> None:
+        self.machine_id = machine_id
+        self.lock = asyncio.Lock()
+        self.receiver: Receiver | None = None
+        self._ledger = ledger
+        self._directory = directory
+        self._journal = ledger.open_destination(machine_id)
+        self._resume_retry_s = resume_retry_s
+        self._on_broken_journal = on_broken_journal
+        self._resuming: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> destination.DestinationState:
+        """What the journal says."""
+        return self._journal.state
+
+    def answer(self, attempt: Attempt) -> Answer:
+        """How an attempt stands, by the journal."""
+        return destination.answer(self.state, attempt)
+
+    def probe_journal(self) -> None:
+        """Check that the records to come could be written."""
+        self._journal.probe()
+
+    async def apply(self, event: destination.DestinationEvent) -> Answer | None:
+        """Decide about one event and do it; the caller holds the lock. Returns an answer if the decision has one."""
+        given = None
+        for action in destination.decide(self.state, event):
+            if isinstance(action, Answer):
+                given = action
+            else:
+                await self._do(action)
+        return given
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Append():
+                await self._append(action)
+            case Release():
+                await self._discard()
+            case Resume():
+                await self._try_resume()
+            case Wait(why=why):
+                _LOG.warning("waiting", machine=self.machine_id, why=why)
+            case Answer() | Tell():
+                pass
+            case _:
+                assert_never(action)
+
+    async def _append(self, action: Append) -> None:
+        try:
+            await asyncio.to_thread(self._journal.append, action)
+        except JournalDamagedError as error:
+            # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
+            self._on_broken_journal(error)
+            raise
+        _LOG.info(
+            "recorded", machine=self.machine_id, record=action.record.kind.name, note=action.record.note
+        )
+
+    async def _discard(self) -> None:
+        receiver, self.receiver = self.receiver, None
+        if receiver is not None:
+            await receiver.discard()
+        else:
+            await discard_leftover(self.machine_id, self._directory)
+
+    async def _try_resume(self) -> None:
+        """Resume; a failure leaves the attempt OWNED and is tried again until it works."""
+        try:
+            await self.resume()
+        except VmferryError as error:
+            _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
+            if self._resuming is None or self._resuming.done():
+                self._resuming = asyncio.create_task(self._keep_resuming())
+
+    async def resume(self) -> None:
+        """Let the guest run here, record that it did, and tell the network."""
+        async with phase("resume"):
+            machine = self.machine()
+            permit = await asyncio.to_thread(self._ledger.permit, self.machine_id)
+            if await machine.run_state() is not RunState.RUNNING:
+                await machine.cont(permit)
+        await self.apply(destination.GuestRan())
+        await self._after_resume(machine)
+
+    async def _after_resume(self, machine: QmpMachine) -> None:
+        try:
+            await machine.announce()
+        except VmferryError as error:
+            _LOG.warning("the network was not told", machine=self.machine_id, detail=error.message)
+        receiver, self.receiver = self.receiver, None
+        if receiver is not None:
+            await receiver.release()
+        await machine.close()
+
+    async def _keep_resuming(self) -> None:
+        while True:
+            await asyncio.sleep(self._resume_retry_s)
+            async with self.lock:
+                now = self.state.current
+                if not isinstance(now, destination.Owned) or now.ran:
+                    return
+                try:
+                    await self.resume()
+                except MachineDeadError as error:
+                    _LOG.critical(
+                        "the machine was lost with its process here",
+                        machine=self.machine_id,
+                        detail=str(error),
+                    )
+                    return
+                except VmferryError as error:
+                    _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
+
+    def machine(self) -> QmpMachine:
+        """The machine's hypervisor on this host.
+
+        Raises:
+            MachineDeadError: it does not run.
+        """
+        if self.receiver is not None and self.receiver.machine is not None:
+            return self.receiver.machine
+        try:
+            return self._directory.open(self._directory.find(self.machine_id))
+        except MachineNotFoundError as error:
+            raise MachineDeadError(f"machine {self.machine_id} has no hypervisor on this host") from error
+
+    async def recover(self) -> None:
+        """After a restart of the service: journal first, then the hypervisor. The source asks by itself."""
+        async with self.lock:
+            match self.state.current:
+                case destination.Receiving():
+                    await self.apply(destination.CopyLost("the destination service was restarted"))
+                case destination.Prepared():
+                    if not await self._copy_waits():
+                        await self.apply(destination.CopyLost("the prepared copy died"))
+                case destination.Owned(ran=False):
+                    await self._try_resume()
+                case destination.Refused():
+                    if not self._ledger.rights(self.machine_id).holds:
+                        await self._discard()  # the service was killed between the record and its effect
+                case destination.Owned() | destination.Empty():
+                    pass
+
+    async def _copy_waits(self) -> bool:
+        try:
+            machine = self.machine()
+            return await machine.run_state() is RunState.PAUSED
+        except VmferryError:
+            return False
+
+    async def close(self) -> None:
+        """Let go of the journal; a prepared copy stays as it is."""
+        if self._resuming is not None:
+            self._resuming.cancel()
+        if self.receiver is not None and isinstance(self.state.current, destination.Receiving):
+            async with self.lock:
+                await self.apply(destination.CopyLost("the destination service stops"))
+        self._journal.close()

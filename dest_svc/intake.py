@@ -1,0 +1,155 @@
+"""The receiving side of one attempt's lanes.
+
+Promise: frames of a lane are taken in one after the other, each exactly once, and completely before the lane is
+reopened or the attempt is discarded; nothing is acknowledged before it is in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import Final
+
+from xxhash import xxh3_128
+
+from vmferry.errors import ChunkRejectedError, HashMismatchError, StaleAttemptError, StreamBrokenError
+from vmferry.transfer.frames import Intake
+from vmferry.transfer.numbering import Arrival, ReceivingLane, Totals
+from vmferry.v1 import transfer_pb2
+
+MAX_DEVICE_STATE_BYTES: Final = 64 * 1024 * 1024
+Response = transfer_pb2.TransferResponse
+
+
+class DeviceStateBuffer:
+    """Collects the pieces of the device state, in whatever order the lanes bring them."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[int, bytes] = {}
+        self._total = -1
+
+    def add(self, piece: transfer_pb2.DeviceState) -> None:
+        """Keep one piece.
+
+        Raises:
+            ChunkRejectedError: it lies outside the device state, or that is larger than any real one.
+        """
+        if not 0 < piece.total_bytes <= MAX_DEVICE_STATE_BYTES:
+            raise ChunkRejectedError(
+                f"a device state has 1 to {MAX_DEVICE_STATE_BYTES} bytes, not {piece.total_bytes}",
+                field="total_bytes",
+            )
+        if self._total not in (-1, piece.total_bytes):
+            raise ChunkRejectedError(
+                "the pieces disagree about the size of the device state", field="total_bytes"
+            )
+        if not piece.data or piece.offset + len(piece.data) > piece.total_bytes:
+            raise ChunkRejectedError("the piece is empty or lies outside the device state", field="offset")
+        self._total = piece.total_bytes
+        self._pieces[piece.offset] = piece.data
+
+    def whole(self) -> bytes:
+        """The device state.
+
+        Raises:
+            StreamBrokenError: pieces are missing or overlap.
+        """
+        at = 0
+        for offset in sorted(self._pieces):
+            if offset != at:
+                break
+            at += len(self._pieces[offset])
+        if self._total < 0 or at != self._total:
+            raise StreamBrokenError(f"the device state is incomplete: {at} of {max(self._total, 0)} bytes")
+        return b"".join(self._pieces[offset] for offset in sorted(self._pieces))
+
+
+class Lane:
+    """One lane, over all the connections it may need."""
+
+    def __init__(self, window_bytes: int) -> None:
+        self.lock = asyncio.Lock()
+        self.ended = False
+        self.closed = False
+        """The attempt is over: nothing is taken in any more."""
+        self.different_pages = 0
+        self._window_bytes = window_bytes
+        self._numbering = ReceivingLane()
+        self._digest = xxh3_128()
+        self._connection = 0
+
+    @property
+    def frames(self) -> int:
+        """Frames taken in so far."""
+        return self._numbering.totals.frames
+
+    async def serve(
+        self,
+        requests: AsyncIterable[transfer_pb2.TransferRequest],
+        take: Callable[[transfer_pb2.TransferRequest], int],
+    ) -> AsyncIterator[Response]:
+        """Take in what one connection brings; ``take`` writes a frame and returns how many of its pages differed."""
+        self._connection += 1
+        connection = self._connection
+        async with self.lock:  # an older connection's last frame may still be on its way into memory
+            welcome = transfer_pb2.LaneWelcome(acknowledged=self.frames, window_bytes=self._window_bytes)
+        yield Response(welcome=welcome)
+        async for request in requests:
+            # Shielded: a frame is never left half written, whatever becomes of the connection.
+            work = asyncio.create_task(self._take(connection, request, take))
+            work.add_done_callback(_retrieve)
+            yield await asyncio.shield(work)
+
+    async def _take(
+        self,
+        connection: int,
+        request: transfer_pb2.TransferRequest,
+        take: Callable[[transfer_pb2.TransferRequest], int],
+    ) -> Response:
+        async with self.lock:
+            if self.closed:
+                raise StaleAttemptError("the attempt is closed")
+            if connection != self._connection:
+                raise StaleAttemptError("the lane was reopened by a newer connection")
+            kind = request.WhichOneof("message")
+            if kind == "end":
+                return self._end(request.end)
+            if kind not in ("chunk", "device_state"):
+                raise StreamBrokenError("only frames and the end may follow the opening of a lane")
+            if self.ended:
+                raise StreamBrokenError("a frame came after the lane's end")
+            frame = request.chunk if kind == "chunk" else request.device_state
+            if self._numbering.arrival(frame.sequence) is Arrival.NEW:
+                self.different_pages += await asyncio.to_thread(take, request)
+                self._numbering.taken(len(frame.data))
+                if kind == "chunk":
+                    self._digest.update(request.chunk.data_hash)
+            ack = transfer_pb2.Ack(acknowledged=self.frames, different_pages=self.different_pages)
+            return Response(ack=ack)
+
+    def _end(self, end: transfer_pb2.LaneEnd) -> Response:
+        self._numbering.check_end(Totals(end.frames, end.data_bytes))
+        if end.digest != self._digest.digest():
+            raise HashMismatchError(
+                "the lane's digest is not that of the chunks that arrived", field="digest"
+            )
+        self.ended = True
+        return Response(ended=transfer_pb2.LaneEnded(frames=self.frames))
+
+
+def _retrieve(task: asyncio.Task[Response]) -> None:
+    """A frame whose connection is gone may fail unseen: the sender sends it again and is told then."""
+    if not task.cancelled():
+        task.exception()
+
+
+def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: transfer_pb2.TransferRequest) -> int:
+    """Check one frame and put it where it belongs; returns how many pages differed in a comparison."""
+    if request.WhichOneof("message") == "device_state":
+        device_state.add(request.device_state)
+        return 0
+    intake.check(request.chunk)
+    if request.chunk.compare_only:
+        return intake.compare(request.chunk)
+    intake.write(request.chunk)
+    return 0

@@ -1,0 +1,196 @@
+"""Everything this host holds for one open attempt: memory, the waiting hypervisor, lanes.
+
+Promise: memory is taken before the source pauses its guest; :meth:`Receiver.seal` speaks of the memory that will run
+here; :meth:`Receiver.discard` leaves no process, file or descriptor behind, whatever state it finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+from functools import partial
+from typing import Final
+
+from dest_svc.intake import DeviceStateBuffer, Lane, Response, take_frame
+from vmferry.config import HostConfig
+from vmferry.errors import (
+    HashMismatchError,
+    InvalidArgumentError,
+    MachineDeadError,
+    PermissionDeniedError,
+    StreamBrokenError,
+    VmferryError,
+)
+from vmferry.handoff.states import Attempt
+from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.spec import MachineSpec
+from vmferry.memory.digest import PageTable
+from vmferry.memory.regions import RamFile
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase
+from vmferry.transfer.frames import Intake
+from vmferry.transfer.seal import seal_digest
+from vmferry.v1 import transfer_pb2
+
+_LOG: Final = get_logger(__name__)
+_RESERVE_STEP_BYTES: Final = 4 * 1024 * 1024
+
+
+class Receiver:
+    """One open attempt's share of this host."""
+
+    def __init__(
+        self, attempt: Attempt, spec: MachineSpec, directory: MachineDirectory, config: HostConfig, lanes: int
+    ) -> None:
+        self.attempt = attempt
+        self.spec = spec
+        self.transfer_token = secrets.token_bytes(32)
+        self.progressed_at = time.monotonic()
+        self.machine: QmpMachine | None = None
+        self._directory = directory
+        self._lanes = [Lane(config.window_bytes // lanes) for _ in range(lanes)]
+        self._device_state = DeviceStateBuffer()
+        self._ram: RamFile | None = None
+        self._intake: Intake | None = None
+        self._reservation: asyncio.Task[None] | None = None
+        self._reserved_bytes = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Guest memory."""
+        return self.spec.memory_mib * 1024 * 1024
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Memory already taken."""
+        return self._reserved_bytes
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """Memory promised and not taken yet."""
+        return self.memory_bytes - self._reserved_bytes
+
+    async def prepare(self) -> None:
+        """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
+        async with phase("prepare"):
+            self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            region = self.machine.ram
+            self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
+            self._intake = Intake(self._ram, PageTable(region.page_count))
+            self._reservation = asyncio.create_task(self._reserve(self._ram))
+
+    async def _reserve(self, ram: RamFile) -> None:
+        for offset in range(0, self.memory_bytes, _RESERVE_STEP_BYTES):
+            length = min(_RESERVE_STEP_BYTES, self.memory_bytes - offset)
+            await asyncio.to_thread(ram.reserve, offset, length)
+            self._reserved_bytes += length
+
+    def lane(self, opening: transfer_pb2.LaneOpen) -> Lane:
+        """The lane that ``opening`` asks for.
+
+        Raises:
+            PermissionDeniedError: it does not know the attempt's secret.
+            InvalidArgumentError: there is no such lane.
+        """
+        if not secrets.compare_digest(opening.transfer_token, self.transfer_token):
+            raise PermissionDeniedError(
+                "the transfer token is not the one that Begin returned", field="transfer_token"
+            )
+        if opening.lane >= len(self._lanes):
+            raise InvalidArgumentError(f"there are {len(self._lanes)} lanes", field="open.lane")
+        return self._lanes[opening.lane]
+
+    async def serve(
+        self, lane: Lane, requests: AsyncIterable[transfer_pb2.TransferRequest]
+    ) -> AsyncIterator[Response]:
+        """Take in what one connection of a lane brings."""
+        assert self._intake is not None, "lanes open after Begin was answered"
+        take = partial(take_frame, self._intake, self._device_state)
+        async for response in lane.serve(requests, take):
+            self.progressed_at = time.monotonic()
+            yield response
+
+    async def preflight(self) -> list[str]:
+        """What stands in the way of finishing this attempt now."""
+        self.progressed_at = time.monotonic()
+        problems = []
+        if self._reservation is None or not self._reservation.done():
+            problems.append(f"memory: {self._reserved_bytes} of {self.memory_bytes} bytes taken so far")
+        elif (error := self._reservation.exception()) is not None:
+            raise error
+        if self.machine is None or not await self.machine.alive():
+            raise MachineDeadError(f"the waiting copy of {self.spec.name} has died")
+        return problems
+
+    async def seal(self) -> bytes:
+        """Close the lanes, load the device state, and return the digest of what this host holds.
+
+        Raises:
+            StreamBrokenError: something has not arrived.
+            HashMismatchError: the byte-for-byte comparison found pages that differ.
+        """
+        assert self.machine is not None
+        assert self._intake is not None
+        async with phase("verify"):
+            open_lanes = [number for number, lane in enumerate(self._lanes) if not lane.ended]
+            if open_lanes:
+                raise StreamBrokenError(f"lanes {open_lanes} have not ended")
+            different = sum(lane.different_pages for lane in self._lanes)
+            if different:
+                raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
+            device_state = self._device_state.whole()
+            root = await asyncio.to_thread(self._intake.table.root)
+        async with phase("load", device_state_bytes=len(device_state)):
+            if await self.machine.run_state() is RunState.INMIGRATE:
+                await self.machine.load_device_state(device_state)
+        return seal_digest(
+            self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
+        )
+
+    def acknowledgements(self) -> list[transfer_pb2.Ack]:
+        """What each lane has taken in."""
+        return [
+            transfer_pb2.Ack(acknowledged=lane.frames, different_pages=lane.different_pages)
+            for lane in self._lanes
+        ]
+
+    async def release(self) -> None:
+        """Let go of memory file and lanes; the machine lives on. Safe to call twice."""
+        if self._reservation is not None:
+            self._reservation.cancel()
+            await asyncio.gather(self._reservation, return_exceptions=True)
+        async with contextlib.AsyncExitStack() as stack:
+            for lane in self._lanes:  # a frame on its way into memory ends first
+                await stack.enter_async_context(lane.lock)
+                lane.closed = True
+            if self._ram is not None:
+                self._ram.close()
+        if self.machine is not None:
+            await self.machine.close()
+
+    async def discard(self) -> None:
+        """End the waiting hypervisor and remove its memory; safe to call twice."""
+        await self.release()
+        if self.machine is not None:
+            await stop_machine(self.machine, self._directory)
+
+
+async def discard_leftover(machine_id: str, directory: MachineDirectory) -> None:
+    """Remove what a killed service left of a machine that must not run here; nothing, if there is nothing."""
+    for record in directory.list():
+        if record.spec.uuid != machine_id:
+            continue
+        try:
+            if record.alive:
+                await stop_machine(directory.open(record), directory)
+            else:
+                directory.forget(record, remove_ram=True)
+        except VmferryError as error:
+            _LOG.error("a leftover could not be removed", machine=machine_id, detail=error.message)
+            raise

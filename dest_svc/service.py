@@ -1,0 +1,428 @@
+"""The calls of ``DestinationService``.
+
+Promise: identity comes from the caller's certificate, never from a message; nothing is allocated, recorded or
+answered about a machine before caller, ticket and attempt fit together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from dest_svc.arrival import Arrival
+from dest_svc.receiver import Receiver
+from vmferry.config import HostConfig
+from vmferry.errors import (
+    AttemptNotFoundError,
+    HashMismatchError,
+    InsufficientMemoryError,
+    InvalidArgumentError,
+    MachineDeadError,
+    MachineExistsError,
+    PermissionDeniedError,
+    ServiceStoppingError,
+    TooManyMigrationsError,
+    VmferryError,
+    WrongPhaseError,
+)
+from vmferry.handoff import destination
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.records import attempt_from_ref
+from vmferry.handoff.states import Answer, Attempt, AttemptState
+from vmferry.machines import host
+from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.spec import MachineSpec
+from vmferry.machines.wire import spec_from_message
+from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
+from vmferry.rpc.interceptors import current_caller, current_caller_key
+from vmferry.security.identity import Kind
+from vmferry.security.material import TlsFiles
+from vmferry.security.tickets import VerifiedTicket, open_ticket
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase, span_attributes
+from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
+
+_LOG: Final = get_logger(__name__)
+_MIB: Final = 1024 * 1024
+_WATCH_S: Final = 1.0
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
+    """Takes machines in."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        ledger: HostLedger,
+        tls: TlsFiles,
+        trackers: list[TrackerFinding],
+        on_broken_journal: Callable[[VmferryError], None],
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._tls = tls
+        self._own = tls.load().identity
+        self._trackers = trackers
+        self._on_broken_journal = on_broken_journal
+        self._directory = MachineDirectory(config.machines_dir, config.ram_dir)
+        self._arrivals: dict[str, Arrival] = {}
+        self._admission = asyncio.Lock()
+        self._stopping = False
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def recover(self) -> None:
+        """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
+        for machine_id in self._ledger.machines(Role.DESTINATION):
+            try:
+                await self._arrival(machine_id).recover()
+            except VmferryError as error:
+                _LOG.critical(
+                    "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
+                )
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        """Give back what unfinished attempts hold; prepared copies stay."""
+        self._stopping = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        for arrival in self._arrivals.values():
+            with contextlib.suppress(VmferryError):
+                await arrival.close()
+
+    # Calls
+
+    async def Negotiate(
+        self, request: handoff_pb2.NegotiateRequest, context: Context
+    ) -> handoff_pb2.NegotiateResponse:
+        """Say what this host can offer."""
+        offer = await asyncio.to_thread(self._offer)
+        return handoff_pb2.NegotiateResponse(offer=offer, destination_incarnation=self._ledger.incarnation)
+
+    async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
+        """Accept an attempt and make an empty, waiting copy for it."""
+        if self._stopping:
+            raise ServiceStoppingError("the destination service is stopping")
+        attempt = self._attempt(request.attempt)
+        spec, ticket = self._check_begin(request, attempt)
+        span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
+        async with self._admission:
+            arrival = self._arrival(attempt.machine_id)
+            async with arrival.lock:
+                receiver = await self._accept(arrival, attempt, spec, ticket, request.lanes)
+        return handoff_pb2.BeginResponse(
+            destination_incarnation=self._ledger.incarnation,
+            transfer_token=receiver.transfer_token,
+            window_bytes=self._config.window_bytes,
+        )
+
+    async def Transfer(
+        self, request_iterator: AsyncIterator[transfer_pb2.TransferRequest], context: Context
+    ) -> AsyncIterator[transfer_pb2.TransferResponse]:
+        """Carry one lane."""
+        opening = await anext(aiter(request_iterator), None)
+        if opening is None or opening.WhichOneof("message") != "open":
+            raise InvalidArgumentError("a lane starts with its opening", field="open")
+        receiver = self._receiver(opening.open.migration_id)
+        if current_caller().uri != receiver.attempt.source:
+            raise PermissionDeniedError("only the attempt's source may send its memory")
+        lane = receiver.lane(opening.open)
+        async with phase("receive", lane=opening.open.lane):
+            async for response in receiver.serve(lane, request_iterator):
+                yield response
+
+    async def Seal(self, request: handoff_pb2.SealRequest, context: Context) -> handoff_pb2.SealResponse:
+        """Verify and load the copy."""
+        attempt = self._attempt(request.attempt)
+        arrival = self._arrival(attempt.machine_id)
+        async with arrival.lock:
+            own = await self._seal(arrival, attempt, request.digest)
+            return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
+
+    async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
+        """Take the right to run, and run."""
+        attempt = self._attempt(request.attempt)
+        arrival = self._arrival(attempt.machine_id)
+        # Shielded: a caller that goes away must not leave a machine owned and not resumed.
+        work = asyncio.create_task(self._go(arrival, attempt, request.digest))
+        return handoff_pb2.GoResponse(status=await asyncio.shield(work))
+
+    async def GetAttempt(
+        self, request: handoff_pb2.GetAttemptRequest, context: Context
+    ) -> handoff_pb2.GetAttemptResponse:
+        """Say from the journal how an attempt stands."""
+        attempt = self._attempt(request.attempt, read_only=True)
+        if attempt.machine_id not in self._arrivals:  # a question leaves nothing behind
+            return handoff_pb2.GetAttemptResponse(status=self._message(Answer(AttemptState.UNSEEN)))
+        arrival = self._arrival(attempt.machine_id)
+        response = handoff_pb2.GetAttemptResponse(status=self._status(arrival, attempt))
+        receiver = arrival.receiver
+        if receiver is not None and receiver.attempt.matches(attempt):
+            response.reserved_bytes = receiver.reserved_bytes
+            response.lanes.extend(receiver.acknowledgements())
+        if request.preflight:
+            if receiver is None:
+                raise WrongPhaseError("no attempt is open for this machine", field="attempt")
+            response.preflight_problems.extend(await receiver.preflight())
+            await asyncio.to_thread(arrival.probe_journal)
+        return response
+
+    async def Abort(self, request: handoff_pb2.AbortRequest, context: Context) -> handoff_pb2.AbortResponse:
+        """Close an attempt, unless it is too late."""
+        attempt = self._attempt(request.attempt)
+        arrival = self._arrival(attempt.machine_id)
+        work = asyncio.create_task(self._abort(arrival, attempt, request))
+        return handoff_pb2.AbortResponse(status=await asyncio.shield(work))
+
+    # What they are made of
+
+    def _attempt(self, ref: handoff_pb2.AttemptRef, *, read_only: bool = False) -> Attempt:
+        """The attempt a call is about; only its source may call, and only at its destination."""
+        if not host.is_machine_id(ref.machine_id):
+            raise InvalidArgumentError("machine_id must be a lower-case UUID", field="attempt.machine_id")
+        try:
+            attempt = attempt_from_ref(ref)
+        except ValueError as error:
+            raise InvalidArgumentError(str(error), field="attempt") from error
+        if attempt.destination != self._own.uri:
+            raise PermissionDeniedError(f"the attempt is for {attempt.destination}, this is {self._own}")
+        caller = current_caller()
+        if caller.uri != attempt.source and not (read_only and caller.kind is not Kind.VMHOST):
+            raise PermissionDeniedError(f"{caller} is not the attempt's source")
+        if attempt.destination_incarnation not in ("", self._ledger.incarnation):
+            raise WrongPhaseError(
+                "this host's journal is not the one the attempt was begun with",
+                field="attempt.destination_incarnation",
+                remedy="The host lost its journal; an operator must decide (docs/handoff.md).",
+            )
+        return attempt
+
+    def _check_begin(
+        self, request: handoff_pb2.BeginRequest, attempt: Attempt
+    ) -> tuple[MachineSpec, VerifiedTicket]:
+        spec = spec_from_message(request.spec)
+        memory_bytes = spec.memory_mib * _MIB
+        ticket = open_ticket(request.ticket, ca_pem=self._tls.load().ca_pem, now=datetime.now(UTC))
+        ticket.check(
+            machine_id=attempt.machine_id,
+            source=current_caller(),
+            destination=self._own,
+            memory_bytes=memory_bytes,
+            vcpus=spec.vcpus,
+            source_key_sha256=current_caller_key(),
+            destination_key_sha256=self._tls.load().key_sha256,
+        )
+        if ticket.migration_id != attempt.migration_id:
+            raise InvalidArgumentError("the ticket is for another migration", field="attempt.migration_id")
+        if spec.uuid != attempt.machine_id:
+            raise InvalidArgumentError("the description is of another machine", field="spec.uuid")
+        if request.protocol_version not in PROTOCOL_VERSIONS:
+            raise InvalidArgumentError("this host does not speak that version", field="protocol_version")
+        if not 2 <= request.lanes <= 16:  # noqa: PLR2004 - the documented range
+            raise InvalidArgumentError("lanes must be between 2 and 16", field="lanes")
+        if [(region.name, region.size_bytes) for region in request.regions] != [("ram", memory_bytes)]:
+            raise InvalidArgumentError(
+                "regions must be one, 'ram', of the machine's memory size", field="regions"
+            )
+        _check_netdev(spec.netdev, self._config.run_dir / "net")
+        return spec, ticket
+
+    async def _accept(
+        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
+    ) -> Receiver:
+        repeated = arrival.receiver is not None and arrival.receiver.attempt.matches(attempt)
+        if not repeated:
+            self._check_room(arrival, spec)
+        with self._ledger.machine_lock(attempt.machine_id):
+            await arrival.apply(
+                destination.BeginAsked(
+                    attempt,
+                    ticket.nonce,
+                    int(ticket.start_by.timestamp()),
+                    host_holds_machine=self._ledger.rights(attempt.machine_id).holds,
+                )
+            )
+        if arrival.receiver is None:
+            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, lanes)
+            try:
+                async with asyncio.timeout(self._config.reserve_timeout_s):
+                    await arrival.receiver.prepare()
+            except BaseException as error:
+                await arrival.apply(destination.CopyLost(f"the copy could not be made: {error}"))
+                raise
+        return arrival.receiver
+
+    def _check_room(self, arrival: Arrival, spec: MachineSpec) -> None:
+        open_receivers = [
+            other.receiver for other in self._arrivals.values() if other.receiver and other is not arrival
+        ]
+        if len(open_receivers) >= self._config.max_incoming:
+            raise TooManyMigrationsError(
+                f"this host takes in {self._config.max_incoming} migrations at a time", limit="max_incoming"
+            )
+        if any(
+            record.spec.name == spec.name and record.spec.uuid != spec.uuid
+            for record in self._directory.list()
+        ):
+            raise MachineExistsError(
+                f"a machine named {spec.name} is on this host already", field="spec.name"
+            )
+        available = self._available_bytes()
+        if spec.memory_mib * _MIB > available:
+            raise InsufficientMemoryError(
+                f"{spec.name} needs {spec.memory_mib} MiB, this host has {max(available, 0) // _MIB} MiB to give",
+                field="spec.memory_mib",
+            )
+
+    def _available_bytes(self) -> int:
+        promised = sum(
+            arrival.receiver.outstanding_bytes for arrival in self._arrivals.values() if arrival.receiver
+        )
+        headroom = self._config.memory_headroom_mib * _MIB
+        return host.available_memory_bytes(self._config.ram_dir) - promised - headroom
+
+    async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
+        now = arrival.state.current
+        receiver = arrival.receiver
+        if not isinstance(now, destination.Receiving) or not now.attempt.matches(attempt) or receiver is None:
+            await arrival.apply(
+                destination.Verified(attempt, digest)
+            )  # answers a repetition, refuses the rest
+            return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
+        try:
+            own = await receiver.seal()
+            if own != digest:
+                raise HashMismatchError(
+                    "memory or device state here are not what the source sealed", field="digest"
+                )
+        except (HashMismatchError, MachineDeadError) as error:
+            await arrival.apply(destination.CopyLost(error.message))
+            raise
+        await arrival.apply(destination.Verified(attempt, own))
+        return own
+
+    async def _go(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> handoff_pb2.AttemptStatus:
+        async with arrival.lock, phase("own"):
+            await arrival.apply(destination.GoAsked(attempt, digest))
+            return self._status(arrival, attempt)
+
+    async def _abort(
+        self, arrival: Arrival, attempt: Attempt, request: handoff_pb2.AbortRequest
+    ) -> handoff_pb2.AttemptStatus:
+        event = destination.CloseAsked(attempt, request.reason[:200])
+        async with arrival.lock:
+            return self._message(await arrival.apply(event) or arrival.answer(attempt))
+
+    def _status(self, arrival: Arrival, attempt: Attempt) -> handoff_pb2.AttemptStatus:
+        return self._message(arrival.answer(attempt))
+
+    def _message(self, answer: Answer) -> handoff_pb2.AttemptStatus:
+        return handoff_pb2.AttemptStatus(
+            state=handoff_pb2.AttemptState.ValueType(answer.state.value),
+            destination_incarnation=self._ledger.incarnation,
+            refusal=answer.refusal,
+            digest=answer.digest,
+        )
+
+    def _arrival(self, machine_id: str) -> Arrival:
+        if machine_id not in self._arrivals:
+            self._arrivals[machine_id] = Arrival(
+                machine_id,
+                self._ledger,
+                self._directory,
+                resume_retry_s=self._config.handoff_retry_s,
+                on_broken_journal=self._on_broken_journal,
+            )
+        return self._arrivals[machine_id]
+
+    def _receiver(self, migration_id: bytes) -> Receiver:
+        for arrival in self._arrivals.values():
+            if arrival.receiver is not None and arrival.receiver.attempt.migration_id == migration_id:
+                return arrival.receiver
+        raise AttemptNotFoundError("no such attempt is open here", field="open.migration_id")
+
+    def _offer(self) -> compatibility_pb2.HostOffer:
+        machines = self._directory.list()
+        return compatibility_pb2.HostOffer(
+            host=self._own.uri,
+            software_version=host.software_version(),
+            protocol_versions=PROTOCOL_VERSIONS,
+            kinds=[
+                compatibility_pb2.MachineKindOffer(
+                    kind=kind.kind,
+                    version=kind.version,
+                    oldest_state_version=kind.oldest_state_version,
+                    newest_state_version=kind.newest_state_version,
+                )
+                for kind in host.kind_offers()
+            ],
+            available_memory_bytes=max(0, self._available_bytes()),
+            reserved_memory_bytes=sum(a.receiver.memory_bytes for a in self._arrivals.values() if a.receiver),
+            page_size_bytes=PAGE_SIZE_BYTES,
+            encodings=ENCODINGS,
+            incoming_migrations=sum(1 for arrival in self._arrivals.values() if arrival.receiver),
+            max_incoming_migrations=self._config.max_incoming,
+            kernel=host.kernel_release(),
+            machine_names=[record.spec.name for record in machines],
+            held_machine_ids=[m for m in self._ledger.machines() if self._ledger.rights(m).holds],
+            trackers=[
+                compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
+                for found in self._trackers
+            ],
+        )
+
+    async def _watch(self) -> None:
+        """Close attempts whose source fell silent, or whose waiting copy died; a prepared copy stays."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            for arrival in list(self._arrivals.values()):
+                receiver = arrival.receiver
+                if receiver is None:
+                    continue
+                silent_s = time.monotonic() - receiver.progressed_at
+                event: destination.DestinationEvent | None = None
+                if silent_s > self._config.receive_timeout_s:
+                    event = destination.Stalled()
+                elif receiver.machine is not None and not await receiver.machine.alive():
+                    event = destination.CopyLost("the waiting copy's process died")
+                if event is not None:
+                    await self._close_silently(arrival, receiver, event)
+
+    async def _close_silently(
+        self, arrival: Arrival, receiver: Receiver, event: destination.DestinationEvent
+    ) -> None:
+        async with arrival.lock:
+            if arrival.receiver is receiver:
+                try:
+                    await arrival.apply(event)
+                except VmferryError as error:
+                    _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
+
+
+def _check_netdev(netdev: str, root: Path) -> None:
+    """Refuse a network end point that would let a source reach into this host."""
+    if not netdev:
+        return
+    target = netdev.removeprefix("dgram:")
+    if target.startswith("unix:"):
+        path = Path(target.removeprefix("unix:"))
+        if path.resolve().is_relative_to(root.resolve()):
+            return
+        raise InvalidArgumentError(f"network sockets must lie below {root}", field="spec.netdev")
+    address = target.rpartition(":")[0].strip("[]")
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(address).is_loopback:
+            return
+    raise InvalidArgumentError("a network end point must be a loopback address here", field="spec.netdev")

@@ -1,0 +1,1 @@
+"""The endpoint a machine leaves."""

@@ -1,0 +1,252 @@
+"""Copying a machine's memory while it runs: rounds, convergence, the last round.
+
+Promise: within a round a page is sent at most once, and a round is acknowledged whole before the next one starts, so
+that an older copy can never overwrite a newer one. Pages are read after they were protected, never before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from source_svc.migrations import Migration
+from source_svc.peer import Destination
+from vmferry.errors import HashMismatchError, NotConvergingError, VmferryError
+from vmferry.machines.qmp import QmpMachine
+from vmferry.memory.digest import PageTable
+from vmferry.memory.probe import choose_tracker
+from vmferry.memory.regions import RamFile, find_mapping
+from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.frames import build_chunk
+from vmferry.transfer.lanes import Lanes, LaneSettings
+
+_READERS: Final = 2
+"""Chunks that are read and hashed at a time."""
+_NOT_READY_S: Final = 0.05
+_REPORT_S: Final = 0.1
+
+
+@dataclass(frozen=True)
+class CopySettings:
+    """What decides how memory is copied."""
+
+    lanes: int
+    window_bytes: int
+    chunk_bytes: int
+    downtime_limit_s: float
+    max_rounds: int
+    stall_timeout_s: float
+    tracker: str
+
+
+class Copy:
+    """One machine's memory on its way."""
+
+    def __init__(
+        self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
+    ) -> None:
+        self.round_number = 0
+        self._destination = destination
+        self._migration = migration
+        self._settings = settings
+        region = machine.ram
+        self._ram = RamFile.open(region.path, region.size_bytes)
+        try:
+            self._table = PageTable(region.page_count)
+            self._tracker = choose_tracker(
+                find_mapping(machine.pid, region), self._ram, self._table, settings.tracker
+            )
+        except BaseException:
+            self._ram.close()
+            raise
+        self._lanes: Lanes | None = None
+        self._started = time.monotonic()
+        self._reported = 0.0
+        self._round_left = 0
+
+    @property
+    def tracker_kind(self) -> str:
+        """The tracker in use."""
+        return self._tracker.kind
+
+    async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
+        """Connect the lanes and start tracking writes."""
+        settings = self._settings
+        self._lanes = Lanes(
+            LaneSettings(
+                migration_id=migration_id,
+                transfer_token=transfer_token,
+                open_channel=self._destination.new_channel,
+                count=settings.lanes,
+                window_bytes=settings.window_bytes,
+                frame_bytes=settings.chunk_bytes,
+                stall_timeout_s=settings.stall_timeout_s,
+                on_event=lambda name, facts: span_event(name, **facts),
+            )
+        )
+        await self._lanes.open()
+        await asyncio.to_thread(self._tracker.arm)
+
+    async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
+        """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
+
+        Raises:
+            NotConvergingError: it will never fit.
+        """
+        limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
+        history: list[RoundReport] = []
+        runs = await asyncio.to_thread(self._ram.data_runs)
+        while True:
+            history.append(await self._round(runs))
+            decision = decide(history, limits)
+            self._show(decision)
+            if decision.verdict is Verdict.GIVE_UP:
+                raise self._hopeless(decision, limits)
+            if decision.verdict is Verdict.SWITCH:
+                if await may_switch():
+                    return
+                history.pop()  # rounds that only wait for the destination say nothing about convergence
+                await asyncio.sleep(_NOT_READY_S)
+            runs = await asyncio.to_thread(self._tracker.scan)
+
+    def _hopeless(self, decision: Decision, limits: Limits) -> NotConvergingError:
+        return NotConvergingError(
+            f"after {self.round_number} rounds the guest writes {decision.dirty_bytes_per_second / 1e6:.0f} MB/s and "
+            f"{decision.bytes_per_second / 1e6:.0f} MB/s can be sent; the pause would be "
+            f"{decision.expected_downtime_s * 1e3:.0f} ms, the limit is {limits.downtime_s * 1e3:.0f} ms",
+            rounds=self.round_number,
+        )
+
+    async def last_round(self) -> None:
+        """Send what was written until the pause; the guest is paused."""
+        self.round_number += 1
+        runs = await asyncio.to_thread(self._tracker.scan)
+        span_attributes(pages=runs.page_count)
+        await self._send(runs)
+
+    async def send_device_state(self, data: bytes) -> None:
+        """Send the device state."""
+        span_attributes(bytes=len(data))
+        await self._open_lanes.send_device_state(data)
+
+    async def compare_all(self) -> None:
+        """Send all memory again for the destination to compare, byte for byte; the guest is paused.
+
+        Raises:
+            HashMismatchError: pages differ.
+        """
+        pages = PageRuns.whole(self._table.page_count)
+        await self._send(pages, compare_only=True)
+        await self._open_lanes.drain()
+        verification = self._migration.message.verification
+        verification.compared_bytes = pages.page_count * PAGE_SIZE
+        verification.different_pages = self._open_lanes.traffic.different_pages
+        if verification.different_pages:
+            raise HashMismatchError(f"{verification.different_pages} pages differ at the destination")
+
+    async def finish(self) -> bytes:
+        """End the lanes; returns the digest of all memory that was sent."""
+        root = asyncio.create_task(asyncio.to_thread(self._table.root))
+        try:
+            await self._open_lanes.finish()
+            await self._report(force=True)
+            return await root
+        finally:
+            root.cancel()
+
+    async def close(self) -> None:
+        """Stop tracking, close lanes and files; safe to call twice."""
+        await asyncio.to_thread(self._tracker.disarm)
+        if self._lanes is not None:
+            await self._lanes.close()
+        self._ram.close()
+
+    @property
+    def _open_lanes(self) -> Lanes:
+        assert self._lanes is not None, "the lanes were opened"
+        return self._lanes
+
+    async def _round(self, runs: PageRuns) -> RoundReport:
+        self.round_number += 1
+        before = self._open_lanes.traffic.data_bytes
+        started = time.monotonic()
+        async with phase("round", number=self.round_number, pages=runs.page_count):
+            await self._send(runs)
+            await self._open_lanes.drain()
+            seconds = time.monotonic() - started
+            dirty = await asyncio.to_thread(self._tracker.count)
+            span_attributes(dirty_pages=dirty)
+        sent = self._open_lanes.traffic.data_bytes - before
+        return RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)
+
+    async def _send(self, runs: PageRuns, *, compare_only: bool = False) -> None:
+        """Read, hash and hand over all pages of ``runs``."""
+        self._round_left = runs.page_count
+        batches = runs.batches(self._settings.chunk_bytes // PAGE_SIZE)
+
+        async def read() -> None:
+            for batch in batches:
+                built = await asyncio.to_thread(
+                    build_chunk,
+                    self._ram,
+                    self._table,
+                    batch,
+                    round_number=self.round_number,
+                    compare_only=compare_only,
+                )
+                self._round_left -= built.pages
+                if self.round_number == 1:
+                    # The destination's memory is new and therefore zero.
+                    self._open_lanes.traffic.zero_pages += built.zero_pages
+                    built = built.without_zero_runs()
+                if built.chunk.runs or built.chunk.zero_runs:
+                    await self._open_lanes.send(built)
+                await self._report()
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(_READERS):
+                    group.create_task(read())
+        except* VmferryError as errors:
+            raise errors.exceptions[0] from None
+
+    def _show(self, decision: Decision) -> None:
+        progress = self._migration.message.progress
+        progress.bytes_per_second = decision.bytes_per_second
+        progress.dirty_bytes_per_second = decision.dirty_bytes_per_second
+        progress.expected_downtime.FromNanoseconds(int(decision.expected_downtime_s * 1e9))
+        progress.ClearField("eta")
+        if decision.eta_s is not None:
+            progress.eta.FromNanoseconds(int(decision.eta_s * 1e9))
+        span_event(
+            "decision",
+            verdict=decision.verdict.name.lower(),
+            bytes_per_second=round(decision.bytes_per_second),
+            dirty_bytes_per_second=round(decision.dirty_bytes_per_second),
+            expected_downtime_ms=round(decision.expected_downtime_s * 1e3, 3),
+        )
+
+    async def _report(self, *, force: bool = False) -> None:
+        """Bring the resource up to date, a few times a second."""
+        now = time.monotonic()
+        if now - self._reported < _REPORT_S and not force:
+            return
+        self._reported = now
+        traffic = self._open_lanes.traffic
+        progress = self._migration.message.progress
+        progress.round = self.round_number
+        progress.memory_bytes = self._table.page_count * PAGE_SIZE
+        progress.sent_bytes = traffic.data_bytes
+        progress.wire_bytes = traffic.wire_bytes
+        progress.zero_pages = traffic.zero_pages
+        progress.remaining_bytes = self._round_left * PAGE_SIZE
+        if self.round_number == 1:
+            progress.bytes_per_second = traffic.data_bytes / max(now - self._started, 1e-6)
+            if progress.bytes_per_second > 0:
+                progress.eta.FromNanoseconds(int(progress.remaining_bytes / progress.bytes_per_second * 1e9))
+        await self._migration.touch()

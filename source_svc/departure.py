@@ -1,0 +1,207 @@
+"""The thin shell around the source's half of the hand-off: one machine leaving this host.
+
+Promise: every step is decided by ``vmferry.handoff.source.decide`` and done in its order: a record is on disk before
+the effect that needs it; the guest is resumed only with a permit minted from the journals; once the right to run
+was given up, nothing but the destination's answer moves anything here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final, Protocol, assert_never
+
+from source_svc.peer import Destination
+from vmferry.errors import JournalDamagedError, MachineBusyError, MachineNotFoundError, VmferryError
+from vmferry.handoff import source
+from vmferry.handoff.ledger import HostLedger, MachineJournal
+from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
+from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.launcher import stop_machine
+from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase
+
+_LOG: Final = get_logger(__name__)
+
+
+class Story(Protocol):
+    """Whoever follows how an open attempt settles."""
+
+    retry_s: float
+    """Pause before the destination is asked again."""
+    reason: str
+    """Why the attempt is being closed, if it is."""
+
+    async def hears(self, heard: source.Heard) -> None:
+        """The destination answered; nothing was done about it yet."""
+
+    async def waits(self, why: str) -> None:
+        """Nothing can be done now; the destination will be asked again."""
+
+
+class Departure:
+    """One machine's journal at this source, and the means to act on it."""
+
+    def __init__(
+        self,
+        machine_id: str,
+        ledger: HostLedger,
+        directory: MachineDirectory,
+        *,
+        on_broken_journal: Callable[[VmferryError], None],
+    ) -> None:
+        self.machine_id = machine_id
+        self._ledger = ledger
+        self._directory = directory
+        self._on_broken_journal = on_broken_journal
+        self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
+        self.waiting = ""
+        """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
+
+    @property
+    def state(self) -> source.SourceState:
+        """What the journal says."""
+        return self._journal.state
+
+    @property
+    def tail_certain(self) -> bool:
+        """Whether the journal's end is whole."""
+        return not self._journal.torn_tail
+
+    def close(self) -> None:
+        """Let go of the journal."""
+        self._journal.close()
+
+    def probe_journal(self) -> None:
+        """Check that the records to come could be written."""
+        self._journal.probe()
+
+    async def begin(self, attempt: Attempt) -> None:
+        """Open an attempt, if this host owns the machine and has none open."""
+
+        def under_lock() -> None:
+            with self._ledger.machine_lock(self.machine_id):
+                self._ledger.permit(
+                    self.machine_id
+                )  # raises unless this host may run it, so may send it away
+                for action in source.decide(self.state, source.BeginWanted(attempt)):
+                    assert isinstance(action, Append)
+                    self._journal.append(action)
+
+        if not isinstance(self.state, source.Quiet):
+            raise MachineBusyError("the machine already has an open migration", machine=self.machine_id)
+        await self._write(under_lock)
+
+    def next_attempt_number(self) -> int:
+        """A number no attempt of this machine has had at this host."""
+        assert isinstance(self.state, source.Quiet)
+        return self.state.last_number + 1
+
+    async def apply(self, event: source.SourceEvent) -> list[Tell]:
+        """Decide about one event and do it; what is to be told to the destination is returned, not done."""
+        told: list[Tell] = []
+        self.waiting = ""
+        for action in source.decide(self.state, event):
+            if isinstance(action, Tell):
+                told.append(action)
+            else:
+                await self._do(action)
+        return told
+
+    async def _do(self, action: Action) -> None:
+        match action:
+            case Append():
+                await self._write(lambda: self._journal.append(action))
+                _LOG.info(
+                    "recorded",
+                    machine=self.machine_id,
+                    record=action.record.kind.name,
+                    note=action.record.note,
+                )
+            case Resume():
+                await self._resume()
+            case Release():
+                await self._release()
+            case Wait(why=why):
+                self.waiting = why
+                _LOG.warning("waiting", machine=self.machine_id, why=why)
+            case Answer() | Tell():
+                pass
+            case _:
+                assert_never(action)
+
+    async def _write(self, write: Callable[[], None]) -> None:
+        try:
+            await asyncio.to_thread(write)
+        except JournalDamagedError as error:
+            # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
+            self._on_broken_journal(error)
+            raise
+
+    async def _resume(self) -> None:
+        async with phase("resume"):
+            machine = self.machine()
+            if await machine.run_state() is not RunState.RUNNING:
+                await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
+            await machine.close()
+
+    async def _release(self) -> None:
+        async with phase("release"):
+            try:
+                record = self._directory.find(self.machine_id)
+            except MachineNotFoundError:
+                return  # released before
+            if record.alive:
+                await stop_machine(self._directory.open(record), self._directory)
+            else:
+                self._directory.forget(record, remove_ram=True)
+
+    def machine(self) -> QmpMachine:
+        """A hold of the machine's hypervisor; raises MachineDeadError or MachineNotFoundError."""
+        return self._directory.open(self._directory.find(self.machine_id))
+
+    async def memory_intact(self) -> bool:
+        """Whether the hypervisor still has the guest's memory."""
+        try:
+            machine = self.machine()
+            try:
+                return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
+            finally:
+                await machine.close()
+        except VmferryError:
+            return False
+
+    async def _ask(self, destination: Destination, tell: Tell, story: Story) -> list[Tell]:
+        """Tell the destination something and act on what it answers."""
+        state = self.state
+        assert not isinstance(state, source.Quiet)
+        digest = b"" if isinstance(state, source.Begun) else state.digest
+        heard = await destination.tell(tell.method, state.attempt, digest=digest, reason=story.reason)
+        await story.hears(heard)
+        return await self.apply(replace(heard, memory_intact=await self.memory_intact()))
+
+    async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
+        """Talk to the destination, for as long as it takes, until no attempt is open."""
+        todo = first
+        while not isinstance(self.state, source.Quiet):
+            tell = todo[0] if todo else Tell(self._question())
+            try:
+                todo = await self._ask(destination, tell, story)
+            except JournalDamagedError:
+                raise
+            except VmferryError as error:
+                self.waiting = f"the destination cannot be asked: {error.message}"
+                _LOG.warning(
+                    "asking again", machine=self.machine_id, method=tell.method, detail=error.message
+                )
+                todo = []
+            if not isinstance(self.state, source.Quiet) and not todo:
+                await story.waits(self.waiting)
+                await asyncio.sleep(story.retry_s)
+
+    def _question(self) -> str:
+        """What to ask when nothing else is to be told."""
+        return "Go" if isinstance(self.state, source.HandedOff) else "GetAttempt"

@@ -1,0 +1,415 @@
+"""One migration from its start to its end: negotiate, reserve, pre-copy, switch, hand over, release.
+
+Promise: whatever fails before the right to run is given up, the guest runs on here and nothing is left at either
+side; from then on only the destination's answer decides, however long it takes, and the guest stays paused here
+until it has come. The guest is paused once, for the last round, the device state and the hand-off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from source_svc.copying import Copy, CopySettings
+from source_svc.departure import Departure
+from source_svc.migrations import Migration
+from source_svc.peer import Destination
+from source_svc.planning import Plan, incompatible
+from vmferry.config import HostConfig
+from vmferry.errors import (
+    CancelledByCallerError,
+    InternalError,
+    MachineFailedError,
+    OutcomeUnknownError,
+    PointOfNoReturnError,
+    TimedOutError,
+    VmferryError,
+    WrongPhaseError,
+)
+from vmferry.handoff import source
+from vmferry.handoff.states import Attempt, AttemptState, Tell
+from vmferry.machines.qmp import QmpMachine
+from vmferry.security.material import TlsMaterial
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.transfer.seal import seal_digest
+from vmferry.v1 import migration_pb2 as pb
+
+_LOG: Final = get_logger(__name__)
+_CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
+_PREFLIGHT_S: Final = 1.0
+_ABORT_TRIES: Final = 3
+# Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
+_SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a caller asked for, with the configuration's values where they were silent."""
+
+    migration_id: bytes
+    ticket: bytes
+    lanes: int
+    downtime_limit_s: float
+    total_timeout_s: float
+    stall_timeout_s: float
+    reserve_timeout_s: float
+    compare_bytes: bool
+    tracker: str
+
+
+class Outgoing:
+    """A migration in progress."""
+
+    def __init__(
+        self,
+        order: Order,
+        migration: Migration,
+        departure: Departure,
+        machine: QmpMachine,
+        destination: Destination,
+        config: HostConfig,
+        material: TlsMaterial,
+        plan: Plan,
+    ) -> None:
+        self.migration = migration
+        self.retry_s = config.handoff_retry_s
+        self.reason = ""
+        self._order = order
+        self._departure = departure
+        self._machine = machine
+        self._destination = destination
+        self._config = config
+        self._material = material
+        self._plan = plan
+        self._committed = False
+        self._cancelled: CancelledByCallerError | None = None
+        self._paused_at = 0.0
+        self._last_heard: AttemptState | None = None
+        self._copy: Copy | None = None
+        self._attempt: Attempt | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin, in a task of its own."""
+        self._task = asyncio.create_task(self._run(), name=f"migration-{self.migration.id}")
+        return self._task
+
+    def cancel(self, why: str) -> None:
+        """Give the machine back, if that is still this host's to decide.
+
+        Raises:
+            PointOfNoReturnError: the right to run has been given up.
+        """
+        if self._committed:
+            raise PointOfNoReturnError("the hand-off has begun", migration=self.migration.id)
+        if self._cancelled is None and self._task is not None:
+            self._cancelled = CancelledByCallerError(why)
+            self._task.cancel()
+
+    async def interrupt(self) -> None:
+        """The service stops: give the machine back, or leave an open hand-off to the next start."""
+        assert self._task is not None
+        if self._committed:
+            self._task.cancel()
+        else:
+            self.cancel("the source service stops")
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        message = self.migration.message
+        try:
+            async with phase("migrate", machine=message.machine, migration_id=self.migration.id):
+                try:
+                    await self._work()
+                except BaseException as error:
+                    if self._committed:
+                        raise
+                    # In a task of its own: a second cancellation must not interrupt giving the machine back.
+                    await asyncio.shield(asyncio.create_task(self._give_back(self._translated(error))))
+        finally:
+            await self._tidy_up()
+            self._departure.close()
+
+    async def _work(self) -> None:
+        order = self._order
+        async with _limit("total_timeout", order.total_timeout_s):
+            await self._negotiate()
+            await self._reserve()
+            await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
+            assert self._copy is not None
+            async with phase("precopy", tracker=self._copy.tracker_kind):
+                await self._copy.converge(self._preflight)
+        await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
+        async with phase("switchover"):
+            ready = await self._switch()
+            self._committed = True  # from here on nobody can cancel
+            await self.migration.enter(pb.MIGRATION_PHASE_HANDING_OFF)
+            async with phase("commit"):
+                tells = await self._departure.apply(ready)
+                if isinstance(self._departure.state, source.Sealed):
+                    self._committed = False
+                    raise WrongPhaseError("the destination is not ready with what was sealed")
+                await self._departure.settle(self._destination, tells, self)
+        await self._conclude()
+
+    # Phases
+
+    async def _negotiate(self) -> None:
+        await self.migration.enter(pb.MIGRATION_PHASE_NEGOTIATING)
+        async with phase("negotiate"):
+            report = await self._plan.report(self._machine, self._destination, self._order.tracker)
+            self.migration.message.tracker = report.tracker
+            span_attributes(tracker=report.tracker, findings=len(report.findings))
+            if report.blocking:
+                raise incompatible(report)
+            self._attempt = self._plan.attempt(
+                self._order.migration_id, self._departure.next_attempt_number(), self._destination.address
+            )
+            self._protocol_version = report.protocol_version
+
+    async def _reserve(self) -> None:
+        await self.migration.enter(pb.MIGRATION_PHASE_RESERVING)
+        assert self._attempt is not None
+        order, attempt = self._order, self._attempt
+        async with phase("reserve"):
+            await self._departure.begin(attempt)
+            begun = await self._destination.begin(
+                attempt,
+                ticket=order.ticket,
+                spec=self._machine.spec,
+                lanes=order.lanes,
+                protocol_version=self._protocol_version,
+                timeout_s=order.reserve_timeout_s,
+            )
+            settings = CopySettings(
+                order.lanes,
+                min(self._config.window_bytes, begun.window_bytes),
+                self._config.chunk_bytes,
+                order.downtime_limit_s,
+                self._config.max_rounds,
+                order.stall_timeout_s,
+                order.tracker,
+            )
+            self._copy = Copy(self._machine, self._destination, self.migration, settings)
+            await self._copy.open(order.migration_id, begun.transfer_token)
+        self._reserved_at = time.monotonic()
+
+    async def _preflight(self) -> bool:
+        """Whether both sides could finish now; checked before the guest is paused."""
+        assert self._attempt is not None
+        until = datetime.now(UTC) + timedelta(seconds=self._config.switch_timeout_s) + _CERTIFICATE_MARGIN
+        if self._material.not_after < until:
+            raise WrongPhaseError(
+                "this host's certificate expires too soon to finish a hand-off",
+                remedy="Renew it, then migrate again.",
+            )
+        await asyncio.to_thread(self._departure.probe_journal)
+        problems = await self._destination.preflight(self._attempt, timeout_s=_PREFLIGHT_S)
+        if not problems:
+            return True
+        span_event("not yet", problems="; ".join(problems))
+        if time.monotonic() - self._reserved_at > self._order.reserve_timeout_s:
+            raise TimedOutError(
+                f"the destination is not ready: {'; '.join(problems)}", limit="reserve_timeout"
+            )
+        return False
+
+    async def _switch(self) -> source.Heard:
+        """Pause the guest and bring the destination to READY."""
+        assert self._copy is not None
+        assert self._attempt is not None
+        limit_s = self._config.switch_timeout_s
+        if self._order.compare_bytes:
+            limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+        async with _limit("switch_timeout", limit_s):
+            self._paused_at = time.monotonic()
+            async with phase("pause"):
+                await self._machine.stop()
+            async with phase("last round"):
+                await self._copy.last_round()
+            async with phase("device state"):
+                device_state = await self._machine.save_device_state()
+                await self._copy.send_device_state(device_state)
+            if self._order.compare_bytes:
+                async with phase("compare"):
+                    await self._copy.compare_all()
+            async with phase("seal"):
+                root = await self._copy.finish()
+                digest = seal_digest(
+                    self._attempt,
+                    memory_root=root,
+                    device_state=device_state,
+                    spec_digest=self._machine.spec.digest(),
+                )
+                await self._departure.apply(source.Paused(digest))
+                return await self._destination.seal(
+                    self._attempt, digest, rounds=self._copy.round_number, timeout_s=limit_s
+                )
+
+    # Afterwards
+
+    async def hears(self, heard: source.Heard) -> None:
+        """The destination said how the attempt stands."""
+        self._last_heard = heard.state
+        if heard.state is AttemptState.RUNNING:
+            downtime_s = time.monotonic() - self._paused_at
+            if self._paused_at:
+                self.migration.message.downtime.FromNanoseconds(int(downtime_s * 1e9))
+                span_attributes(downtime_ms=round(downtime_s * 1e3, 3))
+            self.migration.message.owner = self._destination.expected.uri
+            await self.migration.enter(pb.MIGRATION_PHASE_RELEASING)
+
+    async def waits(self, why: str) -> None:
+        """The outcome is not known yet."""
+        if isinstance(self._departure.state, source.HandedOff):
+            self.migration.message.owner = ""
+        span_event("outcome unknown", why=why)
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
+
+    async def _conclude(self) -> None:
+        if self._last_heard is AttemptState.RUNNING:
+            await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+            return
+        self.migration.message.owner = self._material.identity.uri
+        error = MachineFailedError("the destination returned the machine instead of running it")
+        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
+
+    async def _give_back(self, error: VmferryError) -> None:
+        """The guest goes on here, and the destination keeps nothing."""
+        _LOG.warning(
+            "giving the machine back", migration=self.migration.id, reason=error.reason, detail=error.message
+        )
+        span_attributes(reason=error.reason)
+        self.reason = f"{error.reason}: {error.message}"
+        await self._tidy_up()
+        wanted = source.AbortWanted(
+            self.reason,
+            memory_intact=await self._departure.memory_intact(),
+            tail_certain=self._departure.tail_certain,
+        )
+        tells = await self._departure.apply(wanted)
+        if isinstance(self._departure.state, source.Quiet):
+            if self._attempt is not None and tells:
+                await self._say_goodbye(self._attempt)
+        else:
+            await self._departure.settle(self._destination, tells, self)
+        if self._last_heard is AttemptState.RUNNING:
+            await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+            return
+        self.migration.message.owner = self._material.identity.uri
+        cancelled = isinstance(error, CancelledByCallerError)
+        outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
+        await self.migration.end(outcome, error)
+
+    async def _say_goodbye(self, attempt: Attempt) -> None:
+        """Spare the destination waiting for its own time limit."""
+        for _ in range(_ABORT_TRIES):
+            try:
+                await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
+            except VmferryError as error:
+                _LOG.info(
+                    "the destination could not be told", migration=self.migration.id, detail=error.message
+                )
+                await asyncio.sleep(self.retry_s)
+            else:
+                return
+
+    async def _tidy_up(self) -> None:
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            await copy.close()
+        await self._machine.close()
+
+    def _translated(self, error: BaseException) -> VmferryError:
+        if isinstance(error, VmferryError):
+            return error
+        if isinstance(error, asyncio.CancelledError):
+            return self._cancelled or CancelledByCallerError("the migration was interrupted")
+        _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
+        return InternalError(f"unexpected: {error!r}")
+
+
+class Recovered:
+    """An attempt that was open when the service ended; followed to its end without a guest to copy."""
+
+    def __init__(
+        self, migration: Migration, departure: Departure, destination: Destination, own: str, retry_s: float
+    ) -> None:
+        self.migration = migration
+        self.retry_s = retry_s
+        self.reason = "the source service was restarted"
+        self._departure = departure
+        self._destination = destination
+        self._own = own
+        self._last_heard: AttemptState | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin, in a task of its own."""
+        self._task = asyncio.create_task(self._run(), name=f"recovery-{self.migration.id}")
+        return self._task
+
+    def cancel(self, why: str) -> None:
+        """There is nothing left to cancel: it is being closed, or only the destination can decide."""
+        raise PointOfNoReturnError("the migration is being settled after a restart", why=why)
+
+    async def interrupt(self) -> None:
+        """The service stops; the next start goes on."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            async with phase("recover", migration_id=self.migration.id):
+                await self._settle()
+        finally:
+            self._departure.close()
+
+    async def _settle(self) -> None:
+        departure = self._departure
+        tells: list[Tell] = []
+        attempt = None if isinstance(departure.state, source.Quiet) else departure.state.attempt
+        if isinstance(departure.state, source.HandedOff):
+            await self.migration.enter(pb.MIGRATION_PHASE_HANDING_OFF)
+            tells = await departure.apply(source.Unheard())
+        else:
+            wanted = source.AbortWanted(
+                self.reason,
+                memory_intact=await departure.memory_intact(),
+                tail_certain=departure.tail_certain,
+            )
+            tells = await departure.apply(wanted)
+            if isinstance(departure.state, source.Quiet) and attempt is not None:
+                with contextlib.suppress(VmferryError):
+                    await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
+        await departure.settle(self._destination, tells, self)
+        if self._last_heard is AttemptState.RUNNING:
+            self.migration.message.owner = self._destination.expected.uri
+            await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+        else:
+            self.migration.message.owner = self._own
+            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, WrongPhaseError(self.reason))
+
+    async def hears(self, heard: source.Heard) -> None:
+        """The destination said how the attempt stands."""
+        self._last_heard = heard.state
+
+    async def waits(self, why: str) -> None:
+        """The outcome is not known yet."""
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
+
+
+@contextlib.asynccontextmanager
+async def _limit(name: str, seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise TimedOutError(f"it took longer than the {name} of {seconds:g} s", limit=name) from error

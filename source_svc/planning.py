@@ -1,0 +1,130 @@
+"""Gathering the facts for a compatibility report, and what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from source_svc.peer import Destination
+from vmferry.errors import IncompatibleError, MachineNotOwnedError, VmferryError
+from vmferry.handoff import source
+from vmferry.handoff.ledger import HostLedger
+from vmferry.handoff.states import Attempt
+from vmferry.machines import host
+from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.spec import MachineSpec
+from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.report import KindOffer, MachineFacts, Offer, Report, TrackerFact, compare
+from vmferry.v1 import compatibility_pb2, handoff_pb2
+
+
+@dataclass
+class Plan:
+    """What is needed to judge and to begin one machine's migration to one destination."""
+
+    spec: MachineSpec
+    ledger: HostLedger
+    trackers: list[TrackerFinding]
+    own: str
+    destination: str
+    migrating: bool = False
+    destination_incarnation: str = ""
+
+    async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
+        """Ask both hosts; the destination must answer."""
+        answer = await destination.negotiate(self.spec)
+        self.destination_incarnation = answer.destination_incarnation
+        facts = await self._facts(machine)
+        trackers = [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers]
+        return compare(facts, _offer(answer), trackers, insist_on_tracker=tracker)
+
+    async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
+        rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
+        running = False
+        if machine is not None:
+            try:
+                running = await machine.run_state() is RunState.RUNNING
+            except VmferryError:
+                running = False
+        return MachineFacts(
+            name=self.spec.name,
+            machine_id=self.spec.uuid,
+            kind=self.spec.kind,
+            state_version=host.state_version(self.spec.kind),
+            memory_bytes=self.spec.memory_mib * 1024 * 1024,
+            vcpus=self.spec.vcpus,
+            running=running,
+            owned=rights.owner and not rights.damaged,
+            migrating=self.migrating or not isinstance(rights.outgoing, source.Quiet),
+        )
+
+    def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:
+        """The attempt to open, by what the journals say now."""
+        rights = self.ledger.rights(self.spec.uuid)
+        if not rights.permitted:
+            raise MachineNotOwnedError(
+                f"this host may not send {self.spec.name} away: {rights.standing.name}"
+            )
+        return Attempt(
+            machine_id=self.spec.uuid,
+            migration_id=migration_id,
+            number=number,
+            epoch_from=rights.epochs.granted,
+            source=self.own,
+            destination=self.destination,
+            source_incarnation=self.ledger.incarnation,
+            destination_incarnation=self.destination_incarnation,
+            destination_address=address,
+        )
+
+
+def incompatible(report: Report) -> IncompatibleError:
+    """The error that names everything that blocks."""
+    blocking = report.blocking
+    return IncompatibleError(
+        "; ".join(f"{finding.id}: {finding.message}" for finding in blocking),
+        remedy=" ".join(finding.remedy for finding in blocking),
+        findings=",".join(finding.id for finding in blocking),
+    )
+
+
+def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
+    """The report as callers get it."""
+    items = [
+        compatibility_pb2.CompatibilityItem(
+            severity=compatibility_pb2.Severity.ValueType(finding.severity.value),
+            id=finding.id,
+            message=finding.message,
+            object=finding.object,
+            remedy=finding.remedy,
+        )
+        for finding in report.findings
+    ]
+    return compatibility_pb2.CompatibilityReport(
+        compatible=not report.blocking,
+        items=items,
+        protocol_version=report.protocol_version,
+        tracker=report.tracker,
+    )
+
+
+def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
+    offer = answer.offer
+    kinds = [
+        KindOffer(kind.kind, kind.version, kind.oldest_state_version, kind.newest_state_version)
+        for kind in offer.kinds
+    ]
+    return Offer(
+        host=offer.host,
+        software_version=offer.software_version,
+        protocol_versions=list(offer.protocol_versions),
+        kinds=kinds,
+        available_memory_bytes=offer.available_memory_bytes,
+        page_size_bytes=offer.page_size_bytes,
+        encodings=list(offer.encodings),
+        incoming_migrations=offer.incoming_migrations,
+        max_incoming_migrations=offer.max_incoming_migrations,
+        machine_names=list(offer.machine_names),
+        held_machine_ids=list(offer.held_machine_ids),
+    )

@@ -1,0 +1,381 @@
+"""The calls of ``SourceService``.
+
+Promise: a migration is accepted or refused at once, with every bad field named; the same ``request_id`` never
+starts a second one; what happens afterwards is told by the ``Migration`` resource.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from typing import Final
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from source_svc.departure import Departure
+from source_svc.migrations import Migration, Migrations, page_bounds
+from source_svc.outgoing import Order, Outgoing, Recovered
+from source_svc.peer import Destination
+from source_svc.planning import Plan, report_to_message
+from vmferry.config import HostConfig
+from vmferry.errors import (
+    InvalidArgumentError,
+    MachineBusyError,
+    MachineDeadError,
+    MachineNotOwnedError,
+    ServiceStoppingError,
+    TooManyMigrationsError,
+    VmferryError,
+)
+from vmferry.handoff import source
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.rights import Rights
+from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.port import RunState
+from vmferry.machines.wire import spec_to_message
+from vmferry.memory.probe import TrackerFinding
+from vmferry.security.identity import Identity, Kind
+from vmferry.security.material import TlsFiles
+from vmferry.security.tickets import VerifiedTicket, open_ticket
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import span_attributes
+from vmferry.v1 import machine_pb2, migration_pb2_grpc
+from vmferry.v1 import migration_pb2 as pb
+
+_LOG: Final = get_logger(__name__)
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_STATES: Final = {
+    RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
+    RunState.PAUSED: machine_pb2.MACHINE_STATE_PAUSED,
+    RunState.PRELAUNCH: machine_pb2.MACHINE_STATE_PAUSED,
+    RunState.POSTMIGRATE: machine_pb2.MACHINE_STATE_PAUSED,
+    RunState.INMIGRATE: machine_pb2.MACHINE_STATE_INCOMING,
+    RunState.SHUTDOWN: machine_pb2.MACHINE_STATE_STOPPED,
+    RunState.FAILED: machine_pb2.MACHINE_STATE_STOPPED,
+}
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class SourceService(migration_pb2_grpc.SourceServiceServicer):
+    """Moves machines away from this host."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        ledger: HostLedger,
+        tls: TlsFiles,
+        trackers: list[TrackerFinding],
+        on_broken_journal: Callable[[VmferryError], None],
+    ) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._tls = tls
+        self._own = tls.load().identity
+        self._trackers = trackers
+        self._on_broken_journal = on_broken_journal
+        self._directory = MachineDirectory(config.machines_dir, config.ram_dir)
+        self._migrations = Migrations()
+        self._running: dict[str, Outgoing | Recovered] = {}
+        self._starting = asyncio.Lock()
+        self._stopping = False
+
+    async def recover(self) -> None:
+        """Settle every attempt that was open when the service ended; called once, before serving."""
+        for machine_id in self._ledger.machines(Role.SOURCE):
+            try:
+                self._recover_one(machine_id)
+            except VmferryError as error:
+                _LOG.critical(
+                    "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
+                )
+
+    async def close(self) -> None:
+        """Give machines back whose hand-off has not begun; leave the others to the next start."""
+        self._stopping = True
+        await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
+
+    # Calls
+
+    async def PlanMigration(
+        self, request: pb.PlanMigrationRequest, context: Context
+    ) -> pb.PlanMigrationResponse:
+        """Ask both hosts and change nothing."""
+        record = self._directory.find(_required(request.machine, "machine"))
+        host, address = self._destination(request.destination)
+        self._order(request.options, b"", b"")  # refuses bad options by name
+        destination = self._peer(address, host)
+        machine = self._directory.open(record) if record.alive else None
+        try:
+            plan = self._plan(record, host)
+            plan.migrating = self._migrations.open_of(record.spec.uuid) is not None
+            report = await plan.report(machine, destination, request.options.tracker)
+        finally:
+            await destination.close()
+            if machine is not None:
+                await machine.close()
+        return pb.PlanMigrationResponse(report=report_to_message(report))
+
+    async def StartMigration(
+        self, request: pb.StartMigrationRequest, context: Context
+    ) -> pb.StartMigrationResponse:
+        """Start a migration, unless this request has started one already."""
+        _check_request_id(request.request_id)
+        async with self._starting:
+            migration = self._migrations.of_request(request.request_id)
+            if migration is None:
+                migration = self._start(request)
+        span_attributes(migration_id=migration.id)
+        return pb.StartMigrationResponse(migration=migration.snapshot())
+
+    async def GetMigration(
+        self, request: pb.GetMigrationRequest, context: Context
+    ) -> pb.GetMigrationResponse:
+        """Return one migration."""
+        return pb.GetMigrationResponse(migration=self._migrations.get(_required(request.id, "id")).snapshot())
+
+    async def ListMigrations(
+        self, request: pb.ListMigrationsRequest, context: Context
+    ) -> pb.ListMigrationsResponse:
+        """Return a page of migrations, newest first."""
+        found = self._migrations.select(machine=request.machine, open_only=request.open_only)
+        start, end, token = page_bounds(request.page_size, request.page_token, len(found))
+        page = [migration.snapshot() for migration in found[start:end]]
+        return pb.ListMigrationsResponse(migrations=page, next_page_token=token)
+
+    async def WatchMigration(
+        self, request: pb.WatchMigrationRequest, context: Context
+    ) -> AsyncIterator[pb.WatchMigrationResponse]:
+        """Send the migration now and after each change until it has ended."""
+        async for message in self._migrations.get(_required(request.id, "id")).watch():
+            yield pb.WatchMigrationResponse(migration=message)
+
+    async def CancelMigration(
+        self, request: pb.CancelMigrationRequest, context: Context
+    ) -> pb.CancelMigrationResponse:
+        """Cancel a migration whose hand-off has not begun; an ended one stays as it is."""
+        migration = self._migrations.get(_required(request.id, "id"))
+        running = self._running.get(migration.id)
+        if running is not None:
+            running.cancel("cancelled by a caller")
+        return pb.CancelMigrationResponse(migration=migration.snapshot())
+
+    async def ListMachines(
+        self, request: pb.ListMachinesRequest, context: Context
+    ) -> pb.ListMachinesResponse:
+        """Return a page of machines, by name."""
+        records = self._directory.list()
+        start, end, token = page_bounds(request.page_size, request.page_token, len(records))
+        machines = await asyncio.gather(*(self._machine(record) for record in records[start:end]))
+        return pb.ListMachinesResponse(machines=machines, next_page_token=token)
+
+    async def GetMachine(self, request: pb.GetMachineRequest, context: Context) -> pb.GetMachineResponse:
+        """Return one machine."""
+        record = self._directory.find(_required(request.machine, "machine"))
+        return pb.GetMachineResponse(machine=await self._machine(record))
+
+    # What they are made of
+
+    def _start(self, request: pb.StartMigrationRequest) -> Migration:
+        if self._stopping:
+            raise ServiceStoppingError("the source service is stopping")
+        record = self._directory.find(_required(request.machine, "machine"))
+        host, address = self._destination(request.destination)
+        ticket = self._check_ticket(request.ticket, record, host)
+        order = self._order(request.options, ticket.migration_id, request.ticket)
+        self._check_free(record)
+        message = pb.Migration(
+            id=ticket.migration_id.hex(),
+            machine=record.spec.name,
+            machine_id=record.spec.uuid,
+            source=self._own.uri,
+            destination=request.destination,
+            options=request.options,
+            owner=self._own.uri,
+        )
+        outgoing = Outgoing(
+            order,
+            Migration(message),
+            self._departure(record.spec.uuid),
+            self._directory.open(record),
+            self._peer(address, host),
+            self._config,
+            self._tls.load(),
+            self._plan(record, host),
+        )
+        self._follow(outgoing, request.request_id)
+        return outgoing.migration
+
+    def _check_free(self, record: MachineRecord) -> None:
+        """Refuse what can be known to fail without asking anybody."""
+        if self._migrations.open_of(record.spec.uuid) is not None:
+            raise MachineBusyError(
+                f"{record.spec.name} already has an open migration", machine=record.spec.uuid
+            )
+        rights = self._ledger.rights(record.spec.uuid)
+        if not rights.permitted:
+            raise MachineNotOwnedError(
+                f"this host may not send {record.spec.name} away: {rights.standing.name}",
+                machine=record.spec.uuid,
+            )
+        if not record.alive:
+            raise MachineDeadError(f"the process of {record.spec.name} is gone", machine=record.spec.uuid)
+        if len(self._running) >= self._config.max_outgoing:
+            raise TooManyMigrationsError(
+                f"{self._config.max_outgoing} migrations leave this host already", limit="max_outgoing"
+            )
+
+    def _check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> VerifiedTicket:
+        if not data:
+            raise InvalidArgumentError(
+                "a ticket is required",
+                field="ticket",
+                remedy="Issue one (vmferry ticket), or use vmferry migrate.",
+            )
+        material = self._tls.load()
+        ticket = open_ticket(data, ca_pem=material.ca_pem, now=datetime.now(UTC))
+        ticket.check(
+            machine_id=record.spec.uuid,
+            source=self._own,
+            destination=destination,
+            memory_bytes=record.spec.memory_mib * 1024 * 1024,
+            vcpus=record.spec.vcpus,
+            source_key_sha256=material.key_sha256,
+        )
+        return ticket
+
+    def _order(self, options: pb.MigrationOptions, migration_id: bytes, ticket: bytes) -> Order:
+        config = self._config
+        if options.lanes and not 2 <= options.lanes <= 16:  # noqa: PLR2004 - the documented range
+            raise InvalidArgumentError("lanes must be between 2 and 16", field="options.lanes")
+        if options.verify not in pb.VerifyMode.values():
+            raise InvalidArgumentError(f"there is no verify mode {options.verify}", field="options.verify")
+        known = [tracker.kind for tracker in self._trackers]
+        if options.tracker and options.tracker not in known:
+            raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
+        return Order(
+            migration_id=migration_id,
+            ticket=ticket,
+            lanes=options.lanes or config.lanes,
+            downtime_limit_s=_seconds(options, "downtime_limit", config.downtime_limit_ms / 1000),
+            total_timeout_s=_seconds(options, "total_timeout", config.total_timeout_s),
+            stall_timeout_s=_seconds(options, "stall_timeout", config.stall_timeout_s),
+            reserve_timeout_s=_seconds(options, "reserve_timeout", config.reserve_timeout_s),
+            compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
+            tracker=options.tracker,
+        )
+
+    def _destination(self, destination: pb.Destination) -> tuple[Identity, str]:
+        _required(destination.host, "destination.host")
+        try:
+            host = Identity.parse(destination.host)
+        except VmferryError as error:
+            raise InvalidArgumentError(error.message, field="destination.host") from error
+        if host.kind is not Kind.VMHOST or host.trust_domain != self._own.trust_domain:
+            raise InvalidArgumentError(
+                f"{host} is not a host of {self._own.trust_domain}", field="destination.host"
+            )
+        if host == self._own:
+            raise InvalidArgumentError("the machine is on this host already", field="destination.host")
+        match = _ADDRESS.fullmatch(destination.address)
+        if match is None or not 0 < int(match[2]) < 65536:  # noqa: PLR2004 - port numbers
+            raise InvalidArgumentError("address must be NAME:PORT", field="destination.address")
+        return host, destination.address
+
+    def _follow(self, one: Outgoing | Recovered, request_id: str = "") -> None:
+        self._migrations.add(one.migration, request_id)
+        self._running[one.migration.id] = one
+        task = one.start()
+        task.add_done_callback(lambda done: self._forget(one.migration.id, done))
+
+    def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(migration_id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
+
+    def _recover_one(self, machine_id: str) -> None:
+        departure = self._departure(machine_id)
+        state = departure.state
+        if isinstance(state, source.Quiet):
+            departure.close()
+            return
+        attempt = state.attempt
+        message = pb.Migration(
+            id=attempt.migration_id.hex(),
+            machine=machine_id,
+            machine_id=machine_id,
+            source=self._own.uri,
+            destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
+            phase=pb.MIGRATION_PHASE_SWITCHING,
+        )
+        peer = self._peer(attempt.destination_address, Identity.parse(attempt.destination))
+        self._follow(
+            Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
+        )
+
+    def _departure(self, machine_id: str) -> Departure:
+        return Departure(machine_id, self._ledger, self._directory, on_broken_journal=self._on_broken_journal)
+
+    def _peer(self, address: str, host: Identity) -> Destination:
+        return Destination(address, host, self._tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
+
+    def _plan(self, record: MachineRecord, host: Identity) -> Plan:
+        return Plan(record.spec, self._ledger, self._trackers, self._own.uri, host.uri)
+
+    async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
+        rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)
+        migration = self._migrations.open_of(record.spec.uuid)
+        return machine_pb2.Machine(
+            name=record.spec.name,
+            uuid=record.spec.uuid,
+            spec=spec_to_message(record.spec),
+            state=await self._state(record),
+            right=machine_pb2.MachineRight.ValueType(rights.standing.value),
+            epoch=rights.epoch,
+            migration_id=migration.id if migration else "",
+            pid=record.pid or 0,
+        )
+
+    async def _state(self, record: MachineRecord) -> machine_pb2.MachineState.ValueType:
+        if not record.alive:
+            return machine_pb2.MACHINE_STATE_DEAD
+        machine = self._directory.open(record)
+        try:
+            return _STATES[await machine.run_state()]
+        except MachineDeadError:
+            return machine_pb2.MACHINE_STATE_DEAD
+        except VmferryError:
+            return machine_pb2.MACHINE_STATE_UNSPECIFIED
+        finally:
+            await machine.close()
+
+
+def _required(value: str, field: str) -> str:
+    if not value:
+        raise InvalidArgumentError(f"{field} is required", field=field)
+    return value
+
+
+def _check_request_id(request_id: str) -> None:
+    try:
+        uuid.UUID(request_id)
+    except ValueError:
+        raise InvalidArgumentError(
+            "request_id must be a UUID",
+            field="request_id",
+            remedy="Make one up per migration and repeat it when you repeat the call.",
+        ) from None
+
+
+def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
+    if not options.HasField(name):  # type: ignore[arg-type]  # the name is one of its fields
+        return default
+    value: Duration = getattr(options, name)
+    seconds = value.seconds + value.nanos / 1e9
+    if seconds <= 0:
+        raise InvalidArgumentError(f"{name} must be longer than 0", field=f"options.{name}")
+    return seconds

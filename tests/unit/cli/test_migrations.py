@@ -1,0 +1,294 @@
+"""The commands that talk to a source service, against a real server with a script instead of machines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+from google.protobuf import json_format
+
+from tests.unit.cli.conftest import Run
+from tests.unit.cli.fake_source import HOST_A, HOST_B, MACHINE_ID, MIB, MIGRATION_ID, FakeSource, migration
+from vmferry.cli import watch
+from vmferry.errors import (
+    CancelledByCallerError,
+    ExitCode,
+    HashMismatchError,
+    IncompatibleError,
+    NotConvergingError,
+    OutcomeUnknownError,
+    PeerUnreachableError,
+    ServiceStoppingError,
+    VmferryError,
+)
+from vmferry.telemetry.timeline import load_spans
+from vmferry.v1 import compatibility_pb2, migration_pb2
+
+COMPLETED = migration_pb2.MIGRATION_OUTCOME_COMPLETED
+FAILED = migration_pb2.MIGRATION_OUTCOME_FAILED
+CANCELLED = migration_pb2.MIGRATION_OUTCOME_CANCELLED
+UNKNOWN = migration_pb2.MIGRATION_OUTCOME_UNKNOWN
+HANDING_OFF = migration_pb2.MIGRATION_PHASE_HANDING_OFF
+
+MOVE = ("migrate", "web-1", "--to-host", HOST_B, "--to-address", "127.0.0.1:7602")
+
+
+def test_migrate_prints_one_document_that_protobuf_reads_back(call: Run, source: FakeSource) -> None:
+    """With --json stdout is the final migration, in protobuf's JSON with numbers, and nothing else."""
+    final = migration(outcome=COMPLETED)
+    source.script = [migration(), final]
+
+    ran = call(*MOVE, "--json")
+
+    assert ran.code == ExitCode.OK, ran.err
+    document = json.loads(ran.out)
+    assert document["progress"]["memory_bytes"] == 64 * MIB
+    assert document["outcome"] == "MIGRATION_OUTCOME_COMPLETED"
+    assert json_format.ParseDict(document, migration_pb2.Migration()) == final
+    assert "precopying, round 1" in ran.err
+
+
+def test_migrate_sends_a_ticket_for_exactly_this_crossing(call: Run, source: FakeSource) -> None:
+    """The ticket names machine, source and destination; options not given are left to the service."""
+    source.script = [migration(outcome=COMPLETED)]
+
+    assert call(*MOVE, "--downtime-limit-ms", 1250, "--lanes", 2).code == ExitCode.OK
+
+    (ticket,) = source.tickets
+    assert (ticket.machine_id, ticket.source.uri, ticket.destination.uri) == (MACHINE_ID, HOST_A, HOST_B)
+    options = source.requests[-1].options
+    assert options.downtime_limit.ToMilliseconds() == 1250
+    assert options.lanes == 2
+    assert options.verify == migration_pb2.VERIFY_MODE_UNSPECIFIED
+    assert not options.tracker
+    assert not options.HasField("total_timeout")
+
+
+def test_migrate_passes_on_checks_and_tracker(call: Run, source: FakeSource) -> None:
+    """--verify bytes and --tracker arrive at the service as such."""
+    source.script = [migration(outcome=COMPLETED)]
+
+    assert call(*MOVE, "--verify", "bytes", "--tracker", "hash").code == ExitCode.OK
+
+    options = source.requests[-1].options
+    assert (options.verify, options.tracker) == (migration_pb2.VERIFY_MODE_BYTES, "hash")
+
+
+def test_migrate_is_part_of_one_trace(call: Run, source: FakeSource, tmp_path: Path) -> None:
+    """With a folder for spans, the call that starts a migration carries the trace of the span written there."""
+    source.script = [migration(outcome=COMPLETED)]
+
+    # Recording is set up once in the life of a process, so this needs one of its own.
+    command = [sys.executable, "-m", "vmferry.cli.main", *MOVE, "--trace-dir", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+
+    (traceparent,) = source.traceparents
+    spans = load_spans([tmp_path], traceparent.split("-")[1])
+    assert spans[0].name == "schedule"
+    assert {span.service for span in spans} == {"scheduler"}
+
+
+def test_migrate_repeats_a_start_whose_answer_was_lost(call: Run, source: FakeSource) -> None:
+    """The same request_id and ticket go out again, so that nothing is started twice."""
+    source.script = [migration(outcome=COMPLETED)]
+    source.lost_answers = 2
+    request_id = str(uuid.uuid4())
+
+    ran = call(*MOVE, "--request-id", request_id)
+
+    assert ran.code == ExitCode.OK, ran.err
+    assert [request.request_id for request in source.requests] == [request_id] * 3
+    assert len({request.ticket for request in source.requests}) == 1
+
+
+def test_migrate_says_how_to_ask_again_when_every_answer_is_lost(call: Run, source: FakeSource) -> None:
+    """Whether it was started is not known: exit code 5, and the request to repeat."""
+    source.lost_answers = 1000
+
+    ran = call(*MOVE)
+
+    assert ran.code == ExitCode.UNREACHABLE
+    assert f"--request-id {source.requests[0].request_id}" in ran.err
+    assert not ran.out
+
+
+def test_migrate_no_wait_returns_the_id(call: Run, source: FakeSource) -> None:
+    """Without waiting stdout is the migration's id, and the migration is not watched."""
+    ran = call(*MOVE, "--no-wait")
+
+    assert (ran.code, ran.out) == (ExitCode.OK, f"{MIGRATION_ID}\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "code"),
+    [
+        (COMPLETED, None, ExitCode.OK),
+        (FAILED, NotConvergingError("the guest writes too fast"), ExitCode.FAILED),
+        (CANCELLED, CancelledByCallerError("cancelled"), ExitCode.CANCELLED),
+        (FAILED, IncompatibleError("no common protocol"), ExitCode.PRECONDITION),
+        (FAILED, PeerUnreachableError("the destination is away"), ExitCode.UNREACHABLE),
+        (FAILED, HashMismatchError("page 7"), ExitCode.INTEGRITY),
+        (FAILED, None, ExitCode.FAILED),
+    ],
+)
+def test_watch_ends_with_the_outcomes_exit_code(
+    call: Run, source: FakeSource, outcome: int, reason: VmferryError | None, code: ExitCode
+) -> None:
+    """Each outcome and reason has the exit code of docs/cli.md, and the reason is told with its remedy."""
+    source.script = [migration(), migration(outcome=outcome, reason=reason)]  # type: ignore[arg-type]
+
+    ran = call("watch", MIGRATION_ID)
+
+    assert ran.code == code, ran.err
+    if reason is not None:
+        assert reason.reason in ran.err
+        assert reason.instance_remedy in ran.err
+
+
+def test_watch_gives_up_on_an_outcome_that_stays_unknown(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 6 and the document that says unknown; never a guess in either direction."""
+    _be_impatient(monkeypatch)
+    unknown = OutcomeUnknownError("no answer to Go")
+    source.script = [
+        migration(phase=HANDING_OFF),
+        migration(phase=HANDING_OFF, outcome=UNKNOWN, reason=unknown),
+    ]
+
+    ran = call("watch", MIGRATION_ID, "--json")
+
+    assert ran.code == ExitCode.UNKNOWN
+    assert json.loads(ran.out)["outcome"] == "MIGRATION_OUTCOME_UNKNOWN"
+
+
+def test_watch_waits_for_an_unknown_outcome_to_resolve(call: Run, source: FakeSource) -> None:
+    """An outcome that becomes known in time is the one reported."""
+    source.script = [migration(phase=HANDING_OFF, outcome=UNKNOWN), migration(outcome=COMPLETED)]
+
+    assert call("watch", MIGRATION_ID).code == ExitCode.OK
+
+
+def test_watch_takes_up_a_lost_connection(call: Run, source: FakeSource) -> None:
+    """A stream that breaks, even twice, is opened again and the migration followed to its end."""
+    away = ServiceStoppingError("the service is stopping")
+    source.script = [migration(), away, away, migration(current_round=2), migration(outcome=COMPLETED)]
+
+    ran = call("watch", MIGRATION_ID)
+
+    assert ran.code == ExitCode.OK, ran.err
+    assert "connection to the source is lost" in ran.err
+    assert "round 2" in ran.err
+
+
+def test_watch_does_not_wait_for_ever_for_a_lost_source(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that stays away ends the command with exit code 5, and says that the migration may go on."""
+    _be_impatient(monkeypatch)
+    source.script = [migration(), *[ServiceStoppingError("the service is stopping")] * 1000]
+
+    ran = call("watch", MIGRATION_ID)
+
+    assert ran.code == ExitCode.UNREACHABLE
+    assert f"vmferry watch {MIGRATION_ID}" in ran.err
+
+
+def test_watch_prints_a_line_for_each_change_only(call: Run, source: FakeSource) -> None:
+    """In a pipe, the same phase and round is not repeated at every message."""
+    source.script = [
+        *[migration(remaining=left * MIB) for left in range(40, 0, -1)],
+        migration(current_round=2),
+        migration(outcome=COMPLETED),
+    ]
+
+    lines = call("watch", MIGRATION_ID).err.splitlines()
+
+    assert len(lines) == 3
+    assert lines[0] == (
+        "web-1: precopying, round 1: sent 24.0 MiB, remaining 40.0 MiB, rate 400.0 MiB/s, dirty 20.0 MiB/s, "
+        "expected downtime 12 ms, ETA 1.4 s"
+    )
+
+
+def test_status_prints_the_migration(call: Run, source: FakeSource) -> None:
+    """As text and as a document, status is exit code 0 whatever came of the migration."""
+    source.migrations = [migration(outcome=FAILED, reason=NotConvergingError("the guest writes too fast"))]
+
+    text, document = call("status", MIGRATION_ID), call("status", MIGRATION_ID, "--json")
+
+    assert (text.code, document.code) == (ExitCode.OK, ExitCode.OK)
+    assert "NOT_CONVERGING: the guest writes too fast" in text.out
+    assert json.loads(document.out)["reason"]["reason"] == "NOT_CONVERGING"
+
+
+def test_list_goes_through_all_pages(call: Run, source: FakeSource) -> None:
+    """All migrations are printed, from however many pages they came."""
+    ran = call("list", "--machine", "web-1", "--json")
+
+    assert len(json.loads(ran.out)["migrations"]) == 2
+    assert [request.machine for request in source.requests] == ["web-1"] * 2
+
+
+def test_list_open_only(call: Run, source: FakeSource) -> None:
+    """--open leaves out what has ended."""
+    (only,) = json.loads(call("list", "--open", "--json").out)["migrations"]
+
+    assert only["outcome"] == "MIGRATION_OUTCOME_UNSPECIFIED"
+
+
+def test_list_machines(call: Run, source: FakeSource) -> None:
+    """--machines prints the machines of the source's host, as a table and as a document."""
+    (machine,) = json.loads(call("list", "--machines", "--json").out)["machines"]
+
+    assert (machine["name"], machine["epoch"], machine["pid"]) == ("web-1", 1, 4711)
+    assert "web-1  running  owned  64 MiB" in call("list", "--machines").out
+
+
+def test_an_empty_list_leaves_stdout_empty(call: Run, source: FakeSource) -> None:
+    """That there is nothing is said on stderr; as a document it is an empty list."""
+    source.migrations = []
+
+    ran = call("list")
+
+    assert (ran.out, ran.err) == ("", "no migrations\n")
+    assert json.loads(call("list", "--json").out) == {"migrations": []}
+
+
+def test_cancel(call: Run, source: FakeSource) -> None:
+    """A cancelled migration is printed; one past the point of no return is refused with exit code 4."""
+    assert json.loads(call("cancel", MIGRATION_ID, "--json").out)["id"] == MIGRATION_ID
+    source.migrations = [migration(phase=HANDING_OFF)]
+
+    refused = call("cancel", MIGRATION_ID)
+
+    assert refused.code == ExitCode.PRECONDITION
+    assert "POINT_OF_NO_RETURN" in refused.err
+
+
+def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
+    """A report that blocks is printed whole and ends with exit code 4; one that does not with 0."""
+    arguments = ("plan", "web-1", *MOVE[2:])
+    assert call(*arguments).out.startswith("could move; protocol version 1, tracker pagemap-scan")
+    source.report.compatible = False
+    for name in ("memory.insufficient", "name.taken"):
+        source.report.items.add(
+            severity=compatibility_pb2.SEVERITY_BLOCKS,
+            id=name,
+            message="it blocks",
+            object="b",
+            remedy="remove it",
+        )
+
+    ran = call(*arguments, "--json")
+
+    assert ran.code == ExitCode.PRECONDITION
+    assert [item["id"] for item in json.loads(ran.out)["items"]] == ["memory.insufficient", "name.taken"]
+
+
+def _be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", watch.Patience(reconnect_s=0.2, unknown_s=0.2, retry_s=0.02))

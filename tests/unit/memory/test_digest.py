@@ -1,0 +1,109 @@
+"""The table of page digests, against a naive one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
+
+from vmferry.memory.digest import DIGEST_SIZE, ZERO_PAGE_DIGEST, PageTable, digest_pages
+from vmferry.memory.runs import PAGE_SIZE, PageRuns
+
+PAGES = 40
+CONTENTS = st.dictionaries(
+    st.integers(min_value=0, max_value=PAGES - 1), st.integers(min_value=0, max_value=3)
+)
+
+
+def page_of(value: int) -> bytes:
+    return bytes(PAGE_SIZE - 1) + bytes([value])
+
+
+def buffer_of(contents: dict[int, int]) -> tuple[list[tuple[int, int]], memoryview]:
+    """The runs of ``contents`` and their pages one behind the other."""
+    runs = PageRuns((page, 1) for page in sorted(contents))
+    return list(runs), memoryview(b"".join(page_of(contents[page]) for page in sorted(contents)))
+
+
+@given(CONTENTS)
+def test_a_noted_page_has_its_own_digest_and_the_others_are_zero(contents: dict[int, int]) -> None:
+    """Each digest is at its page's place, whatever the runs are."""
+    table = PageTable(PAGES)
+    table.note_pages(*buffer_of(contents))
+    for page in range(PAGES):
+        assert table.get(page) == xxh3_128_digest(page_of(contents.get(page, 0)))
+    naive = b"".join(xxh3_128_digest(page_of(contents.get(page, 0))) for page in range(PAGES))
+    assert table.root() == xxh3_128_digest(naive)
+
+
+@given(CONTENTS)
+def test_splitting_loses_no_page_and_sends_no_zero_page(contents: dict[int, int]) -> None:
+    """Zero pages and data pages are told apart, and the data is the data pages in order."""
+    table, expected = PageTable(PAGES), PageTable(PAGES)
+    runs, buffer = buffer_of(contents)
+    expected.note_pages(runs, buffer)
+    split = table.scan_pages(runs, buffer)
+    assert PageRuns(split.zero_runs) == PageRuns((page, 1) for page in sorted(contents) if not contents[page])
+    assert PageRuns(split.data_runs) == PageRuns((page, 1) for page in sorted(contents) if contents[page])
+    assert bytes(split.data) == b"".join(
+        page_of(contents[page]) for page in sorted(contents) if contents[page]
+    )
+    assert table.root() == expected.root()
+
+
+def test_pages_without_zeros_are_not_copied() -> None:
+    """In the common case the data is the caller's own buffer."""
+    runs, buffer = buffer_of({1: 1, 2: 2, 9: 3})
+    assert PageTable(PAGES).scan_pages(runs, buffer).data is buffer
+
+
+def test_a_page_with_the_digest_of_zero_but_another_content_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collision with the digest of the zero page loses no data: bytes decide."""
+    monkeypatch.setattr("vmferry.memory.digest.xxh3_128_digest", lambda _: ZERO_PAGE_DIGEST)
+    runs, buffer = buffer_of({3: 0, 4: 1})
+    split = PageTable(PAGES).scan_pages(runs, buffer)
+    assert (split.zero_runs, split.data_runs, bytes(split.data)) == ([(3, 1)], [(4, 1)], page_of(1))
+
+
+@given(CONTENTS, CONTENTS)
+def test_differing_names_exactly_the_changed_pages(before: dict[int, int], after: dict[int, int]) -> None:
+    """Compared with what was noted, a page differs if and only if its content does."""
+    table = PageTable(PAGES)
+    table.note_pages(*buffer_of(before))
+    runs, buffer = buffer_of(after)
+    changed = [page for page in sorted(after) if after[page] != before.get(page, 0)]
+    assert list(table.differing(runs, digest_pages(buffer))) == [(page, 1) for page in changed]
+
+
+def test_noting_zero_needs_no_bytes() -> None:
+    """Pages noted as zero are as in a new table."""
+    table = PageTable(PAGES)
+    table.note_pages([(2, 3)], b"x" * 3 * PAGE_SIZE)
+    assert table.root() != PageTable(PAGES).root()
+    table.note_zero([(2, 3)])
+    assert table.root() == PageTable(PAGES).root()
+
+
+@pytest.mark.parametrize("runs", [[(PAGES, 1)], [(PAGES - 1, 2)], [(-1, 1)], [(0, 2)], [(0, 0), (1, 1)], []])
+def test_runs_that_do_not_fit_are_refused_and_change_nothing(runs: list[tuple[int, int]]) -> None:
+    """A wrong run must never shift the digests behind it."""
+    table = PageTable(PAGES)
+    with pytest.raises(ValueError, match=r"run|pages"):
+        table.note_pages(runs, b"x" * PAGE_SIZE)
+    assert table.root() == PageTable(PAGES).root()
+
+
+def test_a_single_page_can_be_set_and_read_within_bounds_only() -> None:
+    """Set and get refuse what is no page or no digest."""
+    table = PageTable(PAGES)
+    digest = bytes(range(DIGEST_SIZE))
+    table.set(PAGES - 1, digest)
+    assert table.get(PAGES - 1) == digest
+    for page in (-1, PAGES):
+        with pytest.raises(ValueError, match="page"):
+            table.get(page)
+        with pytest.raises(ValueError, match="page"):
+            table.set(page, digest)
+    with pytest.raises(ValueError, match="digest"):
+        table.set(0, digest[1:])

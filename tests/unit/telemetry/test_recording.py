@@ -1,0 +1,151 @@
+"""Spans reach the disk, and what reached it survives its writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from google.protobuf.json_format import ParseDict
+from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+from tests.support import wait_until
+from vmferry.errors import ConfigError
+from vmferry.telemetry.recording import SpanFileExporter
+from vmferry.telemetry.timeline import load_spans, span_tree
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from vmferry.telemetry.tracing import configure, current_trace_id, phase
+
+shutdown = configure("source", Path(sys.argv[1]), host="host-a")
+with phase("migrate"):
+    with phase("precopy", rounds=2):
+        print(current_trace_id(), flush=True)
+    if sys.argv[2] == "wait":
+        sys.stdin.read()
+shutdown()
+"""
+
+
+@contextmanager
+def _program(directory: Path, how: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that records spans; with ``wait`` it stays inside of its outer span until its input ends."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(directory), how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=inherited | {"PYTHONPATH": str(Path.cwd())} | environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _finished(directory: Path, **environment: str) -> str:
+    """Run the process to its end; gives the trace's id."""
+    with _program(directory, "end", **environment) as process:
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert not errors
+    return output.strip()
+
+
+def test_shutdown_writes_every_ended_span(tmp_path: Path) -> None:
+    """After shutdown the file, which only its owner may read, tells the whole tree with service and host."""
+    trace_id = _finished(tmp_path / "traces")
+    (path,) = (tmp_path / "traces").iterdir()
+    assert path.name.startswith("source-")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    spans = load_spans([tmp_path / "traces"], trace_id)
+    (root,) = span_tree(spans)
+    assert (root.span.name, root.span.parent_id) == ("migrate", "")
+    assert [child.span.name for child in root.children] == ["precopy"]
+    assert {(span.service, span.host) for span in spans} == {("source", "host-a")}
+
+
+def test_file_is_parseable_after_kill(tmp_path: Path) -> None:
+    """A span that ended shortly before kill -9 is on disk, in whole lines, while the open one is lost."""
+    with _program(tmp_path, "wait") as process:
+        assert process.stdout is not None
+        trace_id = process.stdout.readline().strip()
+        (path,) = tmp_path.iterdir()
+        wait_until(lambda: path.stat().st_size > 0, what="the flush of the ended span")
+        process.kill()
+        process.wait(timeout=10)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        json.loads(line)
+    (span,) = load_spans([tmp_path], trace_id)
+    assert span.name == "precopy"
+    assert [node.span for node in span_tree([span])] == [span], (
+        "a span whose parent was lost stands by itself"
+    )
+
+
+def test_lines_are_otlp(tmp_path: Path) -> None:
+    """Each line is OTLP's JSON: hexadecimal ids, numbers for enums, and nothing that the schema does not know."""
+    trace_id = _finished(tmp_path)
+    (path,) = tmp_path.iterdir()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        ParseDict(json.loads(line), TracesData())
+        for span in json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"]:
+            assert span["traceId"] == trace_id
+            assert len(bytes.fromhex(span["spanId"])) == 8
+            assert isinstance(span["kind"], int)
+
+
+def test_environment_has_the_last_word(tmp_path: Path) -> None:
+    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override what the program says of itself."""
+    environment = {"OTEL_SERVICE_NAME": "ferry", "OTEL_RESOURCE_ATTRIBUTES": "host.name=elsewhere"}
+    spans = load_spans([tmp_path], _finished(tmp_path, **environment))
+    assert {(span.service, span.host) for span in spans} == {("ferry", "elsewhere")}
+
+
+def test_disabled_sdk_records_nothing(tmp_path: Path) -> None:
+    """OTEL_SDK_DISABLED leaves no file, and no trace."""
+    assert _finished(tmp_path / "traces", OTEL_SDK_DISABLED="true") == ""
+    assert not (tmp_path / "traces").exists()
+
+
+@pytest.fixture
+def span() -> ReadableSpan:
+    provider = TracerProvider(resource=Resource({"host.name": "h"}), shutdown_on_exit=False)
+    ended = provider.get_tracer("test").start_span("copy")
+    ended.end()
+    assert isinstance(ended, ReadableSpan)
+    return ended
+
+
+def test_torn_line_does_not_spoil_the_next(tmp_path: Path, span: ReadableSpan) -> None:
+    """A process with the number, and so the file, of one that was killed while writing starts a line of its own."""
+    path = tmp_path / "source-1.jsonl"
+    path.write_bytes(b'{"resourceSpans":[{"reso')
+    exporter = SpanFileExporter(path)
+    assert exporter.export([span]) is SpanExportResult.SUCCESS
+    assert exporter.export([span]) is SpanExportResult.SUCCESS
+    exporter.shutdown()
+    assert len(path.read_bytes().splitlines()) == 3
+    (found,) = load_spans([tmp_path], format(span.context.trace_id, "032x"))
+    assert found.name == "copy"
+
+
+def test_folder_that_cannot_be_made_is_a_config_error(tmp_path: Path) -> None:
+    """A trace folder that is a file is refused at the start, naming the setting."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        SpanFileExporter(tmp_path / "file" / "source-1.jsonl")
+    assert caught.value.field == "trace_dir"

@@ -1,0 +1,228 @@
+"""``vmferry demo``: a running guest moves between two real hosts on this computer, and says how it was.
+
+Promise: nothing is pretended. The services, certificates, connections, the guest and the figures are the real ones;
+everything that was started is ended and removed, also on failure and on a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar
+
+import typer
+
+from vmferry.cli import migrate
+from vmferry.cli.connection import open_source
+from vmferry.cli.demo_guest import Guest
+from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
+from vmferry.cli.demo_report import Crossing, Report
+from vmferry.cli.machine import run_machine
+from vmferry.cli.migrate import LanesOption, Verify, migration_options
+from vmferry.cli.output import JsonOption, console, print_document, say, size
+from vmferry.cli.progress import outcome_name, progress_view
+from vmferry.cli.watch import follow
+from vmferry.errors import InvalidArgumentError
+from vmferry.machines.spec import new_spec
+from vmferry.telemetry.timeline import load_spans, render_timeline
+from vmferry.telemetry.tracing import configure, phase
+from vmferry.v1.migration_pb2 import Destination
+
+MIN_STAY_S: Final = 1.0
+"""How long the guest runs where it arrived before it is asked how it is."""
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALLED: Final = 128
+"""Added to a signal's number: the exit code by which shells tell it."""
+_MIB: Final = 1024 * 1024
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the demonstration was asked for."""
+
+    memory_mib: int
+    resident_mib: int
+    dirty_mib_per_s: int
+    lanes: int | None
+    repeat: int
+    keep: Path | None
+
+
+def demo(
+    *,
+    memory_mib: Annotated[int, typer.Option("--memory-mib", min=4, help="Guest memory.")] = 256,
+    resident_mib: Annotated[
+        int | None, typer.Option("--resident-mib", min=1, help="How much the guest fills; default: half.")
+    ] = None,
+    dirty_mib_per_s: Annotated[
+        int, typer.Option("--dirty-mib-per-s", min=0, help="How fast the guest writes.")
+    ] = 0,
+    lanes: LanesOption = None,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measured crossings, there and back.")] = 1,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Keep logs, traces and journals here.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Move a running guest between two hosts on this computer, and show what happened."""
+    resident = memory_mib // 2 if resident_mib is None else resident_mib
+    if resident >= memory_mib:
+        raise InvalidArgumentError(
+            f"the guest cannot fill {resident} of its {memory_mib} MiB: its program needs some",
+            field="--resident-mib",
+        )
+    wishes = Wishes(memory_mib, resident, dirty_mib_per_s, lanes, repeat, keep)
+    require_memory(memory_mib * _MIB, resident * _MIB)
+    report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
+    if json:
+        print_document(report.document())
+    else:
+        _print_end(report)
+    raise typer.Exit(report.exit_code)
+
+
+async def _demonstrate(wishes: Wishes, tell: Callable[[str], None]) -> Report:
+    async with two_hosts(wishes.keep) as world:
+        tell("vmferry demo: a running guest crosses from host a to host b and back.\n")
+        tell("  services  source and destination of both hosts are up, on loopback with mutual TLS")
+        write_out = configure("scheduler", world.trace_dir, host="operator")
+        try:
+            report = await _voyage(world, wishes, tell)
+        finally:
+            write_out()
+        report.peak_rss_mib = {service.name: service.peak_rss_mib() for service in world.services}
+        if report.broken is not None:
+            show_logs(world)
+        await world.stop_services()  # which write out the spans they still hold
+        trace_id = report.crossings[0].migration.trace_id
+        if trace_id:  # it is empty where the environment switched tracing off
+            report.spans = load_spans([world.trace_dir], trace_id)
+        return report
+
+
+async def _voyage(world: TwoHosts, wishes: Wishes, tell: Callable[[str], None]) -> Report:
+    spec = new_spec("canary", wishes.memory_mib, "canary", _params(wishes))
+    guest, report = Guest(spec, wishes.resident_mib), Report(spec.name, wishes.memory_mib * _MIB)
+    await run_machine(spec, world.a.host.config)
+    await guest.wait_ready(world.a.host)
+    tell(f"  started   {spec.name} on host a: {wishes.memory_mib} MiB, {wishes.resident_mib} of them filled")
+
+    here, there = world.a, world.b
+    for _ in range(wishes.repeat):
+        if not await _cross(world, here, there, guest, report, wishes, Verify.DIGEST, tell):
+            return report
+        here, there = there, here
+    await asyncio.sleep(MIN_STAY_S)
+    found = await guest.check_everything(here.host)
+    pages = found.verifies[-1].pages + found.verifies[-1].working
+    tell(
+        f"  on {here.host.name}      the guest checked its {pages} pages and its registers: {found.bad} are wrong"
+    )
+
+    if await _cross(world, here, there, guest, report, wishes, Verify.BYTES, tell):
+        report.guest_ok = found.ok and (await guest.latest_verdict(there.host)).ok
+    return report
+
+
+async def _cross(
+    world: TwoHosts,
+    here: Shore,
+    there: Shore,
+    guest: Guest,
+    report: Report,
+    wishes: Wishes,
+    verify: Verify,
+    tell: Callable[[str], None],
+) -> bool:
+    """Move the guest once and note how it went; whether it arrived."""
+    order = migrate.Order(
+        machine=guest.spec.uuid,
+        destination=Destination(host=there.host.identity.uri, address=there.dest.address),
+        options=migration_options(None, wishes.lanes, verify, None),
+        request_id=migrate.new_request_id(),
+    )
+    async with open_source(here.source.address, here.host.identity.uri, world.admin_tls) as source:
+        with phase("schedule"), progress_view() as view:
+            started = await migrate.start(source, order)
+            migration = await follow(source, started.id, view, last=started)
+    crossing = Crossing(migration, f"{here.host.name} to {there.host.name}", verified=verify is Verify.BYTES)
+    if crossing.completed:
+        crossing = crossing.with_gap(await guest.gap_ms(there.host))
+    report.crossings.append(crossing)
+    tell(_sentence(crossing))
+    return crossing.completed
+
+
+def _sentence(crossing: Crossing) -> str:
+    migration, start = crossing.migration, f"  {crossing.direction}    "
+    if not crossing.completed:
+        return f"{start}{outcome_name(migration)}: {migration.reason.reason}: {migration.reason.message}"
+    figures = (
+        f"downtime {crossing.downtime_ms:.1f} ms (the guest saw {crossing.guest_gap_ms or 0:.1f}), "
+        f"total {crossing.total_ms / 1000:.2f} s, {migration.progress.round} rounds, "
+        f"{size(migration.progress.wire_bytes)} on the wire"
+    )
+    if crossing.verified:
+        found = migration.verification
+        return (
+            f"{start}{figures}\n            compared {size(found.compared_bytes)} of memory, byte for byte, "
+            f"while it was paused: {found.different_pages} pages differ"
+        )
+    return f"{start}{figures}"
+
+
+def _print_end(report: Report) -> None:
+    screen = console(stderr=False)
+    if report.spans:
+        print()
+        screen.print(render_timeline(report.spans, screen.width))
+    print(f"\npeak memory of the services, MiB: {report.peak_rss_mib}")
+    if report.broken is not None:
+        say(f"remedy: {report.broken.migration.reason.remedy}")
+        return
+    print(f"memory identical: {_yes(report.memory_identical)}; the guest is well: {_yes(report.guest_ok)}")
+
+
+def _params(wishes: Wishes) -> dict[str, str]:
+    params = {"resident-mib": str(wishes.resident_mib)}
+    if wishes.dirty_mib_per_s:
+        params["dirty-mib-per-s"] = str(wishes.dirty_mib_per_s)
+    return params
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def _nothing(_text: str) -> None:
+    """The listener of a demonstration that prints a document instead."""
+
+
+async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
+    """Do the work; the first signal cancels it, and no other gets in the way of its cleaning up."""
+    task = asyncio.ensure_future(work)
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        if not received:
+            received.append(number)
+            say("ending what was started ...")
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise typer.Exit(_SIGNALLED + received[0]) from None
+        raise
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

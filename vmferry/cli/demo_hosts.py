@@ -1,0 +1,271 @@
+"""The two hosts of a demonstration: real services with real certificates, on loopback, in folders of their own.
+
+Promise: everything that was started is ended, and every file is removed, however the demonstration ends; only what
+``keep`` asks for stays. Nothing outside of these folders is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vmferry.cli.machine import directory_of
+from vmferry.cli.output import say
+from vmferry.config import HostConfig, render_config
+from vmferry.errors import (
+    InsufficientMemoryError,
+    InvalidArgumentError,
+    MachineFailedError,
+    ServiceStoppingError,
+    VmferryError,
+)
+from vmferry.machines.launcher import stop_machine
+from vmferry.security.authority import init_authority, issue
+from vmferry.security.identity import Identity, Kind
+
+TRUST_DOMAIN: Final = "demo.vmferry.example"
+
+_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - guest memory belongs on tmpfs; our folder there is private
+_READY_S: Final = 60.0
+_END_S: Final = 15.0
+_KILL_S: Final = 5.0
+_TAIL_BYTES: Final = 4096
+_MIB: Final = 1024 * 1024
+
+
+class Service:
+    """One service process of a host."""
+
+    def __init__(self, role: str, host: DemoHost, log: Path) -> None:
+        self.name = f"{role}-{host.name}"
+        self.port = 0
+        self.log = log
+        self._module = {"source": "source_svc", "dest": "dest_svc"}[role]
+        self._host = host
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        """Start it, and return when it takes calls.
+
+        Raises:
+            ServiceStoppingError: it ended at once, or said nothing in time.
+        """
+        with self.log.open("wb") as log:
+            # A session of its own: Ctrl-C is for the demonstration, which ends its services in order.
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", self._module, "--config", str(self._host.config_file)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(_READY_S):
+                line = await self._process.stdout.readline()
+            self.port = int(json.loads(line)["port"])
+        except (TimeoutError, ValueError, KeyError, TypeError) as error:
+            raise ServiceStoppingError(
+                f"the service {self.name} did not start", remedy=f"Its log says:\n{self.log_tail()}"
+            ) from error
+
+    def peak_rss_mib(self) -> float:
+        """The most memory it ever had resident, guest memory that it mapped included."""
+        assert self._process is not None
+        for line in Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
+        raise ServiceStoppingError(f"the service {self.name} has ended")
+
+    async def stop(self) -> None:
+        """End it; by force if it does not go."""
+        process = self._process
+        if process is None:
+            return
+        for send, patience_s in ((process.terminate, _END_S), (process.kill, _KILL_S)):
+            if process.returncode is not None:
+                break
+            with contextlib.suppress(ProcessLookupError):
+                send()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience_s)
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode("utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return ""
+
+
+@dataclass(frozen=True)
+class DemoHost:
+    """One host, with both its services."""
+
+    name: str
+    identity: Identity
+    config: HostConfig
+    config_file: Path
+
+
+@dataclass(frozen=True)
+class Shore:
+    """A host together with its running services."""
+
+    host: DemoHost
+    source: Service
+    dest: Service
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """All there is in a demonstration."""
+
+    a: Shore
+    b: Shore
+    admin_tls: Path
+    trace_dir: Path
+
+    @property
+    def services(self) -> tuple[Service, ...]:
+        """All four."""
+        return (self.a.source, self.b.dest, self.b.source, self.a.dest)
+
+    async def stop_services(self) -> None:
+        """End all services, which write out what they still hold; machines live on."""
+        await asyncio.gather(*(service.stop() for service in self.services))
+
+
+@contextlib.asynccontextmanager
+async def two_hosts(keep: Path | None, **settings: Any) -> AsyncIterator[TwoHosts]:
+    """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
+
+    Args:
+        keep: folder for certificates, configurations, journals, traces and logs, which stay.
+        settings: what both hosts' configurations have instead of the defaults.
+    """
+    with _folders(keep) as (files, run, ram):
+        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, settings))
+        world = TwoHosts(a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces")
+        try:
+            await _start(world.services)
+            yield world
+        except VmferryError:
+            show_logs(world)
+            raise
+        finally:
+            await _clean_up(world)
+
+
+def show_logs(world: TwoHosts) -> None:
+    """Show the last lines that each service wrote to its log."""
+    for service in world.services:
+        tail = service.log_tail()
+        if tail:
+            say(f"--- the last lines of {service.name} ---\n{tail}")
+
+
+def require_memory(machine_bytes: int, resident_bytes: int) -> None:
+    """Refuse what this computer's shared memory cannot hold, before a guest meets the end of it.
+
+    Raises:
+        InsufficientMemoryError: with what there is.
+    """
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    # The destination takes all of its memory beforehand, and both hosts are this computer.
+    needed = machine_bytes + resident_bytes
+    if needed > free:
+        raise InsufficientMemoryError(
+            f"{_SHARED_MEMORY} has {free // _MIB} MiB free, and the demonstration needs {needed // _MIB} MiB",
+            field="--memory-mib",
+            remedy="Ask for a smaller machine, or make /dev/shm larger (in a container: docker run --shm-size).",
+        )
+
+
+@contextlib.contextmanager
+def _folders(keep: Path | None) -> Iterator[tuple[Path, Path, Path]]:
+    with contextlib.ExitStack() as stack:
+        # Sockets have short paths, so what runs is never below the folder to keep.
+        run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-")))
+        ram = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-", dir=_SHARED_MEMORY))
+        )
+        files = run / "files" if keep is None else _empty(keep.absolute())
+        for folder in ("logs", "tls", "traces"):
+            (files / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        yield files, run, ram
+
+
+def _empty(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            return folder
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot use {folder}: {error.strerror}", field="--keep") from error
+    raise InvalidArgumentError(f"{folder} is not empty", field="--keep")
+
+
+def _prepare(files: Path, run: Path, ram: Path, settings: dict[str, Any]) -> list[DemoHost]:
+    authority = files / "tls" / "authority"
+    init_authority(authority, TRUST_DOMAIN)
+    issue(authority, Identity(TRUST_DOMAIN, Kind.ADMIN, "operator"), files / "tls" / "operator")
+    hosts = []
+    for name in ("a", "b"):
+        identity = Identity(TRUST_DOMAIN, Kind.VMHOST, name)
+        issue(authority, identity, files / "tls" / name)
+        config = HostConfig(
+            tls_dir=files / "tls" / name,
+            state_dir=files / "state" / name,
+            run_dir=run / name,
+            ram_dir=ram / name,
+            trace_dir=files / "traces",
+            source_listen="127.0.0.1:0",
+            dest_listen="127.0.0.1:0",
+            **settings,
+        )
+        for folder in (config.state_dir, config.run_dir, config.ram_dir):
+            folder.mkdir(mode=0o700, parents=True)
+        config_file = files / f"host-{name}.toml"
+        config_file.write_text(render_config(config), encoding="utf-8")
+        hosts.append(DemoHost(name, identity, config, config_file))
+    return hosts
+
+
+def _shore(host: DemoHost, logs: Path) -> Shore:
+    source, dest = (Service(role, host, logs / f"{role}-{host.name}.log") for role in ("source", "dest"))
+    return Shore(host, source, dest)
+
+
+async def _start(services: tuple[Service, ...]) -> None:
+    # All are waited for, so that none is still being started when the first failure ends the demonstration.
+    outcomes = await asyncio.gather(*(service.start() for service in services), return_exceptions=True)
+    for outcome in outcomes:
+        if outcome is not None:
+            raise outcome
+
+
+async def _clean_up(world: TwoHosts) -> None:
+    await world.stop_services()
+    for shore in (world.a, world.b):
+        directory = directory_of(shore.host.config)
+        for record in directory.list():
+            if record.alive:
+                with contextlib.suppress(MachineFailedError):
+                    await stop_machine(directory.open(record), directory)

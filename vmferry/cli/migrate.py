@@ -1,0 +1,295 @@
+"""``vmferry plan``, ``vmferry migrate`` and ``vmferry cancel``: what changes, or would change, where a machine runs.
+
+Promise: a migration is started at most once, however often the answer is lost on the way; the exit code of a command
+that waited says where the machine runs, or that this is not known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from google.protobuf.duration_pb2 import Duration
+
+from vmferry.cli.connection import Source, calls_source, check_address, host_identity
+from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.cli.progress import progress_view
+from vmferry.cli.watch import MigrationArgument, finish, follow
+from vmferry.errors import (
+    IncompatibleError,
+    InvalidArgumentError,
+    PeerUnreachableError,
+    ServiceStoppingError,
+    TimedOutError,
+)
+from vmferry.security.identity import Identity
+from vmferry.security.tickets import TicketSigner
+from vmferry.telemetry.tracing import configure, phase
+from vmferry.v1 import migration_pb2
+from vmferry.v1.compatibility_pb2 import CompatibilityReport, Severity
+from vmferry.v1.machine_pb2 import Machine
+from vmferry.v1.migration_pb2 import (
+    CancelMigrationRequest,
+    Destination,
+    GetMachineRequest,
+    Migration,
+    MigrationOptions,
+    PlanMigrationRequest,
+    StartMigrationRequest,
+)
+
+MIN_LANES: Final = 2
+MAX_LANES: Final = 16
+START_ATTEMPTS: Final = 4
+_RETRY_S: Final = 0.5
+_COLLECTORS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_MIB: Final = 1024 * 1024
+
+
+class Verify(enum.StrEnum):
+    """How the copy is checked before the right to run moves."""
+
+    DIGEST = "digest"
+    BYTES = "bytes"
+
+
+class Tracker(enum.StrEnum):
+    """Ways of finding out which memory the guest wrote."""
+
+    PAGEMAP_SCAN = "pagemap-scan"
+    SOFT_DIRTY = "soft-dirty"
+    HASH = "hash"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to move, where to, and how."""
+
+    machine: str
+    destination: Destination
+    options: MigrationOptions
+    request_id: str
+
+
+MachineArgument = Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")]
+ToHostOption = Annotated[
+    str,
+    typer.Option(
+        "--to-host", metavar="URI", help="Identity of the destination: spiffe://DOMAIN/vmhost/NAME."
+    ),
+]
+ToAddressOption = Annotated[
+    str,
+    typer.Option(
+        "--to-address", metavar="HOST:PORT", help="Its destination service, as the source reaches it."
+    ),
+]
+DowntimeOption = Annotated[
+    int | None, typer.Option("--downtime-limit-ms", min=1, help="Longest pause the guest may see.")
+]
+LanesOption = Annotated[
+    int | None, typer.Option("--lanes", min=MIN_LANES, max=MAX_LANES, help="Connections, each its own.")
+]
+VerifyOption = Annotated[
+    Verify, typer.Option("--verify", help="'bytes' compares all memory while the guest is paused.")
+]
+TrackerOption = Annotated[Tracker | None, typer.Option("--tracker", help="Insist on this write tracker.")]
+
+
+@calls_source
+async def plan(
+    source: Source,
+    *,
+    machine: MachineArgument,
+    to_host: ToHostOption,
+    to_address: ToAddressOption,
+    downtime_limit_ms: DowntimeOption = None,
+    lanes: LanesOption = None,
+    verify: VerifyOption = Verify.DIGEST,
+    tracker: TrackerOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
+    request = PlanMigrationRequest(
+        machine=machine,
+        destination=destination(to_host, to_address),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+    )
+    answer = await source.call(source.stub.PlanMigration, request)
+    if json:
+        print_document(as_document(answer.report))
+    else:
+        _print_report(answer.report)
+    if not answer.report.compatible:
+        raise typer.Exit(IncompatibleError.exit_code)
+
+
+@calls_source
+async def migrate(
+    source: Source,
+    *,
+    machine: MachineArgument,
+    to_host: ToHostOption,
+    to_address: ToAddressOption,
+    downtime_limit_ms: DowntimeOption = None,
+    lanes: LanesOption = None,
+    verify: VerifyOption = Verify.DIGEST,
+    tracker: TrackerOption = None,
+    request_id: Annotated[
+        str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
+    ] = "",
+    trace_dir: Annotated[
+        Path | None,
+        typer.Option("--trace-dir", envvar="VMFERRY_TRACE_DIR", help="Folder for this command's own spans."),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it has ended.")] = True,
+    json: JsonOption = False,
+) -> None:
+    """Move a running machine to another host; the exit code tells where it runs."""
+    order = Order(
+        machine=machine,
+        destination=destination(to_host, to_address),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        request_id=_request_id(request_id) if request_id else new_request_id(),
+    )
+    with scheduling(trace_dir):
+        migration = await start(source, order)
+        if not wait:
+            _print_started(migration, json=json)
+            return
+        try:
+            with progress_view() as view:
+                migration = await follow(source, migration.id, view, last=migration)
+        except asyncio.CancelledError:
+            say(f"the migration goes on: vmferry watch {migration.id}, or vmferry cancel {migration.id}")
+            raise
+    finish(migration, json=json)
+
+
+@calls_source
+async def cancel(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
+    """Cancel a migration that has not begun its hand-off; the machine runs on where it is."""
+    answer = await source.call(source.stub.CancelMigration, CancelMigrationRequest(id=migration_id))
+    if json:
+        print_document(as_document(answer.migration))
+    else:
+        say(
+            f"cancelling {answer.migration.id}: {answer.migration.machine} stays at {answer.migration.source}"
+        )
+
+
+@contextlib.contextmanager
+def scheduling(trace_dir: Path | None) -> Iterator[None]:
+    """The scheduler's span around what it asks for, if there is a folder or a collector that it can go to."""
+    if trace_dir is None and not any(os.environ.get(name) for name in _COLLECTORS):
+        yield
+        return
+    write_out = configure("scheduler", trace_dir, host=socket.gethostname())
+    try:
+        with phase("schedule"):
+            yield
+    finally:
+        write_out()
+
+
+async def start(source: Source, order: Order) -> Migration:
+    """Start a migration with a fresh ticket; repeated with the same request while the answer is lost.
+
+    Raises:
+        VmferryError: it was not started, or (PeerUnreachableError) that is not known.
+    """
+    found = await source.call(source.stub.GetMachine, GetMachineRequest(machine=order.machine))
+    request = StartMigrationRequest(
+        machine=found.machine.uuid,
+        destination=order.destination,
+        request_id=order.request_id,
+        ticket=_ticket(source, found.machine, order.destination.host),
+        options=order.options,
+    )
+    for attempt in range(START_ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(_RETRY_S)
+        try:
+            return (await source.call(source.stub.StartMigration, request)).migration
+        except (PeerUnreachableError, ServiceStoppingError, TimedOutError) as error:
+            lost = error
+    raise PeerUnreachableError(
+        f"the source does not answer, and may have started the migration or not: {lost}",
+        remedy=f"Call again with --request-id {order.request_id}: it never starts a second one.",
+        request_id=order.request_id,
+    )
+
+
+def destination(to_host: str, to_address: str) -> Destination:
+    """Check the two options that say where a machine goes.
+
+    Raises:
+        InvalidArgumentError: naming the option at fault.
+    """
+    return Destination(
+        host=host_identity(to_host, field="--to-host").uri,
+        address=check_address(to_address, field="--to-address"),
+    )
+
+
+def migration_options(
+    downtime_limit_ms: int | None, lanes: int | None, verify: Verify, tracker: Tracker | None
+) -> MigrationOptions:
+    """The options of a migration; what is not given is left to the source's configuration."""
+    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "")
+    if downtime_limit_ms is not None:
+        options.downtime_limit.CopyFrom(
+            Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)
+        )
+    if verify is Verify.BYTES:
+        options.verify = migration_pb2.VERIFY_MODE_BYTES
+    return options
+
+
+def new_request_id() -> str:
+    """What names a request that has not been made before."""
+    return str(uuid.uuid4())
+
+
+def _request_id(text: str) -> str:
+    try:
+        return str(uuid.UUID(text))
+    except ValueError:
+        raise InvalidArgumentError(f"{text!r} is not a UUID", field="--request-id") from None
+
+
+def _ticket(source: Source, machine: Machine, to_host: str) -> bytes:
+    return TicketSigner.load(source.tls_dir).issue(
+        machine_id=machine.uuid,
+        source=source.host,
+        destination=Identity.parse(to_host),
+        max_memory_bytes=machine.spec.memory_mib * _MIB,
+        max_vcpus=machine.spec.vcpus,
+    )
+
+
+def _print_started(migration: Migration, *, json: bool) -> None:
+    if json:
+        print_document(as_document(migration))
+        return
+    print(migration.id)
+    say(f"{migration.machine} is being migrated: vmferry watch {migration.id}")
+
+
+def _print_report(report: CompatibilityReport) -> None:
+    verdict = "could move" if report.compatible else "cannot move"
+    print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
+    rows = [
+        (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
+        for item in report.items
+    ]
+    print_table(("SEVERITY", "FINDING", "ON", "MESSAGE", "REMEDY"), rows, empty="no findings")

@@ -1,0 +1,116 @@
+"""``vmferry status`` and ``vmferry list``: what a source knows of its migrations and machines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from vmferry.cli.connection import Source, calls_source
+from vmferry.cli.machine import print_machines
+from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, print_table
+from vmferry.cli.progress import facts, outcome_name, phase_name
+from vmferry.cli.watch import MigrationArgument
+from vmferry.errors import InvalidArgumentError
+from vmferry.v1.machine_pb2 import Machine
+from vmferry.v1.migration_pb2 import (
+    GetMigrationRequest,
+    ListMachinesRequest,
+    ListMigrationsRequest,
+    Migration,
+    MigrationPhase,
+)
+
+
+@calls_source
+async def status(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
+    """Print what the source knows of one migration; exit code 0 if it was found, whatever came of it."""
+    answer = await source.call(source.stub.GetMigration, GetMigrationRequest(id=migration_id))
+    if json:
+        print_document(as_document(answer.migration))
+    else:
+        print("\n".join(_details(answer.migration)))
+
+
+@calls_source
+async def list_(
+    source: Source,
+    *,
+    machine: Annotated[str, typer.Option("--machine", help="Only migrations of this machine.")] = "",
+    open_only: Annotated[bool, typer.Option("--open", help="Only migrations that have not ended.")] = False,
+    machines: Annotated[bool, typer.Option("--machines", help="List machines instead.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """List the migrations a source knows, newest first, or the machines on its host."""
+    if machines:
+        if machine or open_only:
+            raise InvalidArgumentError(
+                "--machines goes with neither --machine nor --open", field="--machines"
+            )
+        print_machines(await _all_machines(source), json=json)
+        return
+    migrations = await _all_migrations(source, machine, open_only=open_only)
+    if json:
+        print_document({"migrations": [as_document(migration) for migration in migrations]})
+        return
+    rows = [
+        (
+            migration.id,
+            migration.machine,
+            phase_name(migration),
+            outcome_name(migration),
+            migration.destination.host,
+            _time(migration.create_time),
+        )
+        for migration in migrations
+    ]
+    print_table(("ID", "MACHINE", "PHASE", "OUTCOME", "DESTINATION", "STARTED"), rows, empty="no migrations")
+
+
+async def _all_migrations(source: Source, machine: str, *, open_only: bool) -> list[Migration]:
+    found: list[Migration] = []
+    request = ListMigrationsRequest(machine=machine, open_only=open_only)
+    while True:
+        answer = await source.call(source.stub.ListMigrations, request)
+        found.extend(answer.migrations)
+        if not answer.next_page_token:
+            return found
+        request.page_token = answer.next_page_token
+
+
+async def _all_machines(source: Source) -> list[Machine]:
+    found: list[Machine] = []
+    request = ListMachinesRequest()
+    while True:
+        answer = await source.call(source.stub.ListMachines, request)
+        found.extend(answer.machines)
+        if not answer.next_page_token:
+            return found
+        request.page_token = answer.next_page_token
+
+
+def _details(migration: Migration) -> list[str]:
+    lines = [
+        f"migration   {migration.id}",
+        f"machine     {migration.machine} ({migration.machine_id})",
+        f"from        {migration.source}",
+        f"to          {migration.destination.host} at {migration.destination.address}",
+        f"phase       {phase_name(migration)}",
+        f"outcome     {outcome_name(migration)}",
+        f"owner       {migration.owner or 'not known yet'}",
+        f"progress    round {migration.progress.round}, {facts(migration)}",
+        f"started     {_time(migration.create_time)}",
+        f"trace       {migration.trace_id}",
+    ]
+    for timing in migration.timings:
+        name = MigrationPhase.Name(timing.phase).removeprefix("MIGRATION_PHASE_").lower()
+        lines.append(f"  {name:<12} {milliseconds(timing.elapsed):10.1f} ms")
+    if migration.reason.reason:
+        lines += [f"reason      {migration.reason.reason}: {migration.reason.message}"]
+        lines += [f"remedy      {migration.reason.remedy}"]
+    return lines
+
+
+def _time(timestamp: Timestamp) -> str:
+    return timestamp.ToDatetime().strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,71 @@
+"""Facts about this host that decide what it can take in."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from importlib import metadata
+from pathlib import Path
+
+from vmferry.machines.microvm import devicestate
+from vmferry.negotiation.report import KindOffer
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory_bytes(ram_root: Path) -> int:
+    """Memory that new guests could take now: bounded by the host, by its control group and by the RAM folder."""
+    values = dict(
+        line.split(":", 1)
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        if ":" in line
+    )
+    available = int(values["MemAvailable"].split()[0]) * 1024
+    folder = ram_root if ram_root.exists() else _existing_parent(ram_root)
+    file_system = os.statvfs(folder)
+    return max(0, min(available, file_system.f_bavail * file_system.f_frsize, _control_group_room()))
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def _control_group_room() -> int:
+    """What a memory limit on this container or unit leaves; unlimited counts as very much."""
+    unlimited = 1 << 62
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return unlimited
+    return unlimited if limit == "max" else int(limit) - used
+
+
+def kernel_release() -> str:
+    """Release of the running kernel."""
+    return platform.release()
+
+
+def software_version() -> str:
+    """Version of the installed vmferry."""
+    return metadata.version("vmferry")
+
+
+def kind_offers() -> list[KindOffer]:
+    """The machine kinds this host can run."""
+    version = f"unicorn {metadata.version('unicorn')}"
+    return [KindOffer("microvm", version, devicestate.FORMAT, devicestate.FORMAT)]
+
+
+def state_version(kind: str) -> int:
+    """Version of the device state that machines of ``kind`` save on this host."""
+    return next(offer.newest_state_version for offer in kind_offers() if offer.kind == kind)
+
+
+def is_machine_id(text: str) -> bool:
+    """Whether ``text`` is a machine's identity: a lower-case UUID."""
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False

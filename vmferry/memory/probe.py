@@ -1,0 +1,147 @@
+"""Which trackers work on this host, found out by using them.
+
+Promise: a tracker is called usable only after it noticed one write to one page of another process here, and no
+other page; when it is not, the reason says what was tried and what the kernel answered.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmferry.errors import TrackerUnavailableError, VmferryError
+from vmferry.memory.digest import PageTable
+from vmferry.memory.regions import MappedRegion, RamFile, Region, find_mapping
+from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.trackers import (
+    HASH_KIND,
+    PAGEMAP_SCAN_KIND,
+    SOFT_DIRTY_KIND,
+    HashTracker,
+    PagemapScanTracker,
+    SoftDirtyTracker,
+    Tracker,
+)
+
+_PAGES: Final = 16
+_TOUCHED_PAGE: Final = 11
+_SUBJECT: Final = """
+import mmap, sys
+memory = mmap.mmap(int(sys.argv[1]), int(sys.argv[2]))
+for page in range(0, len(memory), 4096):
+    memory[page] = 1
+print("ready", flush=True)
+for line in sys.stdin:
+    memory[int(line) * 4096] += 1
+    print("written", flush=True)
+"""
+
+_Make = Callable[[MappedRegion, RamFile, PageTable], Tracker]
+_TRACKERS: Final[dict[str, _Make]] = {
+    PAGEMAP_SCAN_KIND: lambda mapped, _ram, _sent: PagemapScanTracker(mapped),
+    SOFT_DIRTY_KIND: SoftDirtyTracker,
+    HASH_KIND: lambda _mapped, ram, sent: HashTracker(ram, sent),
+}
+"""Every tracker, best first."""
+
+
+@dataclass(frozen=True)
+class TrackerFinding:
+    """What probing one tracker showed."""
+
+    kind: str
+    usable: bool
+    reason: str
+    """What was tried and seen, for people."""
+
+
+def probe_trackers() -> list[TrackerFinding]:
+    """Try every tracker on a small process of our own, best first; takes about a fifth of a second."""
+    with _subject() as (mapped, ram, touch):
+        return [_probe(kind, make, mapped, ram, touch) for kind, make in _TRACKERS.items()]
+
+
+def choose_tracker(mapped: MappedRegion, ram: RamFile, sent: PageTable, insist: str = "") -> Tracker:
+    """The best tracker that works here, not yet armed; or the one that ``insist`` names.
+
+    Raises:
+        TrackerUnavailableError: there is no such tracker, or it does not work here.
+    """
+    findings = probe_trackers()
+    for finding in findings:
+        if finding.usable and insist in ("", finding.kind):
+            return _TRACKERS[finding.kind](mapped, ram, sent)
+    told = "; ".join(
+        f"{finding.kind}: {'usable' if finding.usable else 'not usable'}, {finding.reason}"
+        for finding in findings
+    )
+    raise TrackerUnavailableError(f"the tracker {insist!r} cannot be used here ({told})", insist=insist)
+
+
+def _probe(
+    kind: str, make: _Make, mapped: MappedRegion, ram: RamFile, touch: Callable[[int], None]
+) -> TrackerFinding:
+    """Use one tracker for one write."""
+    sent = PageTable(_PAGES)
+    whole = [(0, _PAGES)]
+    content = bytearray(_PAGES * PAGE_SIZE)
+    tracker = make(mapped, ram, sent)
+    try:
+        tracker.arm()
+        tracker.scan()
+        ram.read_pages(whole, content)
+        sent.note_pages(whole, content)
+        untouched = tracker.scan()
+        touch(_TOUCHED_PAGE)
+        seen = tracker.scan()
+    except VmferryError as exc:
+        return TrackerFinding(kind, usable=False, reason=exc.message)
+    finally:
+        tracker.disarm()
+    if not untouched and seen == PageRuns([(_TOUCHED_PAGE, 1)]):
+        return TrackerFinding(kind, usable=True, reason="saw one write of another process, and no other page")
+    return TrackerFinding(
+        kind,
+        usable=False,
+        reason=f"armed without an error, but of one write to page {_TOUCHED_PAGE} it reported {seen!r}"
+        f" and before the write {untouched!r} (a kernel may lack this feature without refusing its use)",
+    )
+
+
+@contextmanager
+def _subject() -> Iterator[tuple[MappedRegion, RamFile, Callable[[int], None]]]:
+    """A process that maps a small memory file and writes to a page when told."""
+    fd = os.memfd_create("vmferry-probe")
+    size = _PAGES * PAGE_SIZE
+    os.ftruncate(fd, size)
+    region = Region("probe", Path(f"/proc/{os.getpid()}/fd/{fd}"), size)
+    with (
+        RamFile(fd, region.path, size) as ram,
+        subprocess.Popen(  # noqa: S603 (our own interpreter and text, no shell)
+            [sys.executable, "-I", "-S", "-c", _SUBJECT, str(fd), str(size)],
+            pass_fds=[fd],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+        answers.readline()
+
+        def touch(page: int) -> None:
+            requests.write(f"{page}\n")
+            requests.flush()
+            answers.readline()
+
+        try:
+            yield find_mapping(process.pid, region), ram, touch
+        finally:
+            requests.close()

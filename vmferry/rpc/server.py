@@ -1,0 +1,181 @@
+"""The two listeners of a service.
+
+Promise: the data port speaks mutual TLS and nothing else, and every call on it passes tracing, the translation of
+errors, and authorisation, in this order. Health, reflection and channelz for the host's own tools are on a second
+listener, which only this host can reach: a unix socket that only its owner may open, or a loopback port. A port
+that somebody else has is refused at the start, never shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+from grpc_channelz.v1 import channelz, channelz_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from vmferry.errors import ConfigError
+from vmferry.rpc.interceptors import AuthorizationInterceptor, ErrorInterceptor
+from vmferry.security.identity import Identity
+from vmferry.security.tls import SERVER_OPTIONS
+from vmferry.telemetry.tracing import ServerTracingInterceptor
+
+Services = Callable[[grpc.aio.Server], Sequence[str]]
+"""Adds a service's servicers to a server and returns their full names, such as ``vmferry.v1.SourceService``."""
+
+_UNIX: Final = "unix:"
+_CHANNELZ: Final = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+_ADMIN_OPTIONS: Final = (("grpc.so_reuseport", 0),)
+_LONGEST_SOCKET_PATH: Final = 107
+"""Bytes that ``sockaddr_un`` has room for, without the final NUL."""
+
+
+@dataclass(frozen=True)
+class RunningServers:
+    """The listeners of a running service."""
+
+    port: int
+    """Port number of the data port, also where the configuration asked for any free one."""
+    _health: Any
+    _data: grpc.aio.Server
+    _admin: grpc.aio.Server
+    _admin_socket: Path | None
+
+    async def stop(self, grace_s: float) -> None:
+        """Say NOT_SERVING, refuse new calls, and give running ones ``grace_s`` to end before they are cancelled."""
+        await self._health.enter_graceful_shutdown()
+        await self._data.stop(grace_s)
+        await self._admin.stop(None)
+        if self._admin_socket is not None:
+            self._admin_socket.unlink(missing_ok=True)
+
+
+async def start_server(
+    *,
+    listen: str,
+    credentials: grpc.ServerCredentials,
+    own: Identity,
+    services: Services,
+    admin_target: str,
+    role: str = "",
+) -> RunningServers:
+    """Start both listeners of a service.
+
+    Args:
+        listen: ``address:port`` of the data port; port 0 takes any free one.
+        credentials: of the data port; they must ask every client for its certificate.
+        own: the identity of this host.
+        services: adds the service's methods.
+        admin_target: the admin listener: ``unix:/path``, or ``address:port`` with a loopback address.
+        role: ``source`` or ``dest``, to name the setting at fault in errors.
+
+    Raises:
+        ConfigError: a listener's address is taken, is not of this host, or is not allowed.
+    """
+    prefix = f"{role}_" if role else ""
+    interceptors = [ServerTracingInterceptor(), ErrorInterceptor(), AuthorizationInterceptor(own)]
+    data = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    admin = grpc.aio.server(options=_ADMIN_OPTIONS)
+    names = services(data)
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in its stubs
+    for name in names:
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    _add_common(data, servicer, names)
+    channelz.add_channelz_servicer(admin)  # type: ignore[arg-type] # its stubs know only the other server
+    _add_common(admin, servicer, [_CHANNELZ])
+    try:
+        with _naming(f"{prefix}listen", listen):
+            port = data.add_secure_port(listen, credentials)
+        socket_path = _bind_admin(admin, admin_target, f"{prefix}admin_listen")
+        await admin.start()
+        await data.start()
+    except BaseException:
+        await data.stop(None)
+        await admin.stop(None)
+        raise
+    return RunningServers(port, servicer, data, admin, socket_path)
+
+
+def _add_common(server: grpc.aio.Server, servicer: Any, names: Sequence[str]) -> None:
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+
+def _bind_admin(server: grpc.aio.Server, target: str, setting: str) -> Path | None:
+    """Add the admin listener's port; its socket, if it is one."""
+    if not target.startswith(_UNIX):
+        address = _loopback(target, setting)
+        with _naming(setting, target):
+            server.add_insecure_port(address)
+        return None
+    path = Path(target.removeprefix(_UNIX))
+    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+        raise ConfigError(
+            f"the path {path} is too long for a socket: at most {_LONGEST_SOCKET_PATH} bytes", field=setting
+        )
+    _remove_stale(path, setting)
+    # The socket is private from its first moment, not after a later chmod.
+    before = os.umask(0o177)
+    try:
+        with _naming(setting, target):
+            server.add_insecure_port(f"{_UNIX}{path}")
+    finally:
+        os.umask(before)
+    return path
+
+
+def _loopback(target: str, setting: str) -> str:
+    """The target, if nobody outside of this host can reach it."""
+    host, _, port = target.rpartition(":")
+    # A name may be resolved to anything; this one means what everybody takes it for.
+    literal = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
+    try:
+        local = port.isdigit() and ipaddress.ip_address(literal).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ConfigError(
+            f"{target} is not allowed for the admin listener: anybody who reaches it may look into the service",
+            field=setting,
+            remedy="Use unix:PATH, or a loopback address and a port such as 127.0.0.1:7611.",
+        )
+    return f"[{literal}]:{port}" if ":" in literal else f"{literal}:{port}"
+
+
+def _remove_stale(path: Path, setting: str) -> None:
+    """Remove the socket of a service that has ended; gRPC would take a live one away as well."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise ConfigError(f"{path} is there and is not a socket", field=setting)
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)  # a full backlog must not make the start hang
+            probe.connect(os.fspath(path))
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return
+    except OSError as error:
+        raise ConfigError(f"cannot use the socket {path}: {error.strerror}", field=setting) from error
+    raise ConfigError(f"another process listens on {path}", field=setting)
+
+
+@contextlib.contextmanager
+def _naming(setting: str, address: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: another process has it, or it is no address of this host",
+            field=setting,
+        ) from error

@@ -1,0 +1,113 @@
+"""Who may call what: one table, and everything that is not in it is refused.
+
+Promise: :func:`authorize` returns only if the caller proved an identity of this host's trust domain over TLS 1.3 and
+the table lists its kind for the method. Identities come from the certificate of the connection alone, never from
+metadata or messages. Nothing here knows gRPC; ``vmferry.rpc.interceptors`` asks before any handler runs. What the
+table cannot say (that a caller is the very source of *this* attempt) is checked by the method against the ticket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from vmferry.errors import PermissionDeniedError, UnauthenticatedError
+from vmferry.security.identity import (
+    Identity,
+    Kind,
+    identity_from_certificate,
+    load_certificate,
+    public_key_sha256,
+)
+
+REQUIRED_TLS: Final = "TLSv1.3"
+MAX_SHOWN_CHARS: Final = 200
+"""How much of a method name that somebody made up comes back in an error."""
+
+_OPERATORS: Final = frozenset({Kind.CONTROLLER, Kind.ADMIN})
+_HOSTS: Final = frozenset({Kind.VMHOST})
+_EVERYBODY: Final = frozenset(Kind)
+
+TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
+    {
+        "/vmferry.v1.SourceService/PlanMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/StartMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/GetMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/ListMigrations": _OPERATORS,
+        "/vmferry.v1.SourceService/WatchMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/CancelMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/ListMachines": _OPERATORS,
+        "/vmferry.v1.SourceService/GetMachine": _OPERATORS,
+        "/vmferry.v1.DestinationService/Negotiate": _HOSTS,
+        "/vmferry.v1.DestinationService/Begin": _HOSTS,
+        "/vmferry.v1.DestinationService/Transfer": _HOSTS,
+        "/vmferry.v1.DestinationService/Seal": _HOSTS,
+        "/vmferry.v1.DestinationService/Go": _HOSTS,
+        "/vmferry.v1.DestinationService/GetAttempt": _HOSTS | _OPERATORS,
+        "/vmferry.v1.DestinationService/Abort": _HOSTS,
+        "/grpc.health.v1.Health/Check": _EVERYBODY,
+        "/grpc.health.v1.Health/List": _EVERYBODY,
+        "/grpc.health.v1.Health/Watch": _EVERYBODY,
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": _EVERYBODY,
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _EVERYBODY,
+    }
+)
+"""Full method name to the kinds of identity that may call it; docs/security.md shows the same table."""
+
+
+def authorize(method: str, *, caller: Identity | None, own: Identity, tls_version: str) -> None:
+    """Return if ``caller`` may call ``method`` on the host ``own``; refuse otherwise.
+
+    Raises:
+        UnauthenticatedError: there is no caller of this trust domain, or the connection is not TLS 1.3.
+        PermissionDeniedError: the method is not in the table, or not for this kind of caller.
+    """
+    if tls_version != REQUIRED_TLS:
+        raise UnauthenticatedError(
+            f"the connection uses {tls_version or 'no TLS'}; {REQUIRED_TLS} is required",
+            remedy="Use a client that speaks TLS 1.3.",
+        )
+    if caller is None:
+        raise UnauthenticatedError("the caller has shown no identity")
+    if caller.trust_domain != own.trust_domain:
+        raise UnauthenticatedError(f"{caller} is not of this host's trust domain {own.trust_domain}")
+    kinds = TABLE.get(method)
+    if kinds is None:
+        shown = method[:MAX_SHOWN_CHARS]
+        raise PermissionDeniedError(f"nobody may call {shown!r}", method=shown)
+    if caller.kind not in kinds:
+        raise PermissionDeniedError(f"{caller} may not call {method}", method=method, caller=caller)
+
+
+def caller_from_auth_context(auth: Mapping[str, Iterable[bytes]]) -> Identity:
+    """The identity the TLS layer found for a connection (``context.auth_context()``).
+
+    Raises:
+        UnauthenticatedError: there is none, or the certificate and what gRPC read from it do not agree.
+    """
+    identity = identity_from_certificate(_one(auth, "x509_pem_cert"))
+    for name in ("peer_spiffe_id", "peer_uri"):
+        if _one(auth, name) != identity.uri.encode():
+            raise UnauthenticatedError(
+                f"the connection's {name} is not the certificate's identity {identity}"
+            )
+    return identity
+
+
+def caller_key_sha256(auth: Mapping[str, Iterable[bytes]]) -> bytes:
+    """SHA-256 of the public key that the caller's certificate holds."""
+    return public_key_sha256(load_certificate(_one(auth, "x509_pem_cert")))
+
+
+def tls_version_from_auth_context(auth: Mapping[str, Iterable[bytes]]) -> str:
+    """The version of TLS of a connection, such as ``TLSv1.3``; empty if it has none."""
+    versions = list(auth.get("ssl_tls_version", ()))
+    return versions[0].decode("ascii", "replace") if len(versions) == 1 else ""
+
+
+def _one(auth: Mapping[str, Iterable[bytes]], name: str) -> bytes:
+    values = list(auth.get(name, ()))
+    if len(values) != 1:
+        raise UnauthenticatedError(f"the connection must have exactly one {name}, it has {len(values)}")
+    return values[0]

@@ -1,0 +1,112 @@
+"""Where the spans of a process go: into a file of its own and, if the environment names one, to a collector.
+
+Promise: the file holds one line per batch of ended spans, each line a whole document of the OTLP JSON format
+(``TracesData``), as OpenTelemetry's file exporter writes it, so a collector can read it as well as ``vmferry
+trace``. A batch is written a fraction of a second after its spans ended: a killed process loses no more than that,
+and an unfinished line never spoils the next. OpenTelemetry's standard environment variables are honoured.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf.json_format import MessageToDict
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+from vmferry import __version__
+from vmferry.errors import ConfigError
+from vmferry.telemetry import semconv
+
+_FLUSH_MS: Final = 200
+"""Longest time an ended span waits before it is written to the file."""
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_ID_FIELDS: Final = ("traceId", "spanId", "parentSpanId")
+
+
+def record_spans(service_name: str, trace_dir: Path | None, *, host: str) -> Callable[[], None]:
+    """Set up OpenTelemetry's SDK for this process; see :func:`vmferry.telemetry.tracing.configure`."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return lambda: None
+    resource = Resource.create(
+        {
+            semconv.SERVICE_NAME: service_name,
+            semconv.SERVICE_VERSION: __version__,
+            semconv.HOST_NAME: host,
+            semconv.PROCESS_PID: os.getpid(),
+        }
+    ).merge(OTELResourceDetector().detect())  # the environment has the last word
+    provider = TracerProvider(resource=resource)
+    if trace_dir is not None and trace_dir != Path():
+        exporter = SpanFileExporter(trace_dir / f"{service_name}-{os.getpid()}.jsonl")
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS))
+    if any(os.environ.get(name) for name in _ENDPOINTS):
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return provider.shutdown
+
+
+class SpanFileExporter(SpanExporter):
+    """Appends batches of spans to a file that only its owner may read.
+
+    Raises:
+        ConfigError: the file or its folder cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._file = os.open(
+                path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+        except OSError as error:
+            message = f"cannot write spans to {path}: {error.strerror}"
+            raise ConfigError(message, field="trace_dir") from error
+        self._torn = _ends_torn(self._file)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Write one line; a line that could not be finished is closed before the next one."""
+        document = _with_hexadecimal_ids(MessageToDict(encode_spans(spans), use_integers_for_enums=True))
+        line = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+        left = memoryview(b"\n" + line if self._torn else line)
+        self._torn = True
+        while left:
+            left = left[os.write(self._file, left) :]
+        self._torn = False
+        return SpanExportResult.SUCCESS
+
+    def shutdown(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _ends_torn(descriptor: int) -> bool:
+    """Whether the file ends in the middle of a line; in a container, process numbers and so files are used again."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def _with_hexadecimal_ids(document: dict[str, Any]) -> dict[str, Any]:
+    """OTLP's JSON has ids in hexadecimal, where protobuf's own mapping has base64."""
+    for item in _items_with_ids(document):
+        for field in _ID_FIELDS:
+            if field in item:
+                item[field] = base64.b64decode(item[field]).hex()
+    return document
+
+
+def _items_with_ids(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for resource in document.get("resourceSpans", ()):
+        for scope in resource.get("scopeSpans", ()):
+            for span in scope.get("spans", ()):
+                yield span
+                yield from span.get("links", ())

@@ -1,0 +1,354 @@
+"""The sending side of all lanes of one attempt.
+
+Promise: what is in flight is bounded by the window; a lane whose connection breaks is reopened and goes on after
+the last acknowledged frame, unseen by the caller; a stall longer than the limit, or a rejection by the
+destination, fails the whole transfer with the destination's own reason; :meth:`Lanes.drain` returns only when
+everything sent has been written at the destination, which is the barrier between rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+from xxhash import xxh3_128
+
+from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutError, VmferryError
+from vmferry.rpc.status import from_rpc_error
+from vmferry.transfer.frames import BuiltChunk
+from vmferry.transfer.numbering import SendingLane, Totals
+from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
+
+DEVICE_STATE_PIECE_BYTES: Final = 1024 * 1024
+_FIRST_BACKOFF_S: Final = 0.05
+_LONGEST_BACKOFF_S: Final = 2.0
+
+Frame = BuiltChunk | transfer_pb2.DeviceState
+Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
+
+
+@dataclass
+class Traffic:
+    """What went over all lanes so far."""
+
+    wire_bytes: int = 0
+    data_bytes: int = 0
+    zero_pages: int = 0
+    reconnects: int = 0
+    repeated_bytes: int = 0
+    """Bytes sent again after a lane was reopened."""
+    different_pages: int = 0
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What all lanes of an attempt share."""
+
+    migration_id: bytes
+    transfer_token: bytes
+    open_channel: Callable[[], grpc.aio.Channel]
+    """Makes a channel with a connection of its own."""
+    count: int
+    window_bytes: int
+    """Bytes that may be unacknowledged, over all lanes together."""
+    frame_bytes: int
+    """The largest frame that will be sent, about."""
+    stall_timeout_s: float
+    on_event: Callable[[str, dict[str, str | int]], None]
+    """Told about reconnects."""
+
+
+class Lanes:
+    """The lanes of one attempt. Frames go to whichever lane has room."""
+
+    def __init__(self, settings: LaneSettings) -> None:
+        self.traffic = Traffic()
+        self._settings = settings
+        self._queue: asyncio.Queue[Frame] = asyncio.Queue(maxsize=settings.count)
+        self._lanes = [_Lane(number, self, settings) for number in range(settings.count)]
+        self._tasks: list[asyncio.Task[None]] = []
+        self._outstanding = 0
+        self._progressed_at = 0.0
+        self._changed = asyncio.Condition()
+        self._failure: VmferryError | None = None
+
+    async def open(self) -> None:
+        """Connect all lanes; returns when each was welcomed."""
+        self._progress()
+        self._tasks = [asyncio.create_task(self._guard(lane.run())) for lane in self._lanes]
+        self._tasks.append(asyncio.create_task(self._guard(self._watch_for_stall())))
+        await self._until(lambda: all(lane.welcomed for lane in self._lanes))
+
+    async def send(self, frame: Frame) -> None:
+        """Hand a frame over; returns when a lane is about to take it."""
+        self._raise_failure()
+        self._outstanding += 1
+        put = asyncio.create_task(self._queue.put(frame))
+        try:
+            while not put.done():
+                await asyncio.wait({put}, timeout=0.2)
+                self._raise_failure()
+        finally:
+            put.cancel()
+
+    async def send_device_state(self, data: bytes) -> None:
+        """Send the device state in pieces."""
+        for offset in range(0, len(data), DEVICE_STATE_PIECE_BYTES):
+            piece = data[offset : offset + DEVICE_STATE_PIECE_BYTES]
+            await self.send(transfer_pb2.DeviceState(offset=offset, total_bytes=len(data), data=piece))
+
+    async def drain(self) -> None:
+        """Wait until everything sent was written at the destination."""
+        await self._until(lambda: not self._outstanding)
+
+    async def finish(self) -> None:
+        """End all lanes in band; returns when the destination agrees that each was whole."""
+        for lane in self._lanes:
+            lane.finishing.set()
+        await self._until(lambda: all(lane.ended for lane in self._lanes))
+
+    async def close(self) -> None:
+        """Close all connections, whatever state they are in; safe to call twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def next_frame(self) -> Frame:
+        """For a lane with room: the next frame to number and send."""
+        return await self._queue.get()
+
+    async def acknowledged(self, frames: int) -> None:
+        """A lane heard that so many more frames were taken in."""
+        self._outstanding -= frames
+        self._progress()
+        await self.notify()
+
+    async def notify(self) -> None:
+        """Wake whoever waits for something to change."""
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _progress(self) -> None:
+        self._progressed_at = asyncio.get_running_loop().time()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure is not None or condition())
+        self._raise_failure()
+
+    async def _guard(self, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except VmferryError as error:
+            self._failure = self._failure or error
+            await self.notify()
+        except Exception as error:  # noqa: BLE001 - a bug in a lane must end the transfer, not hang it
+            self._failure = self._failure or StreamBrokenError(f"a lane failed: {error!r}")
+            await self.notify()
+
+    async def _watch_for_stall(self) -> None:
+        limit = self._settings.stall_timeout_s
+        loop = asyncio.get_running_loop()
+        while True:
+            waiting = self._outstanding or not all(lane.welcomed for lane in self._lanes)
+            if not waiting:
+                self._progress()
+            idle = loop.time() - self._progressed_at
+            if idle > limit:
+                raise TimedOutError(
+                    f"no memory was acknowledged for {limit:g} s", limit="stall_timeout", seconds=f"{limit:g}"
+                )
+            await asyncio.sleep(min(1.0, limit / 4))
+
+
+class _Lane:
+    """One lane: a stream on a connection of its own, reopened as often as it takes."""
+
+    def __init__(self, number: int, lanes: Lanes, settings: LaneSettings) -> None:
+        self.number = number
+        self.welcomed = False
+        self.ended = False
+        self.finishing = asyncio.Event()
+        self._lanes = lanes
+        self._settings = settings
+        self._numbering: SendingLane[transfer_pb2.TransferRequest] = SendingLane(
+            settings.window_bytes // settings.count
+        )
+        self._digest = xxh3_128()
+        self._room = asyncio.Event()
+        self._session_welcomed = asyncio.Event()
+        self._different_pages = 0
+
+    async def run(self) -> None:
+        """Carry frames until the lane has ended in band."""
+        backoff = _FIRST_BACKOFF_S
+        while not self.ended:
+            before = self._numbering.acknowledged
+            try:
+                await self._session()
+            except PeerUnreachableError as error:
+                if self._numbering.acknowledged > before:
+                    backoff = _FIRST_BACKOFF_S
+                self._lanes.traffic.reconnects += 1
+                self._settings.on_event("lane reopened", {"lane": self.number, "cause": error.message[:200]})
+                await asyncio.sleep(backoff)
+                backoff = min(backoff * 2, _LONGEST_BACKOFF_S)
+
+    async def _session(self) -> None:
+        """One connection's life; raises PeerUnreachableError when it may be tried again."""
+        async with self._settings.open_channel() as channel:
+            stub = handoff_pb2_grpc.DestinationServiceStub(channel)
+            call: Call = stub.Transfer()  # type: ignore[call-arg]  # written to step by step, without an iterator
+            self._session_welcomed = asyncio.Event()
+            reader = asyncio.create_task(self._read(call))
+            try:
+                with _translated():
+                    await call.write(self._opening())
+                writer = asyncio.create_task(self._write(call))
+                try:
+                    done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+                    if writer in done:
+                        writer.result()
+                    await reader
+                finally:
+                    writer.cancel()
+                    await asyncio.gather(writer, return_exceptions=True)
+            finally:
+                reader.cancel()
+                call.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+
+    def _opening(self) -> transfer_pb2.TransferRequest:
+        settings = self._settings
+        return transfer_pb2.TransferRequest(
+            open=transfer_pb2.LaneOpen(
+                migration_id=settings.migration_id, transfer_token=settings.transfer_token, lane=self.number
+            )
+        )
+
+    async def _read(self, call: Call) -> None:
+        """Take acknowledgements in; returns when the lane has ended."""
+        while not self.ended:
+            with _translated():
+                response = await call.read()
+            if not isinstance(response, transfer_pb2.TransferResponse):  # the end of the stream
+                with _translated():
+                    code = await call.code()
+                    if code is not grpc.StatusCode.OK:
+                        await call.read()
+                raise PeerUnreachableError(f"lane {self.number} was closed by the destination before its end")
+            await self._hear(response)
+
+    async def _hear(self, response: transfer_pb2.TransferResponse) -> None:
+        match response.WhichOneof("message"):
+            case "welcome":
+                await self._acknowledge(response.welcome.acknowledged)
+                self.welcomed = True
+                self._session_welcomed.set()
+            case "ack":
+                # The count is cumulative per lane, so a repeated acknowledgement changes nothing.
+                more = response.ack.different_pages - self._different_pages
+                self._different_pages = response.ack.different_pages
+                self._lanes.traffic.different_pages += more
+                await self._acknowledge(response.ack.acknowledged)
+            case "ended":
+                if response.ended.frames != self._numbering.totals.frames:
+                    raise StreamBrokenError(
+                        f"lane {self.number}: the ends disagree about the number of frames"
+                    )
+                self.ended = True
+        await self._lanes.notify()
+
+    async def _acknowledge(self, sequence: int) -> None:
+        before = self._numbering.acknowledged
+        self._numbering.acknowledge(sequence)
+        self._room.set()
+        if sequence > before:
+            await self._lanes.acknowledged(sequence - before)
+
+    async def _write(self, call: Call) -> None:
+        """Send again what was not acknowledged, then new frames, then the end."""
+        # A reopened lane learns first how far the destination got, so nothing is sent twice needlessly.
+        await self._session_welcomed.wait()
+        for request in self._numbering.unacknowledged():
+            self._lanes.traffic.repeated_bytes += request.ByteSize()
+            await self._put(call, request)
+        finishing = asyncio.create_task(self.finishing.wait())
+        try:
+            while True:
+                await self._until_room()
+                following = asyncio.create_task(self._lanes.next_frame())
+                try:
+                    await asyncio.wait({following, finishing}, return_when=asyncio.FIRST_COMPLETED)
+                    if not following.done():
+                        break
+                    await self._put(call, self._number(following.result()))
+                finally:
+                    following.cancel()
+        finally:
+            finishing.cancel()
+        await self._put(call, transfer_pb2.TransferRequest(end=self._ending()))
+        await asyncio.Event().wait()  # the reader ends the session
+
+    async def _until_room(self) -> None:
+        while not self._numbering.has_room(self._settings.frame_bytes):
+            self._room.clear()
+            await self._room.wait()
+
+    def _number(self, frame: Frame) -> transfer_pb2.TransferRequest:
+        sequence = self._numbering.next_sequence
+        traffic = self._lanes.traffic
+        if isinstance(frame, BuiltChunk):
+            frame.chunk.sequence = sequence
+            request = transfer_pb2.TransferRequest(chunk=frame.chunk)
+            data_bytes = frame.data_bytes
+            self._digest.update(frame.chunk.data_hash)
+            traffic.zero_pages += 0 if frame.chunk.compare_only else frame.zero_pages
+        else:
+            frame.sequence = sequence
+            request = transfer_pb2.TransferRequest(device_state=frame)
+            data_bytes = len(frame.data)
+        frame_bytes = request.ByteSize()
+        traffic.wire_bytes += frame_bytes
+        traffic.data_bytes += data_bytes
+        self._numbering.sent(request, frame_bytes=frame_bytes, data_bytes=data_bytes)
+        return request
+
+    def _ending(self) -> transfer_pb2.LaneEnd:
+        totals: Totals = self._numbering.totals
+        return transfer_pb2.LaneEnd(
+            frames=totals.frames, data_bytes=totals.data_bytes, digest=self._digest.digest()
+        )
+
+    async def _put(self, call: Call, request: transfer_pb2.TransferRequest) -> None:
+        try:
+            with _translated():
+                await call.write(request)
+        except asyncio.InvalidStateError:
+            await asyncio.Event().wait()  # the stream is over; the reader knows why
+
+
+class _Translation(contextlib.AbstractContextManager["_Translation"]):
+    """Turns errors of the stream into the catalogue's."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if not isinstance(error, grpc.aio.AioRpcError):
+            return
+        failure = from_rpc_error(error)
+        if "grpc_code" in failure.metadata:
+            # The transport speaks, not the destination: the lane broke, whatever the code, and may be reopened.
+            raise PeerUnreachableError(failure.message, **failure.metadata) from error
+        raise failure from error
+
+
+def _translated() -> _Translation:
+    return _Translation()
