@@ -11,12 +11,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from dest_svc.receiver import Receiver, discard_leftover
+from dest_svc.receiver import Receiver
 from vmferry.errors import JournalDamagedError, MachineDeadError, MachineNotFoundError, VmferryError
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
 from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
@@ -46,6 +47,7 @@ class Arrival:
         self._resume_retry_s = resume_retry_s
         self._on_broken_journal = on_broken_journal
         self._resuming: asyncio.Task[None] | None = None
+        self._afterwards: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> destination.DestinationState:
@@ -87,7 +89,12 @@ class Arrival:
 
     async def _append(self, action: Append) -> None:
         try:
-            await asyncio.to_thread(self._journal.append, action)
+            if action.durable:
+                await asyncio.to_thread(self._journal.append, action)
+            else:
+                self._journal.append(
+                    action
+                )  # 4 KiB into the page cache cost less than handing them to a thread
         except JournalDamagedError as error:
             # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
             self._on_broken_journal(error)
@@ -116,11 +123,10 @@ class Arrival:
         """Let the guest run here, record that it did, and tell the network."""
         async with phase("resume"):
             machine = self.machine()
-            permit = await asyncio.to_thread(self._ledger.permit, self.machine_id)
-            if await machine.run_state() is not RunState.RUNNING:
-                await machine.cont(permit)
+            await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
         await self.apply(destination.GuestRan())
-        await self._after_resume(machine)
+        # The source waits for the answer with the guest's pause on its clock; the rest can follow.
+        self._afterwards = asyncio.create_task(self._after_resume(machine))
 
     async def _after_resume(self, machine: QmpMachine) -> None:
         try:
@@ -192,6 +198,8 @@ class Arrival:
         """Let go of the journal; a prepared copy stays as it is."""
         if self._resuming is not None:
             self._resuming.cancel()
+        if self._afterwards is not None:
+            await asyncio.gather(self._afterwards, return_exceptions=True)
         if self.receiver is not None and isinstance(self.state.current, destination.Receiving):
             async with self.lock:
                 await self.apply(destination.CopyLost("the destination service stops"))

@@ -69,7 +69,7 @@ class Lane:
 
     def __init__(self, window_bytes: int) -> None:
         self.lock = asyncio.Lock()
-        self.ended = False
+        self.ended = asyncio.Event()
         self.closed = False
         """The attempt is over: nothing is taken in any more."""
         self.different_pages = 0
@@ -116,7 +116,7 @@ class Lane:
                 return self._end(request.end)
             if kind not in ("chunk", "device_state"):
                 raise StreamBrokenError("only frames and the end may follow the opening of a lane")
-            if self.ended:
+            if self.ended.is_set():
                 raise StreamBrokenError("a frame came after the lane's end")
             frame = request.chunk if kind == "chunk" else request.device_state
             if self._numbering.arrival(frame.sequence) is Arrival.NEW:
@@ -133,7 +133,7 @@ class Lane:
             raise HashMismatchError(
                 "the lane's digest is not that of the chunks that arrived", field="digest"
             )
-        self.ended = True
+        self.ended.set()
         return Response(ended=transfer_pb2.LaneEnded(frames=self.frames))
 
 

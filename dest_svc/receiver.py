@@ -22,7 +22,6 @@ from vmferry.errors import (
     MachineDeadError,
     PermissionDeniedError,
     StreamBrokenError,
-    VmferryError,
 )
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineDirectory
@@ -40,6 +39,7 @@ from vmferry.v1 import transfer_pb2
 
 _LOG: Final = get_logger(__name__)
 _RESERVE_STEP_BYTES: Final = 4 * 1024 * 1024
+_LANES_END_S: Final = 2.0
 
 
 class Receiver:
@@ -138,9 +138,7 @@ class Receiver:
         assert self.machine is not None
         assert self._intake is not None
         async with phase("verify"):
-            open_lanes = [number for number, lane in enumerate(self._lanes) if not lane.ended]
-            if open_lanes:
-                raise StreamBrokenError(f"lanes {open_lanes} have not ended")
+            await self._until_ended()
             different = sum(lane.different_pages for lane in self._lanes)
             if different:
                 raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
@@ -152,6 +150,16 @@ class Receiver:
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
         )
+
+    async def _until_ended(self) -> None:
+        """Wait a moment for the ends of the lanes, which may be overtaken by the call that seals."""
+        try:
+            async with asyncio.timeout(_LANES_END_S):
+                for lane in self._lanes:
+                    await lane.ended.wait()
+        except TimeoutError as error:
+            still_open = [number for number, lane in enumerate(self._lanes) if not lane.ended.is_set()]
+            raise StreamBrokenError(f"lanes {still_open} have not ended") from error
 
     def acknowledgements(self) -> list[transfer_pb2.Ack]:
         """What each lane has taken in."""
@@ -179,18 +187,3 @@ class Receiver:
         await self.release()
         if self.machine is not None:
             await stop_machine(self.machine, self._directory)
-
-
-async def discard_leftover(machine_id: str, directory: MachineDirectory) -> None:
-    """Remove what a killed service left of a machine that must not run here; nothing, if there is nothing."""
-    for record in directory.list():
-        if record.spec.uuid != machine_id:
-            continue
-        try:
-            if record.alive:
-                await stop_machine(directory.open(record), directory)
-            else:
-                directory.forget(record, remove_ram=True)
-        except VmferryError as error:
-            _LOG.error("a leftover could not be removed", machine=machine_id, detail=error.message)
-            raise

@@ -297,16 +297,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         now = arrival.state.current
         receiver = arrival.receiver
         if not isinstance(now, destination.Receiving) or not now.attempt.matches(attempt) or receiver is None:
-            await arrival.apply(
-                destination.Verified(attempt, digest)
-            )  # answers a repetition, refuses the rest
+            # Answers a repetition and refuses the rest.
+            await arrival.apply(destination.Verified(attempt, digest))
             return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
         try:
-            own = await receiver.seal()
-            if own != digest:
-                raise HashMismatchError(
-                    "memory or device state here are not what the source sealed", field="digest"
-                )
+            own = await _sealed(receiver, digest)
         except (HashMismatchError, MachineDeadError) as error:
             await arrival.apply(destination.CopyLost(error.message))
             raise
@@ -409,6 +404,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     await arrival.apply(event)
                 except VmferryError as error:
                     _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
+
+
+async def _sealed(receiver: Receiver, digest: bytes) -> bytes:
+    own = await receiver.seal()
+    if own != digest:
+        raise HashMismatchError("memory or device state here are not what the source sealed", field="digest")
+    return own
 
 
 def _check_netdev(netdev: str, root: Path) -> None:

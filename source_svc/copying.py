@@ -14,7 +14,7 @@ from typing import Final
 
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import HashMismatchError, NotConvergingError, VmferryError
+from vmferry.errors import HashMismatchError, NotConvergingError
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import choose_tracker
@@ -24,6 +24,7 @@ from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.together import together
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
@@ -129,9 +130,15 @@ class Copy:
         span_attributes(pages=runs.page_count)
         await self._send(runs)
 
+    async def leftovers(self) -> None:
+        """Send what a device still wrote while the machine's state was saved; mostly nothing."""
+        runs = await asyncio.to_thread(self._tracker.scan)
+        if runs:
+            await self._open_lanes.drain()  # the same pages may be on their way in the last round
+            await self._send(runs)
+
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state."""
-        span_attributes(bytes=len(data))
         await self._open_lanes.send_device_state(data)
 
     async def compare_all(self) -> None:
@@ -149,15 +156,15 @@ class Copy:
         if verification.different_pages:
             raise HashMismatchError(f"{verification.different_pages} pages differ at the destination")
 
-    async def finish(self) -> bytes:
-        """End the lanes; returns the digest of all memory that was sent."""
-        root = asyncio.create_task(asyncio.to_thread(self._table.root))
-        try:
-            await self._open_lanes.finish()
-            await self._report(force=True)
-            return await root
-        finally:
-            root.cancel()
+    async def root(self) -> bytes:
+        """The digest of all memory that was sent."""
+        return await asyncio.to_thread(self._table.root)
+
+    async def finish(self) -> None:
+        """End the lanes; returns when everything is in the destination's memory."""
+        await self._open_lanes.drain()
+        await self._open_lanes.finish()
+        await self._report(force=True)
 
     async def close(self) -> None:
         """Stop tracking, close lanes and files; safe to call twice."""
@@ -208,12 +215,7 @@ class Copy:
                     await self._open_lanes.send(built)
                 await self._report()
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(_READERS):
-                    group.create_task(read())
-        except* VmferryError as errors:
-            raise errors.exceptions[0] from None
+        await together(*(read() for _ in range(_READERS)))
 
     def _show(self, decision: Decision) -> None:
         progress = self._migration.message.progress

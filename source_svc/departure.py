@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
 from source_svc.peer import Destination
-from vmferry.errors import JournalDamagedError, MachineBusyError, MachineNotFoundError, VmferryError
+from vmferry.errors import JournalDamagedError, MachineBusyError, VmferryError
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
 from vmferry.machines.directory import MachineDirectory
-from vmferry.machines.launcher import stop_machine
+from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
@@ -60,6 +60,7 @@ class Departure:
         self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
+        self._release_due = False
 
     @property
     def state(self) -> source.SourceState:
@@ -93,7 +94,7 @@ class Departure:
 
         if not isinstance(self.state, source.Quiet):
             raise MachineBusyError("the machine already has an open migration", machine=self.machine_id)
-        await self._write(under_lock)
+        await self._write(under_lock, durable=True)
 
     def next_attempt_number(self) -> int:
         """A number no attempt of this machine has had at this host."""
@@ -114,7 +115,7 @@ class Departure:
     async def _do(self, action: Action) -> None:
         match action:
             case Append():
-                await self._write(lambda: self._journal.append(action))
+                await self._write(lambda: self._journal.append(action), durable=action.durable)
                 _LOG.info(
                     "recorded",
                     machine=self.machine_id,
@@ -124,7 +125,7 @@ class Departure:
             case Resume():
                 await self._resume()
             case Release():
-                await self._release()
+                self._release_due = True
             case Wait(why=why):
                 self.waiting = why
                 _LOG.warning("waiting", machine=self.machine_id, why=why)
@@ -133,9 +134,12 @@ class Departure:
             case _:
                 assert_never(action)
 
-    async def _write(self, write: Callable[[], None]) -> None:
+    async def _write(self, write: Callable[[], None], *, durable: bool) -> None:
         try:
-            await asyncio.to_thread(write)
+            if durable:
+                await asyncio.to_thread(write)
+            else:
+                write()  # 4 KiB into the page cache cost less than handing them to a thread
         except JournalDamagedError as error:
             # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
             self._on_broken_journal(error)
@@ -144,20 +148,18 @@ class Departure:
     async def _resume(self) -> None:
         async with phase("resume"):
             machine = self.machine()
-            if await machine.run_state() is not RunState.RUNNING:
-                await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
-            await machine.close()
-
-    async def _release(self) -> None:
-        async with phase("release"):
             try:
-                record = self._directory.find(self.machine_id)
-            except MachineNotFoundError:
-                return  # released before
-            if record.alive:
-                await stop_machine(self._directory.open(record), self._directory)
-            else:
-                self._directory.forget(record, remove_ram=True)
+                await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
+            finally:
+                await machine.close()
+
+    async def release(self) -> None:
+        """Free what is left of a machine that now runs elsewhere; nothing, if it does not."""
+        if not self._release_due:
+            return
+        self._release_due = False
+        async with phase("release"):
+            await discard_leftover(self.machine_id, self._directory)
 
     def machine(self) -> QmpMachine:
         """A hold of the machine's hypervisor; raises MachineDeadError or MachineNotFoundError."""

@@ -38,6 +38,7 @@ from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.transfer.seal import seal_digest
+from vmferry.transfer.together import together
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
@@ -231,26 +232,44 @@ class Outgoing:
             self._paused_at = time.monotonic()
             async with phase("pause"):
                 await self._machine.stop()
-            async with phase("last round"):
-                await self._copy.last_round()
-            async with phase("device state"):
-                device_state = await self._machine.save_device_state()
-                await self._copy.send_device_state(device_state)
+            # Saving takes a while and hardly touches memory, so it goes on beside the last round.
+            _, device_state = await together(self._last_round(), self._save_device_state())
+            await self._copy.leftovers()
+            await self._copy.send_device_state(device_state)
             if self._order.compare_bytes:
                 async with phase("compare"):
                     await self._copy.compare_all()
             async with phase("seal"):
-                root = await self._copy.finish()
-                digest = seal_digest(
-                    self._attempt,
-                    memory_root=root,
-                    device_state=device_state,
-                    spec_digest=self._machine.spec.digest(),
-                )
-                await self._departure.apply(source.Paused(digest))
-                return await self._destination.seal(
-                    self._attempt, digest, rounds=self._copy.round_number, timeout_s=limit_s
-                )
+                return await self._seal(device_state, limit_s)
+
+    async def _last_round(self) -> None:
+        assert self._copy is not None
+        async with phase("last round"):
+            await self._copy.last_round()
+
+    async def _save_device_state(self) -> bytes:
+        async with phase("device state"):
+            data = await self._machine.save_device_state()
+            span_attributes(bytes=len(data))
+            return data
+
+    async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
+        assert self._copy is not None
+        assert self._attempt is not None
+        digest = seal_digest(
+            self._attempt,
+            memory_root=await self._copy.root(),
+            device_state=device_state,
+            spec_digest=self._machine.spec.digest(),
+        )
+        await self._departure.apply(source.Paused(digest))
+        seal = self._destination.seal(
+            self._attempt, digest, rounds=self._copy.round_number, timeout_s=timeout_s
+        )
+        # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
+        heard: source.Heard
+        _, heard = await together(self._copy.finish(), seal)
+        return heard
 
     # Afterwards
 
@@ -273,6 +292,8 @@ class Outgoing:
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
     async def _conclude(self) -> None:
+        await self._tidy_up()
+        await self._departure.release()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
@@ -299,6 +320,7 @@ class Outgoing:
                 await self._say_goodbye(self._attempt)
         else:
             await self._departure.settle(self._destination, tells, self)
+            await self._departure.release()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
@@ -390,6 +412,7 @@ class Recovered:
                 with contextlib.suppress(VmferryError):
                     await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
         await departure.settle(self._destination, tells, self)
+        await departure.release()
         if self._last_heard is AttemptState.RUNNING:
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)

@@ -65,15 +65,15 @@ def show_command(
         print(f"{name.replace('_', ' '):{width}}  {shown}")
 
 
-def describe(directory: Path) -> dict[str, str | list[str]]:
+def describe(directory: Path) -> dict[str, str | int | list[str]]:
     """What ``show`` prints; raises ConfigError as a service would when starting with these files."""
     material = TlsFiles(directory).load()
     left = material.not_after - datetime.now(UTC)
-    facts: dict[str, str | list[str]] = {
+    facts: dict[str, str | int | list[str]] = {
         "identity": material.identity.uri,
         "server_name": material.identity.server_name,
         "not_after": f"{material.not_after:%Y-%m-%dT%H:%M:%SZ}",
-        "days_left": str(left.days),
+        "days_left": left.days,
         "serial": f"{load_certificate(material.cert_pem).serial_number:x}",
         "key_sha256": material.key_sha256.hex(),
         "authorities": [

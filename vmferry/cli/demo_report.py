@@ -58,6 +58,7 @@ class Crossing:
             "owner": self.migration.owner,
             "downtime_ms": self.downtime_ms,
             "total_ms": self.total_ms,
+            "guest_gap_ms": self.guest_gap_ms,
             "rounds": self.migration.progress.round,
             "wire_bytes": self.migration.progress.wire_bytes,
             "verified": self.verified,

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Final
 
 import typer
@@ -97,21 +98,28 @@ def as_document(message: Message) -> dict[str, Any]:
     document = MessageToDict(
         message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
-    _unquote_numbers(document, message.DESCRIPTOR)
-    return document
+    return _tidied(document, message.DESCRIPTOR)
 
 
-def _unquote_numbers(document: dict[str, Any], descriptor: Any) -> None:
+def _tidied(document: dict[str, Any], descriptor: Any) -> dict[str, Any]:
+    """The same with numbers as numbers, and fields in the order of the .proto file."""
+    found: dict[str, Any] = {}
     for field in descriptor.fields:
-        value = document.get(field.name)
-        if value is None:
+        if field.name not in document:
             continue
+        value = document[field.name]
         if field.cpp_type in _LONG:
-            document[field.name] = [int(item) for item in value] if field.is_repeated else int(value)
+            value = [int(item) for item in value] if field.is_repeated else int(value)
         elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for item in value if field.is_repeated else [value]:
-                if isinstance(item, dict):
-                    _unquote_numbers(item, field.message_type)
+            # Well-known types such as Duration are strings in JSON.
+            tidy = partial(_tidied_message, descriptor=field.message_type)
+            value = [tidy(item) for item in value] if field.is_repeated else tidy(value)
+        found[field.name] = value
+    return found
+
+
+def _tidied_message(value: Any, descriptor: Any) -> Any:
+    return _tidied(value, descriptor) if isinstance(value, dict) else value
 
 
 def milliseconds(duration: Duration) -> float:

@@ -19,6 +19,7 @@ from rich.text import Text
 from vmferry.cli.output import console, label, milliseconds, say, size
 from vmferry.v1.migration_pb2 import (
     MIGRATION_OUTCOME_UNSPECIFIED,
+    MIGRATION_PHASE_PRECOPYING,
     Migration,
     MigrationOutcome,
     MigrationPhase,
@@ -73,17 +74,19 @@ def headline(migration: Migration) -> str:
 def facts(migration: Migration) -> str:
     """The figures of a migration, those that are known."""
     progress = migration.progress
-    parts = [f"sent {size(progress.sent_bytes)}", f"remaining {size(progress.remaining_bytes)}"]
+    parts = []
+    if progress.sent_bytes or progress.remaining_bytes:
+        parts = [f"sent {size(progress.sent_bytes)}", f"remaining {size(progress.remaining_bytes)}"]
     if progress.bytes_per_second:
         parts.append(f"rate {size(progress.bytes_per_second)}/s")
     if progress.dirty_bytes_per_second:
         parts.append(f"dirty {size(progress.dirty_bytes_per_second)}/s")
-    if progress.HasField("expected_downtime"):
-        parts.append(f"expected downtime {milliseconds(progress.expected_downtime):.0f} ms")
-    if progress.HasField("eta"):
-        parts.append(f"ETA {milliseconds(progress.eta) / 1e3:.1f} s")
     if migration.HasField("downtime"):
         parts.append(f"downtime {milliseconds(migration.downtime):.1f} ms")
+    elif progress.HasField("expected_downtime"):
+        parts.append(f"expected downtime {milliseconds(progress.expected_downtime):.0f} ms")
+    if progress.HasField("eta") and migration.phase == MIGRATION_PHASE_PRECOPYING:
+        parts.append(f"ETA {milliseconds(progress.eta) / 1e3:.1f} s")
     return ", ".join(parts)
 
 
@@ -101,7 +104,7 @@ class LineView:
         if stage == self._stage and now < self._next_line:
             return
         self._stage, self._next_line = stage, now + _LINE_EVERY_S
-        say(f"{headline(migration)}: {facts(migration)}")
+        say(": ".join(filter(None, (headline(migration), facts(migration)))))
 
     def note(self, text: str) -> None:
         """Print a line."""

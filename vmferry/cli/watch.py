@@ -32,6 +32,8 @@ class Patience:
     """For a source that went silent to answer again."""
     unknown_s: float = 15.0
     """For an outcome that is unknown to become known."""
+    end_s: float = 1.0
+    """For the source to close the stream of a migration that has ended; cutting it off would look like a failure."""
     retry_s: float = 0.5
     """Between two attempts to reach the source."""
 
@@ -74,27 +76,36 @@ async def follow(
                     async for response in source.stub.WatchMigration(WatchMigrationRequest(id=migration_id)):
                         last = response.migration
                         view.show(last)
-                        if last.phase == migration_pb2.MIGRATION_PHASE_ENDED:
-                            return last
-                        unknown = last.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN
-                        if not unknown:
-                            limit.reschedule(None)
-                        elif limit.when() is None:
-                            limit.reschedule(now() + PATIENCE.unknown_s)
+                        patience_s = _patience_s(last)
+                        if patience_s is None or limit.when() is None:
+                            limit.reschedule(None if patience_s is None else now() + patience_s)
                 except grpc.aio.AioRpcError as error:
                     _require_retry(error, last)
+                if last is not None and _ended(last):
+                    return last
                 if limit.when() is None:
                     limit.reschedule(now() + PATIENCE.reconnect_s)
                     view.note("the connection to the source is lost; trying again")
                 await asyncio.sleep(PATIENCE.retry_s)
     except TimeoutError:
         assert last is not None
-        if last.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN:
+        if _patience_s(last) is not None:
             return last
         raise PeerUnreachableError(
             f"the source did not answer for {PATIENCE.reconnect_s:g} s; the migration may go on without this command",
             remedy=f"When the source answers again: vmferry watch {migration_id}",
         ) from None
+
+
+def _ended(migration: Migration) -> bool:
+    return migration.phase == migration_pb2.MIGRATION_PHASE_ENDED
+
+
+def _patience_s(migration: Migration) -> float | None:
+    """How long to wait for more after this state, which may be the last one; None for as long as it takes."""
+    if _ended(migration):
+        return PATIENCE.end_s
+    return PATIENCE.unknown_s if migration.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN else None
 
 
 def finish(migration: Migration, *, json: bool) -> None:

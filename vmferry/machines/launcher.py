@@ -113,6 +113,22 @@ async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None
         directory.forget(record, remove_ram=True)
 
 
+async def discard_leftover(machine_id: str, directory: MachineDirectory) -> None:
+    """Remove what is left of a machine that must not run here, and nothing if nothing is left.
+
+    Raises:
+        MachineFailedError: its process cannot be ended; nothing was removed.
+    """
+    try:
+        record = directory.find(machine_id)
+    except MachineNotFoundError:
+        return
+    if record.alive:
+        await stop_machine(directory.open(record), directory)
+    else:
+        directory.forget(record, remove_ram=True)
+
+
 async def _ready(
     directory: MachineDirectory, made: MachineRecord, *, incoming: bool, start_timeout_s: float
 ) -> QmpMachine:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
+import math
 import os
 import re
 import signal
@@ -62,6 +64,7 @@ _RSEQ_SECTION: Final = struct.Struct("=IIQQQ")
 _RSEQ_TRIES: Final = 100
 _STOP_TIMEOUT_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 20e-6
+_POLLS_PER_LOOK: Final = 16
 
 _BEFORE_SYSCALL: Final = re.compile(rb"\xb8..\x00\x00(?=\x0f\x05)", re.DOTALL)
 """``mov eax, NUMBER`` before ``syscall``: with it, those two bytes cannot be part of another instruction."""
@@ -104,22 +107,11 @@ class Tracee:
             ) from exc
 
     def stop(self) -> None:
-        """Stop the thread at a point where a system call can be restarted; signals on the way are delivered.
-
-        Waits by polling: a thread that hangs in the kernel cannot be stopped, and nothing was changed so far.
-        """
+        """Stop the thread at a point where a system call can be restarted; signals on the way are delivered."""
         self._request(_INTERRUPT)
         deadline = time.monotonic() + _STOP_TIMEOUT_SECONDS
-        while (status := self._wait(os.WNOHANG)) >> 16 != _EVENT_STOP:
-            if status:
-                self._request(_CONT, 0, os.WSTOPSIG(status))
-                continue
-            if time.monotonic() > deadline:
-                raise TrackerUnavailableError(
-                    f"process {self._pid}: thread {self._tid} cannot be stopped, it hangs in the kernel",
-                    pid=self._pid,
-                )
-            time.sleep(_POLL_SECONDS)
+        while (status := self._wait(deadline)) >> 16 != _EVENT_STOP:
+            self._request(_CONT, 0, os.WSTOPSIG(status))
 
     def detach(self) -> None:
         """Let the stopped thread go, if it still lives."""
@@ -192,15 +184,34 @@ class Tracee:
             if not is_event and not is_call:
                 self._stop_again |= os.WSTOPSIG(status) == signal.SIGSTOP
 
-    def _wait(self, options: int = 0) -> int:
-        """The status of the next stop; zero if there is none yet and ``options`` forbid to wait."""
-        try:
-            stopped, status = os.waitpid(self._tid, _WALL | options)
-        except ChildProcessError as exc:
-            raise ProcessLookupError(errno.ESRCH, "the thread is gone") from exc
-        if stopped and not os.WIFSTOPPED(status):
-            raise ProcessLookupError(errno.ESRCH, "the thread is gone")
-        return status
+    def _wait(self, deadline: float = math.inf) -> int:
+        """The status of the next stop.
+
+        Polls, because a wait could last for ever: a thread that hangs in the kernel does not stop, and the first
+        thread of a process that was killed does not report its end before all others are gone.
+        """
+        for attempt in itertools.count(1):
+            try:
+                found, status = os.waitpid(self._tid, _WALL | os.WNOHANG)
+            except ChildProcessError as exc:
+                raise ProcessLookupError(errno.ESRCH, "the thread is gone") from exc
+            if found and os.WIFSTOPPED(status):
+                return status
+            if found or (attempt % _POLLS_PER_LOOK == 0 and _is_zombie(self._tid)):
+                raise ProcessLookupError(errno.ESRCH, "the thread is gone")
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        raise TrackerUnavailableError(
+            f"process {self._pid}: thread {self._tid} cannot be stopped, it hangs in the kernel",
+            pid=self._pid,
+        )
+
+    def _collect(self) -> None:
+        """Take note of the thread's end: until its tracer has done so, its process cannot end."""
+        with suppress(ProcessLookupError):
+            while True:
+                self._wait()
 
     def _leave_restartable_sequence(self) -> None:
         """See that the thread is not inside a restartable sequence (rseq).
@@ -254,6 +265,8 @@ class Tracee:
     def _request(self, request: int, address: int = 0, data: int = 0) -> None:
         if _libc.ptrace(request, self._tid, address, data) < 0:
             code = ctypes.get_errno()
+            if code == errno.ESRCH:
+                self._collect()
             raise OSError(code, os.strerror(code))
 
 
@@ -279,6 +292,15 @@ def _read_memory(tid: int, address: int, size: int) -> bytes:
     if len(data) != size:
         raise ProcessLookupError(errno.ESRCH, "the thread is gone")
     return data
+
+
+def _is_zombie(tid: int) -> bool:
+    """Whether a thread has ended, be it that nobody took note yet."""
+    try:
+        stat = Path(f"/proc/{tid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat[stat.rindex(b")") + 2 :][:1] in b"ZX"
 
 
 @contextmanager

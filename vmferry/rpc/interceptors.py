@@ -7,6 +7,7 @@ unexpected goes into the log with its traceback, and none of it to the caller.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -36,6 +37,8 @@ from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, span_attributes
 
 _LOG: Final = get_logger(__name__)
+_MISUSE: Final = "grpc_call_start_batch"
+"""What gRPC names when a handler does two things with its context at a time, such as writing from two tasks."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,9 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type
         identity = caller_from_auth_context(properties)
         tls_version = tls_version_from_auth_context(properties)
         authorize(method, caller=identity, own=self._own, tls_version=tls_version)
-        token = _CALLER.set(_Caller(identity, caller_key_sha256(properties)))
-        try:
-            yield
-        finally:
-            _CALLER.reset(token)
+        # Each call has a context of its own, so this ends with the call; the log of its errors needs it until then.
+        _CALLER.set(_Caller(identity, caller_key_sha256(properties)))
+        yield
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic only in its stubs
@@ -117,11 +118,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # 
                 "call refused", method=method, reason=error.reason, detail=error.message, **_peer(context)
             )
             await _abort(context, error)
-        except (
-            grpc.aio.UsageError
-        ) as error:  # a handler that misuses its context, before the other errors of gRPC
+        except grpc.aio.InternalError as error:
+            if _MISUSE in str(error):
+                await _abort_unexpected(method, context, error)
+            # A response could not be written because the client is gone; gRPC cancels such a call a moment later.
+            raise asyncio.CancelledError from error
+        except grpc.aio.UsageError as error:
             await _abort_unexpected(method, context, error)
-        except grpc.aio.BaseError:  # already aborted, the client is gone, or the server is stopping
+        except grpc.aio.BaseError:  # already aborted, or the server is stopping
             raise
         except Exception as error:  # noqa: BLE001 - the outermost edge: nothing of it may reach the caller
             await _abort_unexpected(method, context, error)

@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "cli.md"
 def test_the_table_is_complete_and_right() -> None:
     """docs/cli.md has one row per exit code, with its number, name and reasons, and no other."""
     rows = re.findall(
-        r"^\| (\d+) \| `([A-Z]+)` \| [^|]+ \| ([^|]*) \|$", DOCS.read_text("utf-8"), re.MULTILINE
+        r"^\| (\d+) \| `([A-Z]+)` \| [^|]+ \|([^|]*)\|$", DOCS.read_text("utf-8"), re.MULTILINE
     )
 
     documented = {

@@ -29,6 +29,7 @@ ABORT: Final = b"abort"
 WAIT: Final = b"wait"
 FLOOD: Final = b"flood"
 DRAIN: Final = b"drain"
+MISUSE: Final = b"misuse"
 
 
 class Probe:
@@ -57,6 +58,8 @@ class Probe:
                 raise RuntimeError("the password is swordfish")
             if request == ABORT:
                 await context.abort(grpc.StatusCode.OUT_OF_RANGE, "by hand")
+            if request == MISUSE:
+                await asyncio.gather(*(context.write(bytes(1 << 20)) for _ in range(32)))
             if request == WAIT:
                 await asyncio.Event().wait()
         except asyncio.CancelledError:

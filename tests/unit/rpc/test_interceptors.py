@@ -15,6 +15,7 @@ from tests.unit.rpc.probe_service import (
     CRASH,
     FLOOD,
     METHODS,
+    MISUSE,
     OK,
     REFUSE,
     SERVICE,
@@ -110,6 +111,16 @@ async def test_client_that_leaves_while_being_written_to(
     await happened(probe.left)
     assert (await responses_of(start_call(channel, "unary_unary", OK))) == [b"did ok"]
     assert not caplog.records
+
+
+async def test_misused_context_is_unexpected(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler that writes from two tasks at a time is a bug that is logged, not a client that has gone."""
+    call = start_call(channel, "unary_stream_write", MISUSE)
+    # Nothing is read, so that flow control lets no write end before the next begins.
+    assert await call.code() is grpc.StatusCode.INTERNAL
+    assert [event["event"] for event in _events(caplog)] == ["call failed unexpectedly"]
 
 
 @pytest.mark.parametrize("method", METHODS)

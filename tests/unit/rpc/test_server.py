@@ -162,13 +162,17 @@ async def test_data_port_speaks_mutual_tls_only(site: Site, client: str) -> None
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_crash_is_internal_through_all_interceptors(site: Site) -> None:
-    """The whole chain turns a crash into an InternalError that names the method and nothing of the inside."""
+async def test_crash_is_internal_through_all_interceptors(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The whole chain turns a crash into an InternalError without its text; the log says who called what."""
     servers = await site.serve()
     async with site.channel(servers, ADMIN) as channel:
         error = await _refusal(channel.unary_unary(f"/{SOURCE_SERVICE}/ListMachines")(b"", timeout=10))
     assert type(from_rpc_error(error)) is InternalError
     assert "swordfish" not in repr(error)
+    (event,) = [record.msg for record in caplog.records if record.name == "vmferry.rpc.interceptors"]
+    assert (event["method"], event["caller"]) == (f"/{SOURCE_SERVICE}/ListMachines", str(ADMIN))
 
 
 async def test_health_watch_through_all_interceptors(site: Site) -> None:

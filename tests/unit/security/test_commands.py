@@ -76,7 +76,7 @@ def test_show(folders: Path) -> None:
     assert facts["server_name"] == HOST_B.server_name
     assert facts["key_sha256"] == material.key_sha256.hex()
     assert datetime.fromisoformat(facts["not_after"]) == material.not_after
-    assert facts["days_left"] == "1"
+    assert facts["days_left"] == 1
     assert len(facts["authorities"]) == 1
     assert "signs_tickets_as" not in facts
     text = run("certs", "show", folders / "nova").stdout

@@ -61,15 +61,10 @@ class Serial(Part):
         self._input.extend(data)
         return True
 
-    def flush(self) -> None:
-        """Write out an unfinished line; the machine is about to end."""
-        line, self._line = bytes(self._line), bytearray()
-        try:
-            os.write(self._output, line)
-        except OSError as error:
-            self._lost_output += 1
-            if self._lost_output == 1:
-                _log.warning("serial output is lost: %s (further losses are only counted)", error)
+    def close(self) -> None:
+        """Write out an unfinished line and close the file."""
+        self._flush()
+        os.close(self._output)
 
     def save(self) -> bytes:
         """Bytes waiting in both directions."""
@@ -88,10 +83,19 @@ class Serial(Part):
 
         return apply
 
+    def _flush(self) -> None:
+        line, self._line = bytes(self._line), bytearray()
+        try:
+            os.write(self._output, line)
+        except OSError as error:
+            self._lost_output += 1
+            if self._lost_output == 1:
+                _log.warning("serial output is lost: %s (further losses are only counted)", error)
+
     def _send(self, value: int) -> None:
         self._line.append(value & 0xFF)
         if value & 0xFF == ord("\n") or len(self._line) >= self._LINE_BYTES:
-            self.flush()
+            self._flush()
 
     def _receive(self) -> int:
         return self._input.popleft() if self._input else 0

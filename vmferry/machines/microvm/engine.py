@@ -72,8 +72,10 @@ class Engine:
         self._wanted = False
         self._running = False
         self._runs = 0
+        self._closed = False
         self._hook_ports(bus)
-        threading.Thread(target=self._serve, name="vcpu", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="vcpu", daemon=True)
+        self._thread.start()
 
     def start(self) -> None:
         """Let the CPU run; returns when it has begun."""
@@ -97,6 +99,14 @@ class Engine:
                 if time.monotonic() > deadline:
                     raise MachineFailedError(f"the CPU did not stop within {_LIMIT_S:g} s")
 
+    def close(self) -> None:
+        """Stop for good and end the thread."""
+        self.stop()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
     def _hook_ports(self, bus: PortBus) -> None:
         def read(_uc: object, port: int, size: int, _data: object) -> int:
             return bus.read(port, size)
@@ -110,7 +120,9 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted)
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
                 self._running = True
                 self._runs += 1
                 self.times.last_start_ns = time.monotonic_ns()

@@ -57,6 +57,10 @@ class Backend:
         self._socket.setblocking(False)
         self.dropped = 0
 
+    def close(self) -> None:
+        """Unplug."""
+        self._socket.close()
+
     def send(self, frame: bytes) -> None:
         """Send a frame, or drop it: networks may."""
         try:

@@ -1,0 +1,577 @@
+"""Several hosts in memory around the real hand-off core: what the simulation's suites explore.
+
+What is real: ``decide`` and ``evolve`` of both halves, the records' codec, ``Rights`` and the gate. What is
+simulated: the disk (a list of records of which the last may not be on disk yet), the guest (paused, running or
+absent, and the number of the state it holds), and the network.
+
+* A message stays deliverable for ever once it was sent, so loss, repetition, reordering and delay are all covered.
+  A destination's answer exists as soon as it would be given to somebody who asked.
+* ``purge`` takes everything in flight away at once: what follows must come from the journals alone.
+* A machine crash takes the guest's memory and the record that is not on disk yet, or not that record.
+* Each record and each release that ``decide`` asks for is a step of its own, and a service kill drops those not done
+  yet. Telling needs no step (a message that was never sent is one that was never delivered), nor does resuming (the
+  owner of a paused guest may resume it at any moment, if the gate lets it).
+* Timers need no clock: what a timer may trigger is possible at any moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, reduce
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from vmferry.errors import VmferryError
+from vmferry.handoff import destination, gate, records, source
+from vmferry.handoff.rights import Epochs, Rights
+from vmferry.handoff.states import (
+    Action,
+    Answer,
+    Append,
+    Attempt,
+    AttemptState,
+    InvalidTransitionError,
+    Record,
+    RecordKind,
+    Release,
+    Resume,
+    Tell,
+    Wait,
+)
+
+MACHINE: Final = "6f1c7f5e-3b0e-4c57-9d53-2f6a6a1d8a01"
+ABSENT, PAUSED, RUNNING = range(3)
+_NO_STEP: Final = (Answer, Resume, Wait)
+Item = TypeVar("Item", bound=Hashable)
+
+
+class _Interned(Generic[Item]):
+    """Small numbers instead of large values, so that worlds are compared and hashed quickly."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self._numbers: dict[Item, int] = {}
+
+    def number(self, item: Item) -> int:
+        """The number of a value."""
+        if item not in self._numbers:
+            self._numbers[item] = len(self.items)
+            self.items.append(item)
+        return self._numbers[item]
+
+
+RECORDS: Final[_Interned[Record]] = _Interned()
+ACTIONS: Final[_Interned[Action]] = _Interned()
+ATTEMPTS: Final[_Interned[Attempt]] = _Interned()
+
+
+class Host(NamedTuple):
+    """One host: its journals, what of them is on disk, its guest, and what its services have begun to do."""
+
+    vm: tuple[int, int] = (ABSENT, 0)
+    operator: tuple[int, ...] = ()
+    outgoing: tuple[int, ...] = ()
+    incoming: tuple[int, ...] = ()
+    unsynced: tuple[bool, bool] = (False, False)
+    """Whether the last record of ``outgoing`` and of ``incoming`` may be in the page cache only."""
+    todo: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """What the source and the destination service have decided and not done yet."""
+    incarnation: int = 0
+
+
+class Message(NamedTuple):
+    """Something under way about one attempt."""
+
+    attempt: int
+    kind: str
+    state: int = 0
+    digest: int = 0
+    incarnation: int = 0
+
+
+class World(NamedTuple):
+    """Everything."""
+
+    current: int = 0
+    """Number of the latest executed state; grows whenever virtual CPUs start."""
+    lost: str = ""
+    faults: int = 0
+    purges: int = 0
+    hosts: tuple[Host, ...] = ()
+    attempts: tuple[int, ...] = ()
+    messages: frozenset[Message] = frozenset()
+
+
+class Step(NamedTuple):
+    """One transition; a fault is nothing that liveness may count on."""
+
+    name: str
+    after: World
+    fault: bool = False
+
+
+@dataclass(frozen=True)
+class Core:
+    """The functions under test; the broken variants replace one."""
+
+    source_decide: Callable[[source.SourceState, source.SourceEvent], list[Action]] = source.decide
+    destination_decide: Callable[[destination.DestinationState, destination.DestinationEvent], list[Action]] = (
+        destination.decide
+    )
+
+
+@lru_cache(maxsize=None)
+def _through_codec(number: int) -> int:
+    record = RECORDS.items[number]
+    decoded, _ = records.decode(records.encode(record, boot_id="boot", write_unix_ns=0))
+    return RECORDS.number(decoded)
+
+
+@lru_cache(maxsize=None)
+def _source_state(journal: tuple[int, ...]) -> source.SourceState:
+    initial: source.SourceState = source.Quiet()
+    return reduce(source.evolve, (RECORDS.items[number] for number in journal), initial)
+
+
+@lru_cache(maxsize=None)
+def _destination_state(journal: tuple[int, ...]) -> destination.DestinationState:
+    return reduce(
+        destination.evolve, (RECORDS.items[number] for number in journal), destination.DestinationState()
+    )
+
+
+@lru_cache(maxsize=None)
+def _rights(operator: tuple[int, ...], outgoing: tuple[int, ...], incoming: tuple[int, ...]) -> Rights:
+    written = [RECORDS.items[number] for number in (*operator, *outgoing, *incoming)]
+    epochs = reduce(Epochs.after, written, Epochs())
+    return Rights(epochs, _source_state(outgoing), _destination_state(incoming))
+
+
+def rights(host: Host) -> Rights:
+    """What the host's journals say together."""
+    return _rights(host.operator, host.outgoing, host.incoming)
+
+
+def attempt_of(number: int) -> Attempt:
+    """The attempt behind its number."""
+    return ATTEMPTS.items[number]
+
+
+def _uri(host: int) -> str:
+    return f"spiffe://example.org/vmhost/{'abc'[host]}"
+
+
+def _incarnation(host: int, number: int) -> str:
+    return f"{'abc'[host]}-{number}"
+
+
+def _digest(state: int) -> bytes:
+    return state.to_bytes(32, "big")
+
+
+class Simulation:
+    """All that may happen next to some hosts, within bounds."""
+
+    def __init__(
+        self,
+        core: Core = Core(),  # noqa: B008 - immutable
+        *,
+        hosts: int = 2,
+        attempts: int = 2,
+        crashes: int = 2,
+        purges: int = 0,
+        amnesia: bool = False,
+    ) -> None:
+        self._core = core
+        self._hosts = range(hosts)
+        self._attempts = attempts
+        self._crashes = crashes
+        self._purges = purges
+        self._amnesia = amnesia
+
+    def initial(self) -> World:
+        """The machine was born on the first host and runs there."""
+        born = RECORDS.number(Record(RecordKind.BORN, MACHINE, epoch=1))
+        first = Host(vm=(RUNNING, 0), operator=(_through_codec(born),))
+        return World(hosts=(first, *(Host() for _ in self._hosts[1:])))
+
+    def steps(self, world: World) -> Iterator[Step]:
+        """Everything that may happen next."""
+        for step in self._raw_steps(world):
+            yield step._replace(after=self._answered(step.after))
+
+    def _raw_steps(self, world: World) -> Iterator[Step]:
+        for number in self._hosts:
+            yield from self._faults(world, number)
+            yield from self._guest_steps(world, number)
+            for role in (0, 1):
+                if world.hosts[number].todo[role]:
+                    yield self._act(world, number, role)
+            if not world.hosts[number].todo[0]:
+                yield from self._source_steps(world, number)
+            if not world.hosts[number].todo[1]:
+                yield from self._destination_steps(world, number)
+        if world.purges < self._purges and world.messages:
+            yield Step("purge", world._replace(messages=frozenset(), purges=world.purges + 1), fault=True)
+
+    # Faults
+
+    def _faults(self, world: World, number: int) -> Iterator[Step]:
+        host, name = world.hosts[number], "abc"[number]
+        for role in (0, 1):
+            if host.todo[role]:
+                dropped = _with(host.todo, role, ())
+                yield Step(f"kill{role}@{name}", _put(world, number, host._replace(todo=dropped)), fault=True)
+        if world.faults >= self._crashes:
+            return
+        if host.vm[0] != ABSENT:
+            lost = self._lost_by(world, number)
+            for kept in {(True, True), *(_with((True, True), r, not host.unsynced[r]) for r in (0, 1))}:
+                after = host._replace(
+                    vm=(ABSENT, 0),
+                    outgoing=host.outgoing if kept[0] else host.outgoing[:-1],
+                    incoming=host.incoming if kept[1] else host.incoming[:-1],
+                    unsynced=(False, False),
+                    todo=((), ()),
+                )
+                crashed = _put(world, number, after)._replace(faults=world.faults + 1, lost=lost)
+                yield Step(f"crash{''.join('-+'[k] for k in kept)}@{name}", crashed, fault=True)
+        if self._amnesia and world.attempts:
+            empty = Host(incarnation=host.incarnation + 1)
+            yield Step(
+                f"journal-loss@{name}",
+                _put(world, number, empty)._replace(faults=world.faults + 1, lost="with its journal"),
+                fault=True,
+            )
+
+    def _lost_by(self, world: World, number: int) -> str:
+        held = usable(world)
+        if world.hosts[number].vm[0] != RUNNING and held != {number}:
+            return world.lost
+        return "although two hosts held it" if redundant(world) else world.lost or "with its host"
+
+    # The hypervisor, and the owner's right to use it
+
+    def _guest_steps(self, world: World, number: int) -> Iterator[Step]:
+        host, name = world.hosts[number], "abc"[number]
+        if not rights(host).permitted:
+            return
+        if host.vm[0] == PAUSED:
+            yield Step(f"resume@{name}", _resumed(world, number))
+        if host.vm[0] == ABSENT:
+            booted = host._replace(vm=(RUNNING, world.current + 1))
+            yield Step(
+                f"cold-boot@{name}", _put(world, number, booted)._replace(current=world.current + 1, lost="")
+            )
+
+    # Actions
+
+    def _act(self, world: World, number: int, role: int) -> Step:
+        host = world.hosts[number]
+        action = ACTIONS.items[host.todo[role][0]]
+        host = host._replace(todo=_with(host.todo, role, host.todo[role][1:]))
+        name = f"{_said(action)}@{'abc'[number]}"
+        world = _put(world, number, host)
+        if isinstance(action, Append):
+            world = self._appended(world, number, role, action.record, durable=action.durable)
+        elif isinstance(action, Tell):
+            world = self._told(world, number, action.method)
+        elif isinstance(action, Release) and host.vm[0] != RUNNING:
+            world = _put(world, number, host._replace(vm=(ABSENT, 0)))
+        rest = world.hosts[number].todo[role]
+        if rest and isinstance(ACTIONS.items[rest[0]], Tell):
+            return self._act(world, number, role)._replace(name=name)
+        return Step(name, world)
+
+    def _appended(self, world: World, number: int, role: int, record: Record, *, durable: bool) -> World:
+        host = world.hosts[number]
+        written = _through_codec(RECORDS.number(record))
+        if record.kind is RecordKind.OWNED and host.vm[0] != PAUSED:
+            world = world._replace(lost="the right was taken without a copy")
+        if role == 0:
+            host = host._replace(outgoing=(*host.outgoing, written))
+            _source_state(host.outgoing)  # raises if it cannot follow
+        else:
+            host = host._replace(incoming=(*host.incoming, written))
+            _destination_state(host.incoming)
+        world = _put(world, number, host._replace(unsynced=_with(host.unsynced, role, not durable)))
+        told = {RecordKind.BEGUN: "Begin", RecordKind.SEALED: "Seal"}.get(record.kind)
+        return self._told(world, number, told) if told else world
+
+    def _told(self, world: World, number: int, method: str) -> World:
+        host = world.hosts[number]
+        state = _source_state(host.outgoing)
+        if isinstance(state, source.Quiet):  # an attempt that was just closed
+            attempt = RECORDS.items[host.outgoing[-1]].attempt
+            assert attempt is not None
+        else:
+            attempt = state.attempt
+        digest = int.from_bytes(getattr(state, "digest", b""), "big")
+        return _sent(world, Message(ATTEMPTS.number(attempt), method, digest=digest))
+
+    def _decided(self, world: World, number: int, role: int, name: str, actions: list[Action]) -> Step | None:
+        todo = tuple(ACTIONS.number(action) for action in actions if not isinstance(action, _NO_STEP))
+        if not todo:
+            return None
+        host = world.hosts[number]
+        step = self._act(_put(world, number, host._replace(todo=_with(host.todo, role, todo))), number, role)
+        return step._replace(name=f"{name}:{step.name}")
+
+    # The source service
+
+    def _source_steps(self, world: World, number: int) -> Iterator[Step]:
+        host = world.hosts[number]
+        state = _source_state(host.outgoing)
+        if isinstance(state, source.Quiet):
+            yield from self._begins(world, number, state)
+            return
+        events: list[tuple[str, source.SourceEvent]] = [("unheard", source.Unheard())]
+        events.append(("abort", source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT)))
+        index = ATTEMPTS.number(state.attempt)
+        answers = [m for m in world.messages if m.attempt == index and m.kind == "answer"]
+        for message in answers:
+            events.append((f"heard-{AttemptState(message.state).name}", self._heard(message, host)))
+        if isinstance(state, source.Begun) and any(m.state == AttemptState.RECEIVING.value for m in answers):
+            if host.vm[0] == RUNNING:
+                yield Step(f"pause@{'abc'[number]}", _put(world, number, host._replace(vm=(PAUSED, host.vm[1]))))
+            elif host.vm[0] == PAUSED:
+                events.append(("paused", source.Paused(_digest(host.vm[1]))))
+        for name, event in events:
+            step = self._decided(world, number, 0, name, self._core.source_decide(state, event))
+            if step is not None:
+                yield step
+        if isinstance(state, source.Sealed):
+            sealed = self._told(world, number, "Seal")
+            if sealed != world:
+                yield Step(f"seal-again@{'abc'[number]}", sealed)
+
+    def _heard(self, message: Message, host: Host) -> source.Heard:
+        attempt = attempt_of(message.attempt)
+        return source.Heard(
+            attempt,
+            AttemptState(message.state),
+            _incarnation("abc".index(attempt.destination[-1]), message.incarnation),
+            _digest(message.digest) if message.state == AttemptState.PREPARED.value else b"",
+            memory_intact=host.vm[0] != ABSENT,
+        )
+
+    def _begins(self, world: World, number: int, state: source.Quiet) -> Iterator[Step]:
+        host = world.hosts[number]
+        mine = rights(host)
+        if len(world.attempts) >= self._attempts or not mine.permitted or host.vm[0] != RUNNING:
+            return
+        for other in self._hosts:
+            if other == number:
+                continue
+            attempt = Attempt(
+                MACHINE,
+                len(world.attempts).to_bytes(16, "big"),
+                state.last_number + 1,
+                mine.epochs.granted,
+                _uri(number),
+                _uri(other),
+                _incarnation(number, host.incarnation),
+                _incarnation(other, world.hosts[other].incarnation),
+            )
+            actions = self._core.source_decide(state, source.BeginWanted(attempt))
+            begun = world._replace(attempts=(*world.attempts, ATTEMPTS.number(attempt)))
+            step = self._decided(begun, number, 0, f"begin-{'abc'[other]}", actions)
+            assert step is not None
+            yield step
+
+    # The destination service
+
+    def _destination_steps(self, world: World, number: int) -> Iterator[Step]:
+        host = world.hosts[number]
+        state = _destination_state(host.incoming)
+        questions = [Message(index, "GetAttempt") for index in world.attempts]
+        for message in (*questions, *world.messages):
+            if message.kind != "answer" and attempt_of(message.attempt).destination == _uri(number):
+                yield from self._asked(world, number, state, message)
+        events: list[tuple[str, destination.DestinationEvent]] = [("stalled", destination.Stalled())]
+        gone = isinstance(state.current, destination.Prepared) and host.vm[0] == ABSENT
+        if isinstance(state.current, destination.Receiving) or gone:
+            events.append(("copy-lost", destination.CopyLost("gone")))
+        if isinstance(state.current, destination.Owned) and (host.vm[0] == RUNNING or _moved_on(host)):
+            events.append(("ran", destination.GuestRan()))
+        for name, event in events:
+            step = self._decided(world, number, 1, name, self._core.destination_decide(state, event))
+            if step is not None:
+                yield step
+        if _leftover(host) and not rights(host).holds:
+            yield Step(f"discard@{'abc'[number]}", _put(world, number, host._replace(vm=(ABSENT, 0))))
+
+    def _asked(
+        self, world: World, number: int, state: destination.DestinationState, message: Message
+    ) -> Iterator[Step]:
+        host, attempt = world.hosts[number], attempt_of(message.attempt)
+        event: destination.DestinationEvent
+        match message.kind:
+            case "Begin":
+                nonce = attempt.migration_id
+                holds = rights(host).holds or _leftover(host)
+                event = destination.BeginAsked(attempt, nonce, 1, host_holds_machine=holds)
+            case "Seal":
+                now = state.current
+                if isinstance(now, destination.Receiving) and now.attempt.matches(attempt):
+                    host = host._replace(vm=(PAUSED, message.digest))
+                    world = _put(world, number, host)
+                event = destination.Verified(attempt, _digest(message.digest))
+            case "Go":
+                event = destination.GoAsked(attempt, _digest(message.digest), copy_intact=host.vm[0] == PAUSED)
+            case "Abort":
+                event = destination.CloseAsked(attempt, "asked to")
+            case _:
+                event = destination.StatusAsked(attempt)
+        try:
+            actions = self._core.destination_decide(state, event)
+        except InvalidTransitionError:
+            raise
+        except VmferryError:
+            return
+        answers = [action for action in actions if isinstance(action, Answer)]
+        step = self._decided(world, number, 1, message.kind, actions)
+        if step is not None:
+            yield step
+        elif answers:
+            answered = self._answer(world, number, message.attempt, answers[0])
+            if answered != world:
+                yield Step(f"answer-{answers[0].state.name}@{'abc'[number]}", answered)
+
+    def _answered(self, world: World) -> World:
+        """Every answer that somebody would get who asked a destination now; none right after a purge."""
+        if world.purges and not world.messages:
+            return world
+        for number in world.attempts:
+            attempt = attempt_of(number)
+            at = "abc".index(attempt.destination[-1])
+            state = _destination_state(world.hosts[at].incoming)
+            known = destination.answer(state, attempt)
+            if known.state is not AttemptState.UNSEEN:
+                world = self._answer(world, at, number, known)
+        return world
+
+    def _answer(self, world: World, at: int, attempt: int, answer: Answer) -> World:
+        host = world.hosts[at]
+        state = _destination_state(host.incoming)
+        digest = getattr(state.current, "digest", b"") if answer.state is AttemptState.PREPARED else b""
+        digest_number = int.from_bytes(digest, "big")
+        return _sent(world, Message(attempt, "answer", answer.state.value, digest_number, host.incarnation))
+
+
+def _leftover(host: Host) -> bool:
+    """A guest that is not of an open incoming attempt: a service was killed before it had removed it."""
+    arriving = _destination_state(host.incoming).current
+    return host.vm[0] != ABSENT and not isinstance(arriving, (destination.Receiving, destination.Prepared))
+
+
+def _moved_on(host: Host) -> bool:
+    mine = rights(host)
+    return not isinstance(mine.outgoing, source.Quiet) or mine.epochs.left >= mine.epochs.granted
+
+
+def _resumed(world: World, number: int) -> World:
+    host = world.hosts[number]
+    try:
+        gate.mint(MACHINE, rights(host))
+    except VmferryError:
+        return world
+    if host.vm[0] != PAUSED:
+        return world
+    lost = "a stale copy was resumed" if host.vm[1] != world.current else ""
+    started = host._replace(vm=(RUNNING, world.current + 1))
+    return _put(world, number, started)._replace(current=world.current + 1, lost=lost)
+
+
+def _said(action: Action) -> str:
+    match action:
+        case Append(record=record, durable=durable):
+            return record.kind.name + ("*" if durable else "")
+        case Tell(method=method):
+            return method
+    return type(action).__name__.lower()
+
+
+def _with(pair: tuple[Item, Item], index: int, value: Item) -> tuple[Item, Item]:
+    return (value, pair[1]) if index == 0 else (pair[0], value)
+
+
+def _put(world: World, number: int, host: Host) -> World:
+    return world._replace(hosts=(*world.hosts[:number], host, *world.hosts[number + 1 :]))
+
+
+def _sent(world: World, message: Message) -> World:
+    return world if message in world.messages else world._replace(messages=world.messages | {message})
+
+
+# What must hold
+
+
+def _open_attempt(host: Host) -> int | None:
+    state = _source_state(host.outgoing)
+    return None if isinstance(state, source.Quiet) else ATTEMPTS.number(state.attempt)
+
+
+def _said_running(world: World, attempt: int) -> bool:
+    running = AttemptState.RUNNING.value
+    return any(m.attempt == attempt and m.kind == "answer" and m.state == running for m in world.messages)
+
+
+def usable(world: World) -> set[int]:
+    """Hosts with a complete copy of the latest state that the protocol may still run."""
+    found = set()
+    opened = {_open_attempt(host) for host in world.hosts}
+    for number, host in enumerate(world.hosts):
+        if host.vm[0] == ABSENT or host.vm[1] != world.current:
+            continue
+        outgoing = _open_attempt(host)
+        arriving = _destination_state(host.incoming).current
+        deliverable = (
+            isinstance(arriving, (destination.Prepared, destination.Owned))
+            and ATTEMPTS.number(arriving.attempt) in opened
+        )
+        returnable = outgoing is not None and not _said_running(world, outgoing)
+        if rights(host).permitted or returnable or deliverable:
+            found.add(number)
+    return found
+
+
+def redundant(world: World) -> bool:
+    """Both ends of an open attempt hold a complete copy, nobody has run since, nothing has failed yet."""
+    if world.faults or any(host.vm[0] == RUNNING for host in world.hosts):
+        return False
+    for number in world.attempts:
+        attempt = attempt_of(number)
+        origin = world.hosts["abc".index(attempt.source[-1])]
+        target = world.hosts["abc".index(attempt.destination[-1])]
+        arriving = _destination_state(target.incoming).current
+        copies = origin.vm == target.vm == (PAUSED, world.current)
+        if (
+            copies
+            and _open_attempt(origin) == number
+            and isinstance(arriving, (destination.Prepared, destination.Owned))
+            and arriving.attempt.matches(attempt)
+            and not _said_running(world, number)
+        ):
+            return True
+    return False
+
+
+def violation(world: World) -> str:
+    """Which promise is broken, if any."""
+    if sum(host.vm[0] == RUNNING for host in world.hosts) > 1:
+        return "I1: two guests run"
+    if sum(rights(host).permitted for host in world.hosts) > 1:
+        return "I1b: two hosts are permitted to run the guest"
+    if world.lost in {"a stale copy was resumed", "the right was taken without a copy"}:
+        return f"I2: {world.lost}"
+    if world.lost == "although two hosts held it":
+        return "I4: one crash lost the machine although two hosts held it"
+    if not world.lost and not usable(world):
+        return "I3: a step destroyed the last usable copy"
+    return ""
+
+
+def runs(world: World) -> bool:
+    """Whether the guest runs somewhere."""
+    return any(host.vm[0] == RUNNING for host in world.hosts)
