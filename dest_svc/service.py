@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Final
 
 import grpc
 
 from dest_svc.arrival import Arrival
+from dest_svc.offer import check_netdev, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.config import HostConfig
 from vmferry.errors import (
@@ -42,7 +41,7 @@ from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.memory.probe import TrackerFinding
-from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
+from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.interceptors import current_caller, current_caller_key
 from vmferry.security.identity import Kind
 from vmferry.security.material import TlsFiles
@@ -236,7 +235,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise InvalidArgumentError(
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
-        _check_netdev(spec.netdev, self._config.run_dir / "net")
+        check_netdev(spec.netdev, self._config.run_dir / "net")
         return spec, ticket
 
     async def _accept(
@@ -349,33 +348,16 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         raise AttemptNotFoundError("no such attempt is open here", field="open.migration_id")
 
     def _offer(self) -> compatibility_pb2.HostOffer:
-        machines = self._directory.list()
-        return compatibility_pb2.HostOffer(
-            host=self._own.uri,
-            software_version=host.software_version(),
-            protocol_versions=PROTOCOL_VERSIONS,
-            kinds=[
-                compatibility_pb2.MachineKindOffer(
-                    kind=kind.kind,
-                    version=kind.version,
-                    oldest_state_version=kind.oldest_state_version,
-                    newest_state_version=kind.newest_state_version,
-                )
-                for kind in host.kind_offers()
-            ],
+        receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
+        return make_offer(
+            self._own,
+            self._ledger,
+            self._directory,
+            self._trackers,
             available_memory_bytes=max(0, self._available_bytes()),
-            reserved_memory_bytes=sum(a.receiver.memory_bytes for a in self._arrivals.values() if a.receiver),
-            page_size_bytes=PAGE_SIZE_BYTES,
-            encodings=ENCODINGS,
-            incoming_migrations=sum(1 for arrival in self._arrivals.values() if arrival.receiver),
-            max_incoming_migrations=self._config.max_incoming,
-            kernel=host.kernel_release(),
-            machine_names=[record.spec.name for record in machines],
-            held_machine_ids=[m for m in self._ledger.machines() if self._ledger.rights(m).holds],
-            trackers=[
-                compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
-                for found in self._trackers
-            ],
+            reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
+            incoming=len(receivers),
+            max_incoming=self._config.max_incoming,
         )
 
     async def _watch(self) -> None:
@@ -411,20 +393,3 @@ async def _sealed(receiver: Receiver, digest: bytes) -> bytes:
     if own != digest:
         raise HashMismatchError("memory or device state here are not what the source sealed", field="digest")
     return own
-
-
-def _check_netdev(netdev: str, root: Path) -> None:
-    """Refuse a network end point that would let a source reach into this host."""
-    if not netdev:
-        return
-    target = netdev.removeprefix("dgram:")
-    if target.startswith("unix:"):
-        path = Path(target.removeprefix("unix:"))
-        if path.resolve().is_relative_to(root.resolve()):
-            return
-        raise InvalidArgumentError(f"network sockets must lie below {root}", field="spec.netdev")
-    address = target.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    raise InvalidArgumentError("a network end point must be a loopback address here", field="spec.netdev")

@@ -18,9 +18,10 @@ from google.protobuf.duration_pb2 import Duration
 
 from source_svc.departure import Departure
 from source_svc.migrations import Migration, Migrations, page_bounds
-from source_svc.outgoing import Order, Outgoing, Recovered
+from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
+from source_svc.recovery import Recovered
 from vmferry.config import HostConfig
 from vmferry.errors import (
     InvalidArgumentError,

@@ -310,10 +310,12 @@ class Simulation:
         return _sent(world, Message(ATTEMPTS.number(attempt), method, digest=digest))
 
     def _decided(self, world: World, number: int, role: int, name: str, actions: list[Action]) -> Step | None:
-        todo = tuple(ACTIONS.number(action) for action in actions if not isinstance(action, _NO_STEP))
+        host = world.hosts[number]
+        # A source releases the guest that it holds now, never one that arrives later.
+        ignored = (*_NO_STEP, Release) if role == 0 and host.vm[0] == ABSENT else _NO_STEP
+        todo = tuple(ACTIONS.number(action) for action in actions if not isinstance(action, ignored))
         if not todo:
             return None
-        host = world.hosts[number]
         step = self._act(_put(world, number, host._replace(todo=_with(host.todo, role, todo))), number, role)
         return step._replace(name=f"{name}:{step.name}")
 
@@ -386,7 +388,11 @@ class Simulation:
         state = _destination_state(host.incoming)
         questions = [Message(index, "GetAttempt") for index in world.attempts]
         for message in (*questions, *world.messages):
-            if message.kind != "answer" and attempt_of(message.attempt).destination == _uri(number):
+            attempt = attempt_of(message.attempt)
+            if message.kind == "answer" or attempt.destination != _uri(number):
+                continue
+            known = attempt.destination_incarnation == _incarnation(number, host.incarnation)
+            if known or message.kind in {"GetAttempt", "Abort"}:  # the service turns the others down
                 yield from self._asked(world, number, state, message)
         events: list[tuple[str, destination.DestinationEvent]] = [("stalled", destination.Stalled())]
         gone = isinstance(state.current, destination.Prepared) and host.vm[0] == ABSENT
@@ -398,7 +404,7 @@ class Simulation:
             step = self._decided(world, number, 1, name, self._core.destination_decide(state, event))
             if step is not None:
                 yield step
-        if _leftover(host) and not rights(host).holds:
+        if _leftover(host) and not rights(host).holds and not host.todo[0]:
             yield Step(f"discard@{'abc'[number]}", _put(world, number, host._replace(vm=(ABSENT, 0))))
 
     def _asked(

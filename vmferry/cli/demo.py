@@ -33,6 +33,9 @@ from vmferry.v1.migration_pb2 import Destination
 
 MIN_STAY_S: Final = 1.0
 """How long the guest runs where it arrived before it is asked how it is."""
+MAX_WORKING_SET_MIB: Final = 64
+PROGRAM_MIB: Final = 1
+"""What the guest's own program takes."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIGNALLED: Final = 128
 """Added to a signal's number: the exit code by which shells tell it."""
@@ -51,6 +54,29 @@ class Wishes:
     lanes: int | None
     repeat: int
     keep: Path | None
+
+    @property
+    def working_set_mib(self) -> int:
+        """How much memory the guest writes to again and again, besides what it fills; 0 if it does not."""
+        room = self.memory_mib - self.resident_mib - PROGRAM_MIB
+        return min(MAX_WORKING_SET_MIB, room) if self.dirty_mib_per_s else 0
+
+    def check(self) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            InvalidArgumentError: the guest cannot have what is asked for.
+            InsufficientMemoryError: this computer cannot.
+        """
+        most = self.memory_mib - PROGRAM_MIB - (1 if self.dirty_mib_per_s else 0)
+        if self.resident_mib > most:
+            raise InvalidArgumentError(
+                f"of {self.memory_mib} MiB this guest can fill {most}, not {self.resident_mib}",
+                field="--resident-mib",
+            )
+        require_memory(
+            self.memory_mib * _MIB, (self.resident_mib + self.working_set_mib + PROGRAM_MIB) * _MIB
+        )
 
 
 def demo(
@@ -71,13 +97,8 @@ def demo(
 ) -> None:
     """Move a running guest between two hosts on this computer, and show what happened."""
     resident = memory_mib // 2 if resident_mib is None else resident_mib
-    if resident >= memory_mib:
-        raise InvalidArgumentError(
-            f"the guest cannot fill {resident} of its {memory_mib} MiB: its program needs some",
-            field="--resident-mib",
-        )
     wishes = Wishes(memory_mib, resident, dirty_mib_per_s, lanes, repeat, keep)
-    require_memory(memory_mib * _MIB, resident * _MIB)
+    wishes.check()
     report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:
         print_document(report.document())
@@ -191,7 +212,10 @@ def _print_end(report: Report) -> None:
 def _params(wishes: Wishes) -> dict[str, str]:
     params = {"resident-mib": str(wishes.resident_mib)}
     if wishes.dirty_mib_per_s:
-        params["dirty-mib-per-s"] = str(wishes.dirty_mib_per_s)
+        params |= {
+            "dirty-mib-per-s": str(wishes.dirty_mib_per_s),
+            "working-set-mib": str(wishes.working_set_mib),
+        }
     return params
 
 

@@ -11,10 +11,11 @@ from typing import Final
 
 from vmferry.cli.demo_hosts import DemoHost
 from vmferry.cli.machine import directory_of
-from vmferry.errors import MachineDeadError, TimedOutError
+from vmferry.errors import MachineDeadError, MachineFailedError, TimedOutError
 from vmferry.machines.microvm import verdict
 from vmferry.machines.spec import MachineSpec
 
+_GAVE_UP: Final = "canary error"
 _POLL_S: Final = 0.02
 _ANSWER_S: Final = 30.0
 _S_PER_MIB: Final = 0.1
@@ -60,6 +61,8 @@ class Guest:
         try:
             async with asyncio.timeout(limit_s):
                 while not enough(text := path.read_text(encoding="ascii", errors="replace")):
+                    if _GAVE_UP in text:
+                        raise MachineFailedError(f"the guest gave up: {text.strip()}", machine=self.spec.uuid)
                     record = directory.find(self.spec.uuid)
                     if not record.alive:
                         raise MachineDeadError(

@@ -45,6 +45,7 @@ TO = ("--to-host", HOST_B, "--to-address", "127.0.0.1:7602")
         (("ferry",), "ferry"),
         (("demo", "--memory-mib", "0"), "--memory-mib"),
         (("demo", "--memory-mib", "64", "--resident-mib", "64"), "--resident-mib"),
+        (("demo", "--memory-mib", "64", "--resident-mib", "63", "--dirty-mib-per-s", "1"), "--resident-mib"),
         (("demo", "--lanes", "1"), "--lanes"),
         (("demo", "--dirty-mib-per-s", "-5"), "--dirty-mib-per-s"),
         (("demo", "--repeat", "0"), "--repeat"),

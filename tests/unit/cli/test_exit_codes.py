@@ -12,9 +12,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "cli.md"
 
 def test_the_table_is_complete_and_right() -> None:
     """docs/cli.md has one row per exit code, with its number, name and reasons, and no other."""
-    rows = re.findall(
-        r"^\| (\d+) \| `([A-Z]+)` \| [^|]+ \|([^|]*)\|$", DOCS.read_text("utf-8"), re.MULTILINE
-    )
+    rows = re.findall(r"^\| (\d+) \| `([A-Z]+)` \| [^|]+ \|([^|]*)\|$", DOCS.read_text("utf-8"), re.MULTILINE)
 
     documented = {
         int(number): (name, set(re.findall(r"`([A-Z_]+)`", reasons))) for number, name, reasons in rows

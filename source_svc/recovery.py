@@ -1,0 +1,91 @@
+"""What becomes of an attempt that was open when the service ended.
+
+Promise: before the right to run was given up, the guest goes on here; afterwards the destination is asked until it
+says what happened. Nothing is concluded from silence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from source_svc.departure import Departure
+from source_svc.migrations import Migration
+from source_svc.peer import Destination
+from vmferry.errors import OutcomeUnknownError, PointOfNoReturnError, VmferryError, WrongPhaseError
+from vmferry.handoff import source
+from vmferry.handoff.states import AttemptState, Tell
+from vmferry.telemetry.tracing import phase
+from vmferry.v1 import migration_pb2 as pb
+
+
+class Recovered:
+    """An attempt that was open when the service ended; followed to its end without a guest to copy."""
+
+    def __init__(
+        self, migration: Migration, departure: Departure, destination: Destination, own: str, retry_s: float
+    ) -> None:
+        self.migration = migration
+        self.retry_s = retry_s
+        self.reason = "the source service was restarted"
+        self._departure = departure
+        self._destination = destination
+        self._own = own
+        self._last_heard: AttemptState | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Begin, in a task of its own."""
+        self._task = asyncio.create_task(self._run(), name=f"recovery-{self.migration.id}")
+        return self._task
+
+    def cancel(self, why: str) -> None:
+        """There is nothing left to cancel: it is being closed, or only the destination can decide."""
+        raise PointOfNoReturnError("the migration is being settled after a restart", why=why)
+
+    async def interrupt(self) -> None:
+        """The service stops; the next start goes on."""
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        try:
+            async with phase("recover", migration_id=self.migration.id):
+                await self._settle()
+        finally:
+            self._departure.close()
+
+    async def _settle(self) -> None:
+        departure = self._departure
+        tells: list[Tell] = []
+        attempt = None if isinstance(departure.state, source.Quiet) else departure.state.attempt
+        if isinstance(departure.state, source.HandedOff):
+            await self.migration.enter(pb.MIGRATION_PHASE_HANDING_OFF)
+            tells = await departure.apply(source.Unheard())
+        else:
+            wanted = source.AbortWanted(
+                self.reason,
+                memory_intact=await departure.memory_intact(),
+                tail_certain=departure.tail_certain,
+            )
+            tells = await departure.apply(wanted)
+            if isinstance(departure.state, source.Quiet) and attempt is not None:
+                with contextlib.suppress(VmferryError):
+                    await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
+        await departure.settle(self._destination, tells, self)
+        await departure.release()
+        if self._last_heard is AttemptState.RUNNING:
+            self.migration.message.owner = self._destination.expected.uri
+            await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+        else:
+            self.migration.message.owner = self._own
+            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, WrongPhaseError(self.reason))
+
+    async def hears(self, heard: source.Heard) -> None:
+        """The destination said how the attempt stands."""
+        self._last_heard = heard.state
+
+    async def waits(self, why: str) -> None:
+        """The outcome is not known yet."""
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
