@@ -16,7 +16,7 @@ absent, and the number of the state it holds), and the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Final, Generic, NamedTuple, TypeVar
@@ -188,6 +188,7 @@ class Simulation:
         self._crashes = crashes
         self._purges = purges
         self._amnesia = amnesia
+        self._cache: dict[tuple[tuple[int, ...], Message, bool, bool], tuple[Action, ...]] = {}
 
     def initial(self) -> World:
         """The machine was born on the first host and runs there."""
@@ -309,7 +310,7 @@ class Simulation:
         digest = int.from_bytes(getattr(state, "digest", b""), "big")
         return _sent(world, Message(ATTEMPTS.number(attempt), method, digest=digest))
 
-    def _decided(self, world: World, number: int, role: int, name: str, actions: list[Action]) -> Step | None:
+    def _decided(self, world: World, number: int, role: int, name: str, actions: Sequence[Action]) -> Step | None:
         host = world.hosts[number]
         # A source releases the guest that it holds now, never one that arrives later.
         ignored = (*_NO_STEP, Release) if role == 0 and host.vm[0] == ABSENT else _NO_STEP
@@ -352,7 +353,7 @@ class Simulation:
         return source.Heard(
             attempt,
             AttemptState(message.state),
-            _incarnation("abc".index(attempt.destination[-1]), message.incarnation),
+            _incarnation(_host_of(attempt.destination), message.incarnation),
             _digest(message.digest) if message.state == AttemptState.PREPARED.value else b"",
             memory_intact=host.vm[0] != ABSENT,
         )
@@ -393,8 +394,10 @@ class Simulation:
                 continue
             known = attempt.destination_incarnation == _incarnation(number, host.incarnation)
             if known or message.kind in {"GetAttempt", "Abort"}:  # the service turns the others down
-                yield from self._asked(world, number, state, message)
-        events: list[tuple[str, destination.DestinationEvent]] = [("stalled", destination.Stalled())]
+                yield from self._asked(world, number, message)
+        events: list[tuple[str, destination.DestinationEvent]] = []
+        if isinstance(state.current, (destination.Receiving, destination.Prepared)):
+            events.append(("stalled", destination.Stalled()))
         gone = isinstance(state.current, destination.Prepared) and host.vm[0] == ABSENT
         if isinstance(state.current, destination.Receiving) or gone:
             events.append(("copy-lost", destination.CopyLost("gone")))
@@ -407,62 +410,77 @@ class Simulation:
         if _leftover(host) and not rights(host).holds and not host.todo[0]:
             yield Step(f"discard@{'abc'[number]}", _put(world, number, host._replace(vm=(ABSENT, 0))))
 
-    def _asked(
-        self, world: World, number: int, state: destination.DestinationState, message: Message
-    ) -> Iterator[Step]:
-        host, attempt = world.hosts[number], attempt_of(message.attempt)
-        event: destination.DestinationEvent
-        match message.kind:
-            case "Begin":
-                nonce = attempt.migration_id
-                holds = rights(host).holds or _leftover(host)
-                event = destination.BeginAsked(attempt, nonce, 1, host_holds_machine=holds)
-            case "Seal":
-                now = state.current
-                if isinstance(now, destination.Receiving) and now.attempt.matches(attempt):
-                    host = host._replace(vm=(PAUSED, message.digest))
-                    world = _put(world, number, host)
-                event = destination.Verified(attempt, _digest(message.digest))
-            case "Go":
-                event = destination.GoAsked(attempt, _digest(message.digest), copy_intact=host.vm[0] == PAUSED)
-            case "Abort":
-                event = destination.CloseAsked(attempt, "asked to")
-            case _:
-                event = destination.StatusAsked(attempt)
-        try:
-            actions = self._core.destination_decide(state, event)
-        except InvalidTransitionError:
-            raise
-        except VmferryError:
-            return
-        answers = [action for action in actions if isinstance(action, Answer)]
+    def _asked(self, world: World, number: int, message: Message) -> Iterator[Step]:
+        host = world.hosts[number]
+        state = _destination_state(host.incoming)
+        if message.kind == "Seal" and isinstance(state.current, destination.Receiving):
+            if state.current.attempt.matches(attempt_of(message.attempt)):
+                world = _put(world, number, host._replace(vm=(PAUSED, message.digest)))
+        holds = message.kind == "Begin" and (rights(host).holds or _leftover(host))
+        actions = self._answers_to(host.incoming, message, copy_intact=host.vm[0] == PAUSED, holds=holds)
         step = self._decided(world, number, 1, message.kind, actions)
         if step is not None:
             yield step
-        elif answers:
-            answered = self._answer(world, number, message.attempt, answers[0])
-            if answered != world:
-                yield Step(f"answer-{answers[0].state.name}@{'abc'[number]}", answered)
+            return
+        for action in actions:
+            if isinstance(action, Answer):
+                said = _answer_message(state, message.attempt, action)._replace(incarnation=host.incarnation)
+                if said not in world.messages:
+                    yield Step(f"answer-{action.state.name}@{'abc'[number]}", _sent(world, said))
+
+    def _answers_to(
+        self, incoming: tuple[int, ...], message: Message, *, copy_intact: bool, holds: bool
+    ) -> tuple[Action, ...]:
+        key = (incoming, message, copy_intact, holds)
+        if key not in self._cache:
+            attempt, digest = attempt_of(message.attempt), _digest(message.digest)
+            event: destination.DestinationEvent
+            match message.kind:
+                case "Begin":
+                    event = destination.BeginAsked(attempt, attempt.migration_id, 1, host_holds_machine=holds)
+                case "Seal":
+                    event = destination.Verified(attempt, digest)
+                case "Go":
+                    event = destination.GoAsked(attempt, digest, copy_intact=copy_intact)
+                case "Abort":
+                    event = destination.CloseAsked(attempt, "asked to")
+                case _:
+                    event = destination.StatusAsked(attempt)
+            try:
+                self._cache[key] = tuple(self._core.destination_decide(_destination_state(incoming), event))
+            except InvalidTransitionError:
+                raise
+            except VmferryError:
+                self._cache[key] = ()  # turned down
+        return self._cache[key]
 
     def _answered(self, world: World) -> World:
         """Every answer that somebody would get who asked a destination now; none right after a purge."""
         if world.purges and not world.messages:
             return world
+        messages = set(world.messages)
         for number in world.attempts:
-            attempt = attempt_of(number)
-            at = "abc".index(attempt.destination[-1])
-            state = _destination_state(world.hosts[at].incoming)
-            known = destination.answer(state, attempt)
-            if known.state is not AttemptState.UNSEEN:
-                world = self._answer(world, at, number, known)
-        return world
+            host = world.hosts[_host_of(attempt_of(number).destination)]
+            known = _known_answer(host.incoming, number)
+            if known is not None:
+                messages.add(known._replace(incarnation=host.incarnation))
+        return world if len(messages) == len(world.messages) else world._replace(messages=frozenset(messages))
 
-    def _answer(self, world: World, at: int, attempt: int, answer: Answer) -> World:
-        host = world.hosts[at]
-        state = _destination_state(host.incoming)
-        digest = getattr(state.current, "digest", b"") if answer.state is AttemptState.PREPARED else b""
-        digest_number = int.from_bytes(digest, "big")
-        return _sent(world, Message(attempt, "answer", answer.state.value, digest_number, host.incarnation))
+
+@lru_cache(maxsize=None)
+def _known_answer(incoming: tuple[int, ...], attempt: int) -> Message | None:
+    state = _destination_state(incoming)
+    known = destination.answer(state, attempt_of(attempt))
+    return None if known.state is AttemptState.UNSEEN else _answer_message(state, attempt, known)
+
+
+def _answer_message(state: destination.DestinationState, attempt: int, answer: Answer) -> Message:
+    digest = getattr(state.current, "digest", b"") if answer.state is AttemptState.PREPARED else b""
+    return Message(attempt, "answer", answer.state.value, int.from_bytes(digest, "big"))
+
+
+def _host_of(uri: str) -> int:
+    return "abc".index(uri[-1])
 
 
 def _leftover(host: Host) -> bool:
@@ -513,8 +531,9 @@ def _sent(world: World, message: Message) -> World:
 # What must hold
 
 
-def _open_attempt(host: Host) -> int | None:
-    state = _source_state(host.outgoing)
+@lru_cache(maxsize=None)
+def _open_attempt(outgoing: tuple[int, ...]) -> int | None:
+    state = _source_state(outgoing)
     return None if isinstance(state, source.Quiet) else ATTEMPTS.number(state.attempt)
 
 
@@ -526,11 +545,11 @@ def _said_running(world: World, attempt: int) -> bool:
 def usable(world: World) -> set[int]:
     """Hosts with a complete copy of the latest state that the protocol may still run."""
     found = set()
-    opened = {_open_attempt(host) for host in world.hosts}
+    opened = {_open_attempt(host.outgoing) for host in world.hosts}
     for number, host in enumerate(world.hosts):
         if host.vm[0] == ABSENT or host.vm[1] != world.current:
             continue
-        outgoing = _open_attempt(host)
+        outgoing = _open_attempt(host.outgoing)
         arriving = _destination_state(host.incoming).current
         deliverable = (
             isinstance(arriving, (destination.Prepared, destination.Owned))
@@ -548,13 +567,13 @@ def redundant(world: World) -> bool:
         return False
     for number in world.attempts:
         attempt = attempt_of(number)
-        origin = world.hosts["abc".index(attempt.source[-1])]
-        target = world.hosts["abc".index(attempt.destination[-1])]
+        origin = world.hosts[_host_of(attempt.source)]
+        target = world.hosts[_host_of(attempt.destination)]
         arriving = _destination_state(target.incoming).current
         copies = origin.vm == target.vm == (PAUSED, world.current)
         if (
             copies
-            and _open_attempt(origin) == number
+            and _open_attempt(origin.outgoing) == number
             and isinstance(arriving, (destination.Prepared, destination.Owned))
             and arriving.attempt.matches(attempt)
             and not _said_running(world, number)

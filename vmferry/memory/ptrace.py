@@ -63,6 +63,7 @@ _RSEQ_SECTION: Final = struct.Struct("=IIQQQ")
 """``struct rseq_cs``: version, flags, start, length, abort."""
 _RSEQ_TRIES: Final = 100
 _STOP_TIMEOUT_SECONDS: Final = 5.0
+_END_TIMEOUT_SECONDS: Final = 0.1
 _POLL_SECONDS: Final = 20e-6
 _POLLS_PER_LOOK: Final = 16
 
@@ -97,6 +98,8 @@ class Tracee:
         except ProcessLookupError:
             raise
         except OSError as exc:
+            if self._is_ending():
+                raise ProcessLookupError(errno.ESRCH, "the thread is gone") from exc
             what = "suspending its system call filter (seccomp)" if filtered else "attaching to it"
             raise TrackerUnavailableError(
                 f"process {pid}: {what} by ptrace failed with {errno.errorcode.get(exc.errno or 0, exc.errno)}",
@@ -206,6 +209,13 @@ class Tracee:
             f"process {self._pid}: thread {self._tid} cannot be stopped, it hangs in the kernel",
             pid=self._pid,
         )
+
+    def _is_ending(self) -> bool:
+        """Whether the thread ends about now; one that has begun to end may not be attached to by anybody."""
+        deadline = time.monotonic() + _END_TIMEOUT_SECONDS
+        while not (ended := _is_zombie(self._tid)) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return ended
 
     def _collect(self) -> None:
         """Take note of the thread's end: until its tracer has done so, its process cannot end."""

@@ -1,0 +1,124 @@
+"""The compatibility report is whole, stable and truthful."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vmferry.negotiation.report import (
+    KindOffer,
+    MachineFacts,
+    Offer,
+    Severity,
+    TrackerFact,
+    compare,
+)
+
+GIB = 1 << 30
+MACHINE = MachineFacts(
+    name="web",
+    machine_id="7d1c0b1e-0000-4000-8000-000000000001",
+    kind="microvm",
+    state_version=2,
+    memory_bytes=GIB,
+    vcpus=1,
+    running=True,
+    owned=True,
+    migrating=False,
+)
+OFFER = Offer(
+    host="spiffe://example.org/vmhost/b",
+    software_version="0.1.0",
+    protocol_versions=(1,),
+    kinds=(KindOffer("microvm", "unicorn 2.1.4", 1, 2),),
+    available_memory_bytes=2 * GIB,
+    page_size_bytes=4096,
+    encodings=("none",),
+    incoming_migrations=0,
+    max_incoming_migrations=2,
+    machine_names=(),
+    held_machine_ids=(),
+)
+TRACKERS = [
+    TrackerFact("pagemap-scan", usable=True, reason="saw one write"),
+    TrackerFact("soft-dirty", usable=False, reason="this kernel lacks it"),
+    TrackerFact("hash", usable=True, reason="compares contents"),
+]
+
+BLOCKING = {
+    "protocol.no-common-version": (MACHINE, replace(OFFER, protocol_versions=(7, 8))),
+    "memory.page-size": (MACHINE, replace(OFFER, page_size_bytes=65536)),
+    "encoding.no-common": (MACHINE, replace(OFFER, encodings=("lzma",))),
+    "machine.not-owned": (replace(MACHINE, owned=False), OFFER),
+    "machine.busy": (replace(MACHINE, migrating=True), OFFER),
+    "machine.not-running": (replace(MACHINE, running=False), OFFER),
+    "machine.kind-unsupported": (MACHINE, replace(OFFER, kinds=())),
+    "machine.state-version": (replace(MACHINE, state_version=3), OFFER),
+    "memory.insufficient": (MACHINE, replace(OFFER, available_memory_bytes=GIB - 1)),
+    "machine.already-there": (MACHINE, replace(OFFER, held_machine_ids=(MACHINE.machine_id,))),
+    "machine.name-taken": (MACHINE, replace(OFFER, machine_names=("web",))),
+    "host.full": (MACHINE, replace(OFFER, incoming_migrations=2)),
+}
+
+
+def test_nothing_blocks_a_fitting_machine() -> None:
+    """A machine that fits is compatible, with the best usable tracker, and notes about the others."""
+    report = compare(MACHINE, OFFER, TRACKERS)
+    assert report.blocking == []
+    assert (report.protocol_version, report.tracker) == (1, "pagemap-scan")
+    assert [(found.severity, found.id) for found in report.findings] == [
+        (Severity.NOTE, "tracker.soft-dirty")
+    ]
+
+
+@pytest.mark.parametrize("expected", BLOCKING)
+def test_each_mismatch_blocks_by_its_own_name(expected: str) -> None:
+    """Each mismatch gives exactly its own blocking finding, with a remedy and the object concerned."""
+    machine, offer = BLOCKING[expected]
+    blocking = compare(machine, offer, TRACKERS).blocking
+    assert [finding.id for finding in blocking] == [expected]
+    assert blocking[0].remedy
+    assert blocking[0].object
+    assert blocking[0].message
+
+
+def test_all_mismatches_are_named_at_once() -> None:
+    """The report never stops at the first finding."""
+    worst = replace(MACHINE, owned=False, migrating=True, running=False, memory_bytes=9 * GIB)
+    offer = replace(OFFER, protocol_versions=(), encodings=(), machine_names=("web",), incoming_migrations=5)
+    found = {finding.id for finding in compare(worst, offer, []).blocking}
+    assert found == {
+        "protocol.no-common-version",
+        "encoding.no-common",
+        "machine.not-owned",
+        "machine.busy",
+        "machine.not-running",
+        "memory.insufficient",
+        "machine.name-taken",
+        "host.full",
+        "tracker.none",
+    }
+
+
+def test_the_blocking_findings_come_first() -> None:
+    """Whoever reads from the top sees what must be removed before what is merely worth knowing."""
+    severities = [
+        found.severity for found in compare(replace(MACHINE, running=False), OFFER, TRACKERS).findings
+    ]
+    assert severities == sorted(severities, reverse=True)
+
+
+def test_a_tracker_that_is_insisted_on_and_missing_blocks() -> None:
+    """Insisting on a tracker never falls back silently to another."""
+    report = compare(MACHINE, OFFER, TRACKERS, insist_on_tracker="soft-dirty")
+    assert [found.id for found in report.blocking] == ["tracker.unavailable"]
+    assert "this kernel lacks it" in report.blocking[0].message
+    assert report.tracker == ""
+
+
+def test_the_slow_tracker_warns() -> None:
+    """Falling back to comparing contents is said, not hidden."""
+    report = compare(MACHINE, OFFER, [TRACKERS[1], TRACKERS[2]])
+    assert report.tracker == "hash"
+    assert [found.id for found in report.findings if found.severity is Severity.WARNS] == ["tracker.slow"]
