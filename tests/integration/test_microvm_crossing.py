@@ -320,7 +320,7 @@ def test_guest_time_goes_on_across_a_crossing_without_the_pause(make_vm: Vms) ->
 
 def test_a_guest_that_faults_is_told_and_the_process_stays(make_vm: Vms, crossing: Crossing) -> None:
     """A guest whose stack is nowhere ends with an internal error, and cannot go on."""
-    crossing.change_register("RSP", 1 << 60)
+    crossing.change_register("RSP", 1 << 40)
     vm = make_vm("vm", "--incoming", "defer", ram=bytes(crossing.ram))
     vm.feed(crossing.stream)
     vm.qmp("cont")

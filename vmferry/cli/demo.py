@@ -33,7 +33,8 @@ from vmferry.v1.migration_pb2 import Destination
 
 MIN_STAY_S: Final = 1.0
 """How long the guest runs where it arrived before it is asked how it is."""
-MAX_WORKING_SET_MIB: Final = 64
+DEFAULT_WORKING_SET_MIB: Final = 16
+"""Small enough to be sent within the default downtime limit by a slow computer that is both hosts."""
 PROGRAM_MIB: Final = 1
 """What the guest's own program takes."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -51,15 +52,10 @@ class Wishes:
     memory_mib: int
     resident_mib: int
     dirty_mib_per_s: int
+    working_set_mib: int
     lanes: int | None
     repeat: int
     keep: Path | None
-
-    @property
-    def working_set_mib(self) -> int:
-        """How much memory the guest writes to again and again, besides what it fills; 0 if it does not."""
-        room = self.memory_mib - self.resident_mib - PROGRAM_MIB
-        return min(MAX_WORKING_SET_MIB, room) if self.dirty_mib_per_s else 0
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -68,15 +64,15 @@ class Wishes:
             InvalidArgumentError: the guest cannot have what is asked for.
             InsufficientMemoryError: this computer cannot.
         """
-        most = self.memory_mib - PROGRAM_MIB - (1 if self.dirty_mib_per_s else 0)
-        if self.resident_mib > most:
+        used_mib = PROGRAM_MIB + self.resident_mib + (self.working_set_mib if self.dirty_mib_per_s else 0)
+        if used_mib > self.memory_mib:
             raise InvalidArgumentError(
-                f"of {self.memory_mib} MiB this guest can fill {most}, not {self.resident_mib}",
+                f"the guest has {self.memory_mib} MiB, and its program, what it fills and what it writes to "
+                f"would be {used_mib}",
                 field="--resident-mib",
+                remedy="Choose less of --resident-mib or --working-set-mib, or more of --memory-mib.",
             )
-        require_memory(
-            self.memory_mib * _MIB, (self.resident_mib + self.working_set_mib + PROGRAM_MIB) * _MIB
-        )
+        require_memory(self.memory_mib * _MIB, used_mib * _MIB)
 
 
 def demo(
@@ -88,6 +84,9 @@ def demo(
     dirty_mib_per_s: Annotated[
         int, typer.Option("--dirty-mib-per-s", min=0, help="How fast the guest writes.")
     ] = 0,
+    working_set_mib: Annotated[
+        int, typer.Option("--working-set-mib", min=1, help="How much memory it writes to again and again.")
+    ] = DEFAULT_WORKING_SET_MIB,
     lanes: LanesOption = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measured crossings, there and back.")] = 1,
     keep: Annotated[
@@ -97,7 +96,7 @@ def demo(
 ) -> None:
     """Move a running guest between two hosts on this computer, and show what happened."""
     resident = memory_mib // 2 if resident_mib is None else resident_mib
-    wishes = Wishes(memory_mib, resident, dirty_mib_per_s, lanes, repeat, keep)
+    wishes = Wishes(memory_mib, resident, dirty_mib_per_s, working_set_mib, lanes, repeat, keep)
     wishes.check()
     report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:

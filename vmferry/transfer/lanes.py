@@ -286,12 +286,12 @@ class _Lane:
         try:
             while True:
                 await self._until_room()
-                following = asyncio.create_task(self._lanes.next_frame())
+                following = asyncio.create_task(self._next_request())
                 try:
                     await asyncio.wait({following, finishing}, return_when=asyncio.FIRST_COMPLETED)
                     if not following.done():
                         break
-                    await self._put(call, self._number(following.result()))
+                    await self._put(call, following.result())
                 finally:
                     following.cancel()
         finally:
@@ -303,6 +303,11 @@ class _Lane:
         while not self._numbering.has_room(self._settings.frame_bytes):
             self._room.clear()
             await self._room.wait()
+
+    async def _next_request(self) -> transfer_pb2.TransferRequest:
+        # Numbered in the same step as it is taken: from then on a frame is kept until it is acknowledged, so a
+        # connection that breaks in this very moment cannot lose it.
+        return self._number(await self._lanes.next_frame())
 
     def _number(self, frame: Frame) -> transfer_pb2.TransferRequest:
         sequence = self._numbering.next_sequence
