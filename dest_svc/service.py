@@ -48,6 +48,7 @@ from vmferry.security.material import TlsFiles
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
+from vmferry.transfer.together import to_the_end
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
 
 _LOG: Final = get_logger(__name__)
@@ -117,10 +118,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         attempt = self._attempt(request.attempt)
         spec, ticket = self._check_begin(request, attempt)
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
-        async with self._admission:
-            arrival = self._arrival(attempt.machine_id)
-            async with arrival.lock:
-                receiver = await self._accept(arrival, attempt, spec, ticket, request.lanes)
+        receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
         return handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
@@ -146,17 +144,15 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         """Verify and load the copy."""
         attempt = self._attempt(request.attempt)
         arrival = self._arrival(attempt.machine_id)
-        async with arrival.lock:
-            own = await self._seal(arrival, attempt, request.digest)
-            return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
+        own = await to_the_end(self._seal(arrival, attempt, request.digest))
+        return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
 
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
         """Take the right to run, and run."""
         attempt = self._attempt(request.attempt)
         arrival = self._arrival(attempt.machine_id)
-        # Shielded: a caller that goes away must not leave a machine owned and not resumed.
-        work = asyncio.create_task(self._go(arrival, attempt, request.digest))
-        return handoff_pb2.GoResponse(status=await asyncio.shield(work))
+        # A caller that goes away must not leave a machine owned and not resumed.
+        return handoff_pb2.GoResponse(status=await to_the_end(self._go(arrival, attempt, request.digest)))
 
     async def GetAttempt(
         self, request: handoff_pb2.GetAttemptRequest, context: Context
@@ -182,8 +178,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         """Close an attempt, unless it is too late."""
         attempt = self._attempt(request.attempt)
         arrival = self._arrival(attempt.machine_id)
-        work = asyncio.create_task(self._abort(arrival, attempt, request))
-        return handoff_pb2.AbortResponse(status=await asyncio.shield(work))
+        return handoff_pb2.AbortResponse(status=await to_the_end(self._abort(arrival, attempt, request)))
 
     # What they are made of
 
@@ -237,6 +232,14 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             )
         check_netdev(spec.netdev, self._config.run_dir / "net")
         return spec, ticket
+
+    async def _admit(
+        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
+    ) -> Receiver:
+        async with self._admission:
+            arrival = self._arrival(attempt.machine_id)
+            async with arrival.lock:
+                return await self._accept(arrival, attempt, spec, ticket, lanes)
 
     async def _accept(
         self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
@@ -293,19 +296,23 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         return host.available_memory_bytes(self._config.ram_dir) - promised - headroom
 
     async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
-        now = arrival.state.current
-        receiver = arrival.receiver
-        if not isinstance(now, destination.Receiving) or not now.attempt.matches(attempt) or receiver is None:
-            # Answers a repetition and refuses the rest.
-            await arrival.apply(destination.Verified(attempt, digest))
-            return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
-        try:
-            own = await _sealed(receiver, digest)
-        except (HashMismatchError, MachineDeadError) as error:
-            await arrival.apply(destination.CopyLost(error.message))
-            raise
-        await arrival.apply(destination.Verified(attempt, own))
-        return own
+        async with arrival.lock:
+            now, receiver = arrival.state.current, arrival.receiver
+            if (
+                not isinstance(now, destination.Receiving)
+                or not now.attempt.matches(attempt)
+                or receiver is None
+            ):
+                # Answers a repetition and refuses the rest.
+                await arrival.apply(destination.Verified(attempt, digest))
+                return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
+            try:
+                own = await _sealed(receiver, digest)
+            except (HashMismatchError, MachineDeadError) as error:
+                await arrival.apply(destination.CopyLost(error.message))
+                raise
+            await arrival.apply(destination.Verified(attempt, own))
+            return own
 
     async def _go(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> handoff_pb2.AttemptStatus:
         async with arrival.lock, phase("own"):

@@ -23,6 +23,7 @@ from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
+from vmferry.transfer.together import to_the_end
 
 _LOG: Final = get_logger(__name__)
 
@@ -137,7 +138,8 @@ class Departure:
     async def _write(self, write: Callable[[], None], *, durable: bool) -> None:
         try:
             if durable:
-                await asyncio.to_thread(write)
+                # A write that is on its way cannot be called back: the state must follow it.
+                await to_the_end(asyncio.to_thread(write))
             else:
                 write()  # 4 KiB into the page cache cost less than handing them to a thread
         except JournalDamagedError as error:

@@ -27,6 +27,7 @@ from vmferry.errors import (
     MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
+    ServiceStoppingError,
     TimedOutError,
     VmferryError,
     WrongPhaseError,
@@ -38,7 +39,7 @@ from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.transfer.seal import seal_digest
-from vmferry.transfer.together import together
+from vmferry.transfer.together import to_the_end, together
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
@@ -89,6 +90,7 @@ class Outgoing:
         self._material = material
         self._plan = plan
         self._committed = False
+        self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
         self._paused_at = 0.0
         self._last_heard: AttemptState | None = None
@@ -116,9 +118,8 @@ class Outgoing:
     async def interrupt(self) -> None:
         """The service stops: give the machine back, or leave an open hand-off to the next start."""
         assert self._task is not None
-        if self._committed:
-            self._task.cancel()
-        else:
+        self._stopping = True
+        if not self._committed:
             self.cancel("the source service stops")
         await asyncio.gather(self._task, return_exceptions=True)
 
@@ -131,8 +132,8 @@ class Outgoing:
                 except BaseException as error:
                     if self._committed:
                         raise
-                    # In a task of its own: a second cancellation must not interrupt giving the machine back.
-                    await asyncio.shield(asyncio.create_task(self._give_back(self._translated(error))))
+                    # A second cancellation must not interrupt giving the machine back.
+                    await to_the_end(self._give_back(self._translated(error)))
         finally:
             await self._tidy_up()
             self._departure.close()
@@ -289,6 +290,8 @@ class Outgoing:
         if isinstance(self._departure.state, source.HandedOff):
             self.migration.message.owner = ""
         span_event("outcome unknown", why=why)
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
     async def _conclude(self) -> None:

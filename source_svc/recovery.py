@@ -12,7 +12,13 @@ import contextlib
 from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import OutcomeUnknownError, PointOfNoReturnError, VmferryError, WrongPhaseError
+from vmferry.errors import (
+    OutcomeUnknownError,
+    PointOfNoReturnError,
+    ServiceStoppingError,
+    VmferryError,
+    WrongPhaseError,
+)
 from vmferry.handoff import source
 from vmferry.handoff.states import AttemptState, Tell
 from vmferry.telemetry.tracing import phase
@@ -31,6 +37,7 @@ class Recovered:
         self._departure = departure
         self._destination = destination
         self._own = own
+        self._stopping = False
         self._last_heard: AttemptState | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -46,7 +53,7 @@ class Recovered:
     async def interrupt(self) -> None:
         """The service stops; the next start goes on."""
         assert self._task is not None
-        self._task.cancel()
+        self._stopping = True
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
@@ -88,4 +95,6 @@ class Recovered:
 
     async def waits(self, why: str) -> None:
         """The outcome is not known yet."""
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))

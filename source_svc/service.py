@@ -295,7 +295,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(migration_id, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or isinstance(error := task.exception(), ServiceStoppingError):
+            return
+        if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
 
     def _recover_one(self, machine_id: str) -> None:

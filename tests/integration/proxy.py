@@ -1,8 +1,8 @@
 """A network between a source and a destination that can be slowed, silenced and cut, in user space.
 
-Promise: bytes are passed on as they are and in order, or not at all; what the proxy does is decided by the test, never
-by chance; nothing of it is left when it is closed. It cannot read what it carries, as the ends speak TLS, but the
-hand-off's calls are told apart by their direction, order and size.
+Promise: bytes are passed on as they are and in order, or not at all; what the proxy does is decided by the test,
+never by chance; nothing of it is left when it is closed. It cannot read what it carries, as the ends speak TLS, but
+the hand-off's calls are told apart by their direction, order and size.
 """
 
 from __future__ import annotations

@@ -205,8 +205,10 @@ def _ready(state: Begun | Sealed, heard: Heard) -> list[Action]:
     go: list[Action] = [_append(RecordKind.HANDED_OFF, attempt, digest=heard.digest), Tell("Go")]
     if isinstance(state, Sealed):
         return go if heard.digest == state.digest else []
-    if heard.memory_intact or not heard.digest:
+    if heard.memory_intact:
         return []
+    if not heard.digest:
+        return [Wait("the destination is ready and does not say with what; asking again")]
     # Ready without SEALED: a crash of this machine took that record and the memory with it. The guest has not run
     # since, or ABORTED would be here, so the copy over there is the latest one, and the only one.
     sealed = replace(_append(RecordKind.SEALED, attempt, digest=heard.digest), durable=False)

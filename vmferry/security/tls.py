@@ -118,7 +118,6 @@ def open_channel(
         **dict(options),
         # From here on it is about trust and repetition, and stands whatever the options say.
         "grpc.ssl_target_name_override": expected.server_name,
-        "grpc.default_authority": expected.server_name,
         "grpc.use_local_subchannel_pool": 1,
         # A call is repeated by whoever knows that this is harmless, never by the transport.
         "grpc.enable_retries": 0,

@@ -71,7 +71,7 @@ def current_trace_id() -> str:
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
 
 
-def span_event(name: str, **attributes: object) -> None:
+def span_event(name: str, /, **attributes: object) -> None:
     """Note something that happened, such as a reconnect, on the span this code runs in."""
     trace.get_current_span().add_event(name, _own(attributes))
 
@@ -93,7 +93,7 @@ PhaseListener: TypeAlias = Callable[[str, PhaseEvent, float], None]
 """Called with the phase's name, what happened, and the seconds since it started."""
 
 
-def phase(name: str, *, listener: PhaseListener | None = None, **attributes: object) -> Phase:
+def phase(name: str, /, *, listener: PhaseListener | None = None, **attributes: object) -> Phase:
     """A piece of work as a span, for ``async with`` or ``with``.
 
     Args:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from unicorn import x86_const
 
 from vmferry.errors import ConfigError, DeviceStateError, MachineFailedError
 from vmferry.machines.microvm import cpu as cpu_module
@@ -66,7 +67,7 @@ ZERO = dict.fromkeys(
 def test_a_cpu_goes_on_with_all_registers_of_another(ram: Ram) -> None:
     """General, flag, base, vector and floating-point registers set by guest code arrive at a second CPU."""
     first, second = Cpu(ram), Cpu(ram)
-    first.uc.reg_write(cpu_module.x86.UC_X86_REG_RSP, 0x9000)
+    first.uc.reg_write(x86_const.UC_X86_REG_RSP, 0x9000)
     # fninit; fld1; fldpi; mov rax, imm64; wrfsbase rax; movq xmm3, rax; mov eax, 5; wrgsbase rax; stc; hlt
     run_to_end(
         first,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,17 @@ def vcpu(ram: Ram) -> Iterator[MakeVcpu]:
         engine.close()
 
 
+def _moved_on(ram: Ram, before: bytes) -> bool:
+    return ram.read(0x2000, 8) != before
+
+
 def test_stopped_means_not_one_instruction_more(ram: Ram, vcpu: MakeVcpu) -> None:
     """A counter in memory moves between start and stop and at no other time, over many rounds."""
     engine, clock = vcpu("48ff042500200000 ebf6")  # inc qword [0x2000]; jmp $-8
     seen = ram.read(0x2000, 8)
     for _ in range(50):
         engine.start()
-        wait_until(lambda before=seen: ram.read(0x2000, 8) != before, what="progress of the guest")
+        wait_until(partial(_moved_on, ram, seen), what="progress of the guest")
         engine.stop()
         seen, time_seen = ram.read(0x2000, 8), clock.guest_ns()
         assert (ram.read(0x2000, 8), clock.guest_ns()) == (seen, time_seen)

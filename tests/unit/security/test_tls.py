@@ -326,13 +326,16 @@ def test_only_hosts_of_the_own_domain_can_be_expected(expected: Identity) -> Non
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"request": b"x" * (4 * 1024 * 1024 + 1)}, {"metadata": (("x-long", "x" * 20_000),)}],
+    [{"request": b"x" * (4 * 1024 * 1024 + 1)}, {"metadata": (("x-long", "x" * 16_384),)}],
     ids=["message", "metadata"],
 )
 async def test_sizes_are_bounded(server: Server, arguments: dict[str, Any]) -> None:
-    """A message or header beyond its limit is refused, and the port goes on serving."""
-    big = open_channel(server.address, HOST_B, controller(), options=[("grpc.max_send_message_length", -1)])
-    assert (await refused(big, **arguments)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    """A message or header beyond its limit is refused, always, and the port goes on serving."""
+    for _ in range(4):
+        big = open_channel(
+            server.address, HOST_B, controller(), options=[("grpc.max_send_message_length", -1)]
+        )
+        assert (await refused(big, **arguments)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await call(open_channel(server.address, HOST_B, controller()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -10,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import grpc.aio
 import pytest
 from google.protobuf.json_format import ParseDict
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -119,6 +123,31 @@ def test_disabled_sdk_records_nothing(tmp_path: Path) -> None:
     """OTEL_SDK_DISABLED leaves no file, and no trace."""
     assert _finished(tmp_path / "traces", OTEL_SDK_DISABLED="true") == ""
     assert not (tmp_path / "traces").exists()
+
+
+async def test_collector_named_by_the_environment_gets_the_spans(tmp_path: Path) -> None:
+    """OTEL_EXPORTER_OTLP_ENDPOINT sends the same spans to a collector, beside the file."""
+    received: list[str] = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the protocol's name
+            received.extend(
+                span.name
+                for batch in request.resource_spans
+                for scope in batch.scope_spans
+                for span in scope.spans
+            )
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    server = grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+    trace_id = await asyncio.to_thread(_finished, tmp_path, **environment)
+    await server.stop(None)
+    assert sorted(received) == ["migrate", "precopy"]
+    assert len(load_spans([tmp_path], trace_id)) == 2
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from vmferry.errors import StreamBrokenError
 from vmferry.handoff.states import Attempt
 from vmferry.transfer.seal import seal_digest
-from vmferry.transfer.together import together
+from vmferry.transfer.together import to_the_end, together
 
 ATTEMPT = Attempt("m", b"i" * 16, 1, 1, "s", "d", "x", "y")
 PARTS = {"memory_root": b"r" * 16, "device_state": b"state", "spec_digest": b"p" * 32}
@@ -82,3 +82,33 @@ async def test_cancelling_the_caller_cancels_the_work() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
+
+
+async def test_work_goes_to_its_end_although_the_caller_is_cancelled() -> None:
+    """A write that is on its way is finished before the cancellation is seen."""
+    may_end, ended = asyncio.Event(), False
+
+    async def write() -> None:
+        nonlocal ended
+        await may_end.wait()
+        ended = True
+
+    task = asyncio.create_task(to_the_end(write()))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended
+
+
+async def test_what_goes_to_its_end_may_fail() -> None:
+    """A failure is raised as it is."""
+
+    async def fail() -> None:
+        raise StreamBrokenError("lost")
+
+    with pytest.raises(StreamBrokenError):
+        await to_the_end(fail())

@@ -1,0 +1,5 @@
+"""What all suites share."""
+
+from __future__ import annotations
+
+pytest_plugins = ("tests.integration.hosts",)

@@ -1,0 +1,373 @@
+"""Whole hosts for tests: real service processes with real certificates, real machines, and what they leave behind.
+
+Promise: what a test starts is ended and removed when it ends, however it ends; a test that leaves a process, a memory
+file, a machine's folder or a tracker behind fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.proxy import Proxy, open_proxy
+from tests.integration.services import (
+    DEADLINE_S,
+    DOMAIN,
+    Host,
+    Service,
+    eventually,
+    open_trackers,
+    processes_with,
+)
+from vmferry.cli.machine import end_machine, run_machine
+from vmferry.config import HostConfig, render_config
+from vmferry.errors import VmferryError
+from vmferry.machines.microvm import verdict
+from vmferry.machines.spec import MachineSpec
+from vmferry.security.authority import init_authority, issue
+from vmferry.security.identity import Identity, Kind
+from vmferry.security.tickets import TicketSigner
+from vmferry.security.tls import TlsFiles, TlsMaterial, open_channel
+from vmferry.telemetry.tracing import ClientTracingInterceptors
+from vmferry.v1 import machine_pb2
+from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1.migration_pb2_grpc import SourceServiceStub
+
+if TYPE_CHECKING:  # the stub's type exists for checkers only
+    from vmferry.v1.migration_pb2_grpc import SourceServiceAsyncStub
+
+MIB = 1024 * 1024
+
+
+@dataclass
+class Guest:
+    """A machine of a test, wherever it is."""
+
+    spec: MachineSpec
+    made_on: Host
+
+    @property
+    def id(self) -> str:
+        """The machine's identity."""
+        return self.spec.uuid
+
+    def serial(self, host: Host) -> str:
+        """What it said on a host."""
+        return host.directory.paths(self.spec).serial.read_text(encoding="ascii", errors="replace")
+
+    async def assert_clean(self, host: Host) -> None:
+        """It executes on this host, and finds every page and register it checks as it left them."""
+        record = host.record(self.id)
+        before = len(self.serial(host))
+        if self.spec.program == "canary":
+            machine = host.directory.open(record)
+            try:
+                await machine.send_serial("v")
+            finally:
+                await machine.close()
+            await eventually(
+                lambda: verdict.verdict(self.serial(host)[before:]).verifies, "the canary checks itself"
+            )
+            found = verdict.verdict(self.serial(host))
+            assert found.bad == 0, found
+        await eventually(lambda: self.serial(host).count("\n", before) > 1, "the guest goes on speaking")
+        assert "BAD" not in self.serial(host)
+
+
+@dataclass
+class World:
+    """Hosts with certificates of one authority."""
+
+    root: Path
+    hosts: dict[str, Host]
+    guests: list[Guest] = field(default_factory=list)
+
+    @property
+    def a(self) -> Host:
+        """The host machines are made on."""
+        return self.hosts["a"]
+
+    @property
+    def b(self) -> Host:
+        """The host they go to."""
+        return self.hosts["b"]
+
+    @property
+    def services(self) -> list[Service]:
+        """All of all hosts."""
+        return [service for host in self.hosts.values() for service in (host.source, host.dest)]
+
+    @property
+    def trace_dir(self) -> Path:
+        """Where all services write their spans."""
+        return self.root / "traces"
+
+    def tls_dir(self, who: str) -> Path:
+        """Certificates of ``a``, ``b``, ``c``, ``controller`` or ``admin``."""
+        return self.root / "tls" / who
+
+    def material(self, who: str) -> TlsMaterial:
+        """The same, loaded."""
+        return TlsFiles(self.tls_dir(who)).load()
+
+    @contextlib.asynccontextmanager
+    async def source(self, host: Host, who: str = "controller") -> AsyncIterator[SourceServiceAsyncStub]:
+        """Calls to a host's source service, as one of the identities."""
+        interceptors = ClientTracingInterceptors()
+        async with open_channel(
+            host.source.address, host.identity, self.material(who), interceptors=interceptors
+        ) as channel:
+            yield SourceServiceStub(channel)
+
+    async def run(
+        self, host: Host | None = None, memory_mib: int = 16, program: str = "canary", **changes: Any
+    ) -> Guest:
+        """Start a machine of a fresh identity, and wait until its guest speaks."""
+        host = host or self.a
+        values: dict[str, Any] = {"params": {"resident-mib": "4"} if program == "canary" else {}}
+        spec = MachineSpec(
+            name=f"vm-{uuid.uuid4().hex[:8]}",
+            uuid=str(uuid.uuid4()),
+            memory_mib=memory_mib,
+            program=program,
+            mac="52:54:00:" + ":".join(f"{byte:02x}" for byte in os.urandom(3)),
+            **(values | changes),
+        )
+        guest = Guest(spec, host)
+        self.guests.append(guest)
+        await run_machine(spec, host.config)
+        await eventually(lambda: guest.serial(host).count("\n") > 1, "the guest speaks")
+        return guest
+
+    def ticket(self, guest: Guest, here: Host, there: Host, **changes: Any) -> bytes:
+        """A ticket for a machine, as the controller signs it."""
+        values: dict[str, Any] = {
+            "machine_id": guest.id,
+            "source": here.identity,
+            "destination": there.identity,
+            "max_memory_bytes": guest.spec.memory_mib * MIB,
+            "max_vcpus": 1,
+        }
+        return TicketSigner.load(self.tls_dir("controller")).issue(**(values | changes))
+
+    def order(
+        self, guest: Guest, here: Host, there: Host, *, address: str = "", ticket: bytes = b"", **options: Any
+    ) -> pb.StartMigrationRequest:
+        """A request to move a machine."""
+        return pb.StartMigrationRequest(
+            machine=guest.spec.name,
+            destination=pb.Destination(host=there.identity.uri, address=address or there.dest.address),
+            request_id=str(uuid.uuid4()),
+            ticket=ticket or self.ticket(guest, here, there),
+            options=migration_options(**options),
+        )
+
+    async def start(self, guest: Guest, here: Host, there: Host, **how: Any) -> str:
+        """Start a migration; returns its id."""
+        async with self.source(here) as stub:
+            request = self.order(guest, here, there, **how)
+            return (await stub.StartMigration(request, timeout=DEADLINE_S)).migration.id
+
+    async def state(self, host: Host, migration_id: str) -> pb.Migration:
+        """A migration as it stands."""
+        async with self.source(host) as stub:
+            answer = await stub.GetMigration(pb.GetMigrationRequest(id=migration_id), timeout=DEADLINE_S)
+        return answer.migration
+
+    async def reaches(
+        self, host: Host, migration_id: str, condition: Callable[[pb.Migration], object], what: str
+    ) -> pb.Migration:
+        """Watch a migration until a condition holds."""
+        async with asyncio.timeout(2 * DEADLINE_S), self.source(host) as stub:
+            async for answer in stub.WatchMigration(pb.WatchMigrationRequest(id=migration_id)):
+                if condition(answer.migration):
+                    return answer.migration
+        pytest.fail(f"the migration ended before {what}: {answer.migration}")
+
+    async def enters(self, host: Host, migration_id: str, phase: pb.MigrationPhase.ValueType) -> pb.Migration:
+        """Watch a migration until it is in a phase."""
+        name = pb.MigrationPhase.Name(phase)
+        return await self.reaches(host, migration_id, lambda now: now.phase == phase, name)
+
+    async def ended(self, host: Host, migration_id: str) -> pb.Migration:
+        """Watch a migration to its end."""
+        return await self.enters(host, migration_id, pb.MIGRATION_PHASE_ENDED)
+
+    async def migrate(self, guest: Guest, here: Host, there: Host, **how: Any) -> pb.Migration:
+        """Move a machine; returns how that came out."""
+        return await self.ended(here, await self.start(guest, here, there, **how))
+
+    async def machine(self, host: Host, guest: Guest) -> machine_pb2.Machine:
+        """A machine as a host's source service tells of it."""
+        async with self.source(host) as stub:
+            request = pb.GetMachineRequest(machine=guest.id)
+            return (await stub.GetMachine(request, timeout=DEADLINE_S)).machine
+
+    async def assert_stays(self, guest: Guest, here: Host, there: Host) -> None:
+        """The guest runs here, undamaged, and the other host holds nothing."""
+        machine = await self.machine(here, guest)
+        assert machine.right == machine_pb2.MACHINE_RIGHT_OWNED
+        assert machine.state == machine_pb2.MACHINE_STATE_RUNNING
+        assert machine.migration_id == ""
+        await guest.assert_clean(here)
+        await eventually(lambda: not there.holdings(), "the other host holds nothing")
+        assert not there.ledger.rights(guest.id).permitted
+
+    async def assert_crosses(self, guest: Guest, here: Host, there: Host, **how: Any) -> pb.Migration:
+        """A migration completes: the guest runs there, undamaged, and this host holds nothing."""
+        migration = await self.migrate(guest, here, there, **how)
+        assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+        assert migration.owner == there.identity.uri
+        machine = await self.machine(there, guest)
+        assert machine.right == machine_pb2.MACHINE_RIGHT_OWNED
+        assert machine.state == machine_pb2.MACHINE_STATE_RUNNING
+        assert here.holdings() == []
+        assert not here.ledger.rights(guest.id).permitted
+        await guest.assert_clean(there)
+        return migration
+
+    async def assert_failed_and_well(
+        self, guest: Guest, here: Host, there: Host, migration: pb.Migration, reason: str
+    ) -> None:
+        """A migration failed with this reason, did no harm, and the next one completes."""
+        assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED, migration
+        assert migration.reason.reason == reason, migration.reason
+        assert migration.reason.message
+        assert migration.reason.remedy
+        assert migration.owner == here.identity.uri
+        await self.assert_stays(guest, here, there)
+        await self.assert_crosses(guest, here, there)
+
+    async def end_guests(self) -> list[str]:
+        """End every machine a test made; returns what is left of any."""
+        for guest in self.guests:
+            for host in self.hosts.values():
+                if any(record.spec.uuid == guest.id for record in host.directory.list()):
+                    with contextlib.suppress(VmferryError):
+                        await end_machine(guest.id, host.config)
+        self.guests.clear()
+        with contextlib.suppress(pytest.fail.Exception):
+            await eventually(lambda: not self._left(), "nothing is left", seconds=5)
+        return self._left()
+
+    def _left(self) -> list[str]:
+        left = [f"host {host.name}: {item}" for host in self.hosts.values() for item in host.holdings()]
+        for service in self.services:
+            if service.running:
+                left += [f"{service.role} service: {what}" for what in open_trackers(service.pid)]
+        return left
+
+
+def migration_options(**options: Any) -> pb.MigrationOptions:
+    """Options of a migration; times in seconds."""
+    message = pb.MigrationOptions()
+    for name, value in options.items():
+        if isinstance(value, float):
+            getattr(message, name).FromNanoseconds(int(value * 1e9))
+        else:
+            setattr(message, name, value)
+    return message
+
+
+@contextlib.asynccontextmanager
+async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]:
+    """Hosts with running services; ended and removed afterwards.
+
+    Args:
+        names: one letter per host.
+        settings: what all configurations have instead of values that suit tests.
+    """
+    values: dict[str, Any] = {
+        "rpc_timeout_s": 2.0,
+        "handoff_retry_s": 0.1,
+        "receive_timeout_s": 5.0,
+        "memory_headroom_mib": 0,
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="vf-") as run,
+        tempfile.TemporaryDirectory(prefix="vf-", dir="/dev/shm") as ram,
+    ):
+        root = Path(run)
+        _certificates(root / "tls")
+        (root / "logs").mkdir()
+        hosts = {name: _host(name, root, Path(ram), values | settings) for name in names}
+        world = World(root, hosts)
+        try:
+            await asyncio.gather(*(service.start() for service in world.services))
+            yield world
+        finally:
+            await _end_everything(world)
+
+
+def _certificates(folder: Path) -> None:
+    init_authority(folder / "authority", DOMAIN)
+    for kind, name in ((Kind.VMHOST, "a"), (Kind.VMHOST, "b"), (Kind.VMHOST, "c")):
+        issue(folder / "authority", Identity(DOMAIN, kind, name), folder / name)
+    issue(folder / "authority", Identity(DOMAIN, Kind.CONTROLLER, "scheduler"), folder / "controller")
+    issue(folder / "authority", Identity(DOMAIN, Kind.ADMIN, "operator"), folder / "admin")
+
+
+def _host(name: str, root: Path, ram: Path, values: dict[str, Any]) -> Host:
+    config = HostConfig(
+        tls_dir=root / "tls" / name,
+        state_dir=root / "state" / name,
+        run_dir=root / name,
+        ram_dir=ram / name,
+        trace_dir=root / "traces",
+        source_listen="127.0.0.1:0",
+        dest_listen="127.0.0.1:0",
+        **values,
+    )
+    for folder in (config.state_dir, config.run_dir, config.ram_dir):
+        folder.mkdir(mode=0o700, parents=True)
+    config_file = root / f"host-{name}.toml"
+    config_file.write_text(render_config(config), encoding="utf-8")
+    return Host(name, config, config_file, root / "logs")
+
+
+async def _end_everything(world: World) -> None:
+    for service in world.services:
+        if service.running:
+            service.signal(signal.SIGCONT)
+    await asyncio.gather(*(service.stop() for service in world.services if service.running))
+    left = await world.end_guests()
+    for pid in processes_with(str(world.root)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for service in world.services:
+        if "Traceback" in service.log_text():
+            left.append(f"{service.role} service: a traceback in its log:\n{service.log_text()[-3000:]}")
+    assert not left, left
+
+
+@pytest.fixture(scope="module")
+async def world() -> AsyncIterator[World]:
+    """Hosts a and b, for one module."""
+    async with open_world() as opened:
+        yield opened
+
+
+@pytest.fixture
+async def link(world: World) -> AsyncIterator[Proxy]:
+    """A network to host b's destination that a test can disturb."""
+    async with open_proxy(lambda: world.b.dest.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def tidy(world: World, request: pytest.FixtureRequest) -> AsyncIterator[None]:
+    """Ends a test's machines, and fails the test if anything of them is left."""
+    yield
+    left = await world.end_guests()
+    assert not left, left
+    assert all(service.running for service in world.services), "a service has ended"

@@ -1,0 +1,202 @@
+"""Hosts as processes: the two services of each, and what machines have on it.
+
+Promise: only processes that were started here are ever signalled, and each can be ended, killed and started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+import pytest
+
+import vmferry
+from vmferry.cli.machine import directory_of
+from vmferry.config import HostConfig
+from vmferry.errors import VmferryError
+from vmferry.handoff.ledger import HostLedger
+from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.rpc.status import from_rpc_error
+from vmferry.security.identity import Identity, Kind
+
+DOMAIN = "test.vmferry.example"
+READY_S = 60.0
+DEADLINE_S = 20.0
+_END_S = 15.0
+_SOURCES = str(Path(vmferry.__file__).parents[1])
+Answer = TypeVar("Answer")
+
+
+async def eventually(
+    condition: Callable[[], Answer | Awaitable[Answer]], what: str, *, seconds: float = DEADLINE_S
+) -> Answer:
+    """Poll ``condition`` until it holds and return what it gave; fail naming ``what`` when the time is over."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = condition()
+        if isinstance(found, Awaitable):
+            found = await found
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {seconds:g} s (last seen: {found!r})")
+        await asyncio.sleep(0.005)
+
+
+async def refusal(call: Awaitable[object]) -> VmferryError:
+    """The error that a call ends with; it must be one of the catalogue, told by the service itself."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = from_rpc_error(caught.value)
+    assert "grpc_code" not in error.metadata, f"no named error: {caught.value}"
+    return error
+
+
+class Service:
+    """One service process."""
+
+    def __init__(self, role: str, host: Host, log: Path) -> None:
+        self.role = role
+        self.port = 0
+        self.log = log
+        self._host = host
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        """Start it, and return when it takes calls."""
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self._host.config_file)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                cwd=self.log.parent,
+                env=os.environ | {"PYTHONPATH": _SOURCES},
+                start_new_session=True,
+            )
+        assert self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), READY_S)
+        assert line, f"the {self.role} service of {self._host.name} did not start:\n{self.log_text()[-3000:]}"
+        ready = json.loads(line)
+        assert ready["service"] == self.role
+        assert ready["host"] == self._host.identity.uri
+        self.port = ready["port"]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to exactly this process."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    async def kill(self) -> None:
+        """End it without notice."""
+        assert self._process is not None
+        self._process.kill()
+        await self._process.wait()
+
+    async def stop(self) -> int:
+        """End it in order; returns its exit code. By force if it does not go."""
+        process = self._process
+        assert process is not None
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), _END_S)
+            except TimeoutError:
+                await self.kill()
+        assert process.returncode is not None
+        return process.returncode
+
+    def status(self, field: str) -> str:
+        """A line of /proc/PID/status."""
+        text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(field))
+
+    def log_text(self) -> str:
+        """All it wrote to its log."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+class Host:
+    """One host with both its services."""
+
+    def __init__(self, name: str, config: HostConfig, config_file: Path, logs: Path) -> None:
+        self.name = name
+        self.identity = Identity(DOMAIN, Kind.VMHOST, name)
+        self.config = config
+        self.config_file = config_file
+        self.source = Service("source", self, logs / f"source-{name}.log")
+        self.dest = Service("dest", self, logs / f"dest-{name}.log")
+
+    @property
+    def directory(self) -> MachineDirectory:
+        """Its machines."""
+        return directory_of(self.config)
+
+    @property
+    def ledger(self) -> HostLedger:
+        """Its journals, for reading."""
+        return HostLedger(self.config.journal_dir)
+
+    def record(self, machine_id: str) -> MachineRecord:
+        """One of its machines."""
+        return self.directory.find(machine_id)
+
+    def machine_pid(self, machine_id: str) -> int:
+        """The hypervisor's process, once there is one."""
+        process = self.record(machine_id).process
+        return process.pid if process else 0
+
+    def holdings(self) -> list[str]:
+        """Everything that machines have on this host: folders, memory files, processes."""
+        folders = (self.config.machines_dir, self.config.ram_dir)
+        files = [str(path) for folder in folders if folder.exists() for path in folder.iterdir()]
+        return files + [f"process {pid}" for pid in processes_with(str(self.config.machines_dir))]
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes whose command line contains ``text``; ended ones that nobody waited for have none."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and int(folder.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if text.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+    return found
+
+
+def open_trackers(pid: int) -> list[str]:
+    """Descriptors of a process that belong to write tracking, or to a memory file."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(path.readlink())
+            if "userfaultfd" in target or ".ram" in target or target.endswith("/pagemap"):
+                found.append(f"descriptor {path.name} is {target}")
+    return found

@@ -1,0 +1,492 @@
+"""The destination's half of the hand-off: every state against every event and every record, the rules by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.handoff.samples import (
+    DIGEST,
+    OTHER_DIGEST,
+    A,
+    B,
+    C,
+    attempt,
+    foreign_attempts,
+    record,
+)
+from vmferry.errors import (
+    MachineBusyError,
+    MachineExistsError,
+    StaleAttemptError,
+    TicketUsedError,
+    VmferryError,
+    WrongPhaseError,
+)
+from vmferry.handoff.destination import (
+    BeginAsked,
+    CloseAsked,
+    CopyLost,
+    Current,
+    DestinationEvent,
+    DestinationState,
+    Empty,
+    GoAsked,
+    GuestRan,
+    Owned,
+    Prepared,
+    Receiving,
+    Refused,
+    Stalled,
+    StatusAsked,
+    Verified,
+    answer,
+    decide,
+    evolve,
+)
+from vmferry.handoff.states import (
+    Action,
+    Answer,
+    Append,
+    Attempt,
+    AttemptState,
+    InvalidTransitionError,
+    Record,
+    RecordKind,
+    Release,
+    Resume,
+    Wait,
+)
+
+OLDER: Final = attempt(1)
+MINE: Final = attempt(2)
+NEWER: Final = attempt(3)
+LATER_OWNER: Final = attempt(1, epoch=2, source=C)
+OTHER_SOURCE: Final = attempt(3, source=C)
+AGAIN: Final = attempt(1, epoch=2)
+
+
+def folded(*written: Record) -> DestinationState:
+    """The state after these records."""
+    return reduce(evolve, written, DestinationState())
+
+
+ACCEPTED: Final = record(RecordKind.ACCEPTED, MINE)
+PREPARED: Final = record(RecordKind.PREPARED, MINE)
+OWNED: Final = record(RecordKind.OWNED, MINE)
+STATES: Final = {
+    "empty": DestinationState(),
+    "receiving": folded(ACCEPTED),
+    "prepared": folded(ACCEPTED, PREPARED),
+    "owned": folded(ACCEPTED, PREPARED, OWNED),
+    "ran": folded(ACCEPTED, PREPARED, OWNED, record(RecordKind.RAN, MINE)),
+    "refused": folded(ACCEPTED, record(RecordKind.REFUSED, MINE)),
+}
+
+
+def begin(about: Attempt, *, holds: bool = False, nonce: bytes | None = None) -> BeginAsked:
+    """A source wants to begin ``about``."""
+    return BeginAsked(about, nonce or about.migration_id, 1, host_holds_machine=holds)
+
+
+EVENTS: Final[dict[str, DestinationEvent]] = {
+    "begin": begin(MINE),
+    "begin, held": begin(MINE, holds=True),
+    "begin older": begin(OLDER),
+    "begin newer": begin(NEWER),
+    "begin newer, held": begin(NEWER, holds=True),
+    "begin newer, used ticket": begin(NEWER, nonce=MINE.migration_id),
+    "begin, other source": begin(OTHER_SOURCE),
+    "begin, later owner": begin(LATER_OWNER),
+    "verified": Verified(MINE, DIGEST),
+    "verified older": Verified(OLDER, DIGEST),
+    "go": GoAsked(MINE, DIGEST),
+    "go, other digest": GoAsked(MINE, OTHER_DIGEST),
+    "go, no copy": GoAsked(MINE, DIGEST, copy_intact=False),
+    "go older": GoAsked(OLDER, DIGEST),
+    "go newer": GoAsked(NEWER, DIGEST),
+    "ran": GuestRan(),
+    "close": CloseAsked(MINE, "reason"),
+    "close older": CloseAsked(OLDER, "reason"),
+    "close newer": CloseAsked(NEWER, "reason"),
+    "close, later owner": CloseAsked(LATER_OWNER, "reason"),
+    "close, other source": CloseAsked(OTHER_SOURCE, "reason"),
+    "copy lost": CopyLost("reason"),
+    "copy lost, torn end": CopyLost("reason", tail_certain=False),
+    "stalled": Stalled(),
+    "status": StatusAsked(MINE),
+    "status older": StatusAsked(OLDER),
+    "status newer": StatusAsked(NEWER),
+}
+
+
+def did(actions: list[Action]) -> str:
+    """The actions in short: ``*`` is on disk before what follows, capitals in brackets are an answer."""
+    return " ".join(_word(action) for action in actions)
+
+
+def _word(action: Action) -> str:
+    match action:
+        case Append(record=written, durable=durable):
+            return written.kind.name + ("*" if durable else "")
+        case Answer(state=state):
+            return f"({state.name})"
+        case _:
+            return type(action).__name__.lower()
+
+
+REFUSE: Final = "REFUSED* release (REFUSED)"
+TAKE: Final = "ACCEPTED* (RECEIVING)"
+REPLACE: Final = f"REFUSED* release {TAKE}"
+TOMBSTONE: Final = "REFUSED* (REFUSED)"
+CLOSE_BOTH: Final = f"REFUSED* release {TOMBSTONE}"
+IN_ALL: Final = {
+    "begin older": StaleAttemptError,
+    "begin, held": WrongPhaseError,
+    "begin newer, held": MachineExistsError,
+    "begin newer, used ticket": TicketUsedError,
+    "verified older": WrongPhaseError,
+    "go older": "(UNSEEN)",
+    "go newer": "(UNSEEN)",
+    "close older": "(REFUSED)",
+    "status older": "(REFUSED)",
+    "ran": "",
+    "copy lost": "",
+    "copy lost, torn end": "",
+    "stalled": "",
+}
+ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
+    "empty": {
+        "begin": TAKE,
+        "begin, held": MachineExistsError,
+        "begin older": TAKE,
+        "begin newer": TAKE,
+        "begin newer, used ticket": TAKE,
+        "begin, other source": TAKE,
+        "begin, later owner": TAKE,
+        "verified": WrongPhaseError,
+        "go": "(UNSEEN)",
+        "go, other digest": "(UNSEEN)",
+        "go, no copy": "(UNSEEN)",
+        **{
+            f"{what}{which}": TOMBSTONE
+            for what in ("close", "status")
+            for which in ("", " older", " newer", ", later owner", ", other source")
+            if f"{what}{which}" in EVENTS
+        },
+    },
+    "receiving": {
+        "begin": "(RECEIVING)",
+        "begin, held": "(RECEIVING)",
+        "begin newer": REPLACE,
+        "begin, other source": MachineBusyError,
+        "begin, later owner": REPLACE,
+        "verified": "PREPARED",
+        "go": "(RECEIVING)",
+        "go, other digest": "(RECEIVING)",
+        "go, no copy": "(RECEIVING)",
+        "close": REFUSE,
+        "close newer": CLOSE_BOTH,
+        "close, later owner": CLOSE_BOTH,
+        "close, other source": "wait (UNSEEN)",
+        "copy lost": REFUSE,
+        "copy lost, torn end": REFUSE,
+        "stalled": REFUSE,
+        "status": "(RECEIVING)",
+        "status newer": CLOSE_BOTH,
+    },
+    "prepared": {
+        "begin": WrongPhaseError,
+        "begin newer": REPLACE,
+        "begin, other source": MachineBusyError,
+        "begin, later owner": REPLACE,
+        "verified": "(PREPARED)",
+        "go": "OWNED* resume",
+        "go, other digest": StaleAttemptError,
+        "go, no copy": "wait (PREPARED)",
+        "close": REFUSE,
+        "close newer": CLOSE_BOTH,
+        "close, later owner": CLOSE_BOTH,
+        "close, other source": "wait (UNSEEN)",
+        "copy lost": REFUSE,
+        "copy lost, torn end": "wait",
+        "status": "(PREPARED)",
+        "status newer": CLOSE_BOTH,
+    },
+    "owned": {
+        "begin": WrongPhaseError,
+        "begin newer": StaleAttemptError,
+        "begin newer, used ticket": StaleAttemptError,
+        "begin, other source": StaleAttemptError,
+        "begin, later owner": TAKE,
+        "verified": "(OWNED)",
+        "go": "resume",
+        "go, other digest": "resume",
+        "go, no copy": "(OWNED)",
+        "ran": "RAN",
+        "close": "(OWNED)",
+        "close newer": "(REFUSED)",
+        "close, later owner": TOMBSTONE,
+        "close, other source": "(REFUSED)",
+        "status": "(OWNED)",
+        "status newer": "(REFUSED)",
+    },
+    "ran": {
+        "begin": WrongPhaseError,
+        "begin newer": StaleAttemptError,
+        "begin newer, used ticket": StaleAttemptError,
+        "begin, other source": StaleAttemptError,
+        "begin, later owner": TAKE,
+        "verified": "(RUNNING)",
+        "go": "(RUNNING)",
+        "go, other digest": "(RUNNING)",
+        "go, no copy": "(RUNNING)",
+        "close": "(RUNNING)",
+        "close newer": "(REFUSED)",
+        "close, later owner": TOMBSTONE,
+        "close, other source": "(REFUSED)",
+        "status": "(RUNNING)",
+        "status newer": "(REFUSED)",
+    },
+    "refused": {
+        "begin": WrongPhaseError,
+        "begin newer": TAKE,
+        "begin, other source": TAKE,
+        "begin, later owner": TAKE,
+        "verified": "(REFUSED)",
+        "go": "(REFUSED)",
+        "go, other digest": "(REFUSED)",
+        "go, no copy": "(REFUSED)",
+        "close": "(REFUSED)",
+        "close newer": TOMBSTONE,
+        "close, later owner": TOMBSTONE,
+        "close, other source": TOMBSTONE,
+        "status": "(REFUSED)",
+        "status newer": TOMBSTONE,
+    },
+}
+TABLE: Final = {(state, event): did_it for state in STATES for event, did_it in {**IN_ALL, **ROWS[state]}.items()}
+
+
+def test_the_table_lists_every_state_and_event() -> None:
+    """A state or an event that is not in the table cannot slip in."""
+    assert {type(state.current) for state in STATES.values()} == set(Current.__args__)
+    assert {type(event) for event in EVENTS.values()} == set(DestinationEvent.__args__)
+    assert set(TABLE) == {(state, event) for state in STATES for event in EVENTS}
+
+
+@pytest.mark.parametrize(("state", "event"), sorted(TABLE))
+def test_what_is_done_in_each_state_about_each_event(state: str, event: str) -> None:
+    """Each pair has exactly the actions of the table, in their order, and every record among them may follow."""
+    expected = TABLE[state, event]
+    if not isinstance(expected, str):
+        with pytest.raises(expected):
+            decide(STATES[state], EVENTS[event])
+        return
+    actions = decide(STATES[state], EVENTS[event])
+    assert did(actions) == expected
+    reduce(evolve, (action.record for action in actions if isinstance(action, Append)), STATES[state])
+
+
+LEGAL: Final[dict[tuple[str, RecordKind], Current]] = {
+    ("receiving", RecordKind.PREPARED): Prepared(MINE, DIGEST),
+    ("receiving", RecordKind.REFUSED): Refused(MINE),
+    ("prepared", RecordKind.OWNED): Owned(MINE, DIGEST),
+    ("prepared", RecordKind.REFUSED): Refused(MINE),
+    ("owned", RecordKind.RAN): Owned(MINE, DIGEST, ran=True),
+    ("empty", RecordKind.ACCEPTED): Receiving(MINE),
+    ("empty", RecordKind.REFUSED): Refused(MINE),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kind", RecordKind, ids=lambda kind: kind.name)
+def test_which_record_may_follow_in_each_state(state: str, kind: RecordKind) -> None:
+    """Each pair of state and record about the open attempt is either in the diagram or refused."""
+    expected = LEGAL.get((state, kind))
+    if expected is None:
+        with pytest.raises(InvalidTransitionError):
+            evolve(STATES[state], record(kind, MINE))
+    else:
+        assert evolve(STATES[state], record(kind, MINE)).current == expected
+
+
+@pytest.mark.parametrize("kind", [RecordKind.ACCEPTED, RecordKind.REFUSED], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    ("state", "about", "legal"),
+    [
+        ("refused", NEWER, True),
+        ("refused", OLDER, False),
+        ("owned", NEWER, False),
+        ("owned", AGAIN, True),
+        ("ran", NEWER, False),
+        ("ran", AGAIN, True),
+        ("receiving", NEWER, False),
+        ("prepared", NEWER, False),
+    ],
+)
+def test_which_attempt_may_follow_a_closed_one(
+    state: str, about: Attempt, kind: RecordKind, *, legal: bool
+) -> None:
+    """A closed attempt is followed by a newer one only, and a right that was taken only by a later right."""
+    if legal:
+        assert evolve(STATES[state], record(kind, about)).current in (Receiving(about), Refused(about))
+    else:
+        with pytest.raises(InvalidTransitionError):
+            evolve(STATES[state], record(kind, about))
+
+
+@pytest.mark.parametrize("state", ["receiving", "prepared", "owned"])
+def test_rule_7_nothing_of_another_attempt_counts(state: str) -> None:
+    """No Seal and no Go of an attempt that differs in any one thing is acted on."""
+    for other in foreign_attempts(MINE):
+        assert answer(STATES[state], other).state is AttemptState.UNSEEN
+        assert did(decide(STATES[state], GoAsked(other, DIGEST))) == "(UNSEEN)"
+        with pytest.raises(WrongPhaseError):
+            decide(STATES[state], Verified(other, DIGEST))
+        for kind in set(RecordKind) - {RecordKind.ACCEPTED, RecordKind.REFUSED}:
+            with pytest.raises(InvalidTransitionError):
+                evolve(STATES[state], record(kind, other))
+
+
+@pytest.mark.parametrize("state", [name for name in STATES if name != "empty"])
+def test_rule_1_an_older_attempt_is_refused_for_ever(state: str) -> None:
+    """Whatever became of the newer one, a late Begin of an older attempt finds no way in."""
+    with pytest.raises(StaleAttemptError):
+        decide(STATES[state], begin(OLDER))
+    with pytest.raises(InvalidTransitionError):
+        evolve(STATES[state], record(RecordKind.ACCEPTED, OLDER))
+
+
+@pytest.mark.parametrize("state", [name for name in STATES if name != "receiving"])
+def test_rule_3_a_host_that_holds_the_machine_takes_none_in(state: str) -> None:
+    """No Begin is accepted by an owner or by a host with an attempt open that takes the machine away."""
+    for about in (MINE, NEWER, LATER_OWNER, AGAIN):
+        with pytest.raises((MachineExistsError, WrongPhaseError)):
+            decide(STATES[state], begin(about, holds=True))
+
+
+def test_rule_5_an_unseen_attempt_is_not_refused_without_a_tombstone() -> None:
+    """REFUSED about an attempt that the journal does not know is answered only behind a durable record."""
+    for event in (CloseAsked(MINE, "reason"), StatusAsked(MINE)):
+        actions = decide(DestinationState(), event)
+        assert did(actions) == TOMBSTONE
+        assert isinstance(actions[0], Append)
+        after = evolve(DestinationState(), actions[0].record)
+        with pytest.raises(WrongPhaseError):
+            decide(after, begin(MINE))
+    assert answer(DestinationState(), MINE).state is AttemptState.UNSEEN
+
+
+def test_rule_8_what_moves_the_right_is_on_disk_before_anything_follows() -> None:
+    """Only PREPARED and RAN are lazy; REFUSED and a resume are said or done behind a durable record only."""
+    lazy = {RecordKind.PREPARED, RecordKind.RAN}
+    for state in STATES.values():
+        for event in EVENTS.values():
+            try:
+                actions = decide(state, event)
+            except VmferryError:
+                continue
+            written: list[RecordKind] = []
+            for action in actions:
+                if isinstance(action, Append):
+                    assert action.durable == (action.record.kind not in lazy)
+                    written.append(action.record.kind)
+                elif isinstance(action, Resume):
+                    assert RecordKind.OWNED in written or isinstance(state.current, Owned)
+                elif isinstance(action, Release):
+                    assert RecordKind.REFUSED in written
+
+
+def test_rule_9_no_timer_drops_a_prepared_copy_or_takes_the_right() -> None:
+    """Silence closes an attempt that is not complete, and nothing else."""
+    for name, state in STATES.items():
+        assert did(decide(state, Stalled())) == (REFUSE if name == "receiving" else "")
+
+
+def test_only_go_makes_an_owner_and_only_of_what_is_here() -> None:
+    """Of all events in all states, one alone writes OWNED: Go, for the prepared attempt, its digest, and a copy."""
+    taking = set()
+    for (state, event), expected in TABLE.items():
+        if isinstance(expected, str) and "OWNED*" in expected:
+            taking.add((state, event))
+    assert taking == {("prepared", "go")}
+
+
+def test_a_torn_end_behind_prepared_is_never_refused_alone() -> None:
+    """OWNED may hide there: to refuse could bring an older copy back to life after the guest has run here."""
+    assert [type(action) for action in decide(STATES["prepared"], CopyLost("gone", tail_certain=False))] == [Wait]
+
+
+def test_closing_a_newer_attempt_closes_the_older_one_too() -> None:
+    """A source that lost its memory before Begin gets its answer although an older copy still waits here."""
+    actions = decide(STATES["prepared"], CloseAsked(NEWER, "asked"))
+    after = reduce(evolve, (a.record for a in actions if isinstance(a, Append)), STATES["prepared"])
+    assert answer(after, NEWER).state is AttemptState.REFUSED
+    assert answer(after, MINE).state is AttemptState.REFUSED
+
+
+def test_past_attempts_are_answered_from_the_journal() -> None:
+    """A late question about a closed attempt gets what became of it; a right that moved on had been used."""
+    returned = attempt(1, epoch=3)
+    journal = [
+        record(RecordKind.REFUSED, OLDER, note="no"),
+        ACCEPTED,
+        PREPARED,
+        OWNED,  # RAN is lazy and was lost
+        record(RecordKind.ACCEPTED, returned),
+    ]
+    state = folded(*journal)
+    assert answer(state, OLDER) == Answer(AttemptState.REFUSED, "no")
+    assert answer(state, MINE) == Answer(AttemptState.RUNNING)
+    assert answer(state, returned) == Answer(AttemptState.RECEIVING)
+
+
+def test_a_ticket_number_stays_burnt() -> None:
+    """It is refused after any later course of the attempt that used it."""
+    for name in ("refused", "ran"):
+        with pytest.raises(TicketUsedError):
+            decide(STATES[name], begin(AGAIN, nonce=MINE.migration_id))
+
+
+RECORDS: Final = st.builds(
+    record,
+    st.sampled_from(RecordKind),
+    st.builds(
+        attempt, st.integers(1, 3), epoch=st.integers(1, 3), source=st.sampled_from([A, C]), destination=st.just(B)
+    ),
+)
+
+
+@given(st.lists(RECORDS, max_size=14))
+def test_any_sequence_of_records_is_legal_or_refused(written: list[Record]) -> None:
+    """Folding never fails in another way, the order of attempts only grows, and a final answer stays final."""
+    state = DestinationState()
+    final: dict[bytes, AttemptState] = {}
+    for entry in written:
+        before = state
+        try:
+            state = evolve(state, entry)
+        except InvalidTransitionError:
+            continue
+        assert not isinstance(state.current, Empty)
+        if not isinstance(before.current, Empty):
+            assert state.current.attempt.order >= before.current.attempt.order
+        for migration_id, said in final.items():
+            assert state.past.get(migration_id, Answer(said)).state is said
+        if isinstance(state.current, Refused):
+            final[state.current.attempt.migration_id] = AttemptState.REFUSED
+        if isinstance(state.current, Owned):
+            assert final.get(state.current.attempt.migration_id) is not AttemptState.REFUSED
+            final[state.current.attempt.migration_id] = AttemptState.RUNNING
+
+
+def test_a_record_without_an_attempt_is_refused() -> None:
+    """Every record of a destination is about an attempt."""
+    with pytest.raises(InvalidTransitionError):
+        evolve(DestinationState(), replace(ACCEPTED, attempt=None))

@@ -1,0 +1,321 @@
+"""The source's half of the hand-off: every state against every event and every record, and the rules by name."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Final
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.handoff.samples import (
+    DIGEST,
+    INCARNATION_A,
+    INCARNATION_B,
+    OTHER_DIGEST,
+    attempt,
+    foreign_attempts,
+    record,
+)
+from vmferry.handoff.source import (
+    AbortWanted,
+    BeginWanted,
+    Begun,
+    HandedOff,
+    Heard,
+    Paused,
+    Quiet,
+    Sealed,
+    SourceEvent,
+    SourceState,
+    Unheard,
+    decide,
+    evolve,
+)
+from vmferry.handoff.states import (
+    Action,
+    Append,
+    AttemptState,
+    InvalidTransitionError,
+    Record,
+    RecordKind,
+    Release,
+    Resume,
+    Tell,
+    Wait,
+)
+
+MINE: Final = attempt()
+STATES: Final[dict[str, SourceState]] = {
+    "quiet": Quiet(),
+    "begun": Begun(MINE),
+    "sealed": Sealed(MINE, DIGEST),
+    "handed-off": HandedOff(MINE, DIGEST),
+}
+
+
+def heard(
+    state: AttemptState, *, incarnation: str = INCARNATION_B, digest: bytes = DIGEST, memory: bool = True
+) -> Heard:
+    """What the destination says."""
+    return Heard(MINE, state, incarnation, digest, memory_intact=memory)
+
+
+EVENTS: Final[dict[str, SourceEvent]] = {
+    "begin": BeginWanted(MINE),
+    "paused": Paused(DIGEST),
+    "abort": AbortWanted("reason", memory_intact=True),
+    "abort, torn end": AbortWanted("reason", memory_intact=True, tail_certain=False),
+    "abort, no memory": AbortWanted("reason", memory_intact=False),
+    "abort, no memory, torn end": AbortWanted("reason", memory_intact=False, tail_certain=False),
+    "unheard": Unheard(),
+    **{f"heard {state.name}": heard(state) for state in AttemptState},
+    **{f"heard {state.name}, no memory": heard(state, memory=False) for state in AttemptState},
+    **{f"heard {state.name}, other journal": heard(state, incarnation=INCARNATION_A) for state in AttemptState},
+}
+
+
+def did(actions: list[Action]) -> str:
+    """The actions in short: ``*`` is on disk before what follows."""
+    return " ".join(_word(action) for action in actions)
+
+
+def _word(action: Action) -> str:
+    match action:
+        case Append(record=written, durable=durable):
+            return written.kind.name + ("*" if durable else "")
+        case Tell(method=method):
+            return f"->{method}"
+        case _:
+            return type(action).__name__.lower()
+
+
+ILLEGAL: Final = "illegal"
+TABLE: Final[dict[tuple[str, str], str]] = {
+    ("quiet", "begin"): "BEGUN*",
+    ("quiet", "paused"): ILLEGAL,
+    ("begun", "paused"): "SEALED",
+    ("sealed", "paused"): ILLEGAL,
+    ("handed-off", "paused"): ILLEGAL,
+    **{(state, "begin"): ILLEGAL for state in ("begun", "sealed", "handed-off")},
+    # Nothing is open: late messages do nothing.
+    **{("quiet", event): "" for event in EVENTS if event not in {"begin", "paused"}},
+    # The right has not moved: with its memory the source aborts alone.
+    **{
+        (state, event): did_it
+        for state in ("begun", "sealed")
+        for event, did_it in {
+            "abort": "ABORTED* resume ->Abort",
+            "abort, torn end": "wait ->Abort",
+            "abort, no memory": "wait ->GetAttempt",
+            "abort, no memory, torn end": "wait ->GetAttempt",
+            "unheard": "",
+            "heard REFUSED": "ABORTED* resume",
+            "heard REFUSED, no memory": "ABORTED*",
+            "heard REFUSED, other journal": "ABORTED* resume",
+            **{
+                f"heard {word}, no memory": "wait" for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
+            },
+            **{f"heard {word}": "" for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")},
+            **{
+                f"heard {word}, other journal": ""
+                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
+            },
+        }.items()
+    },
+    ("begun", "heard PREPARED, no memory"): "SEALED HANDED_OFF* ->Go",
+    ("sealed", "heard PREPARED"): "HANDED_OFF* ->Go",
+    ("sealed", "heard PREPARED, no memory"): "HANDED_OFF* ->Go",
+    ("sealed", "heard OWNED"): "HANDED_OFF* wait",
+    ("sealed", "heard OWNED, no memory"): "HANDED_OFF* wait",
+    ("sealed", "heard RUNNING"): "HANDED_OFF* DONE* release",
+    ("sealed", "heard RUNNING, no memory"): "HANDED_OFF* DONE* release",
+    # The right was given up: only the journal that said ready can bring it back or let it go.
+    **{("handed-off", event): "wait" for event in EVENTS if event.startswith("abort")},
+    ("handed-off", "unheard"): "->Go",
+    **{
+        ("handed-off", f"heard {word}{memory}"): did_it
+        for word, did_it in {
+            "UNSEEN": "wait",
+            "RECEIVING": "->Go",
+            "PREPARED": "->Go",
+            "OWNED": "wait",
+            "RUNNING": "DONE* release",
+        }.items()
+        for memory in ("", ", no memory")
+    },
+    ("handed-off", "heard REFUSED"): "RECLAIMED* resume",
+    ("handed-off", "heard REFUSED, no memory"): "RECLAIMED*",
+    **{("handed-off", f"heard {state.name}, other journal"): "wait" for state in AttemptState},
+}
+
+
+def test_the_table_lists_every_state_and_event() -> None:
+    """A state, an event or an answer that is not in the table cannot slip in."""
+    assert {type(state) for state in STATES.values()} == set(SourceState.__args__)
+    assert {type(event) for event in EVENTS.values()} == set(SourceEvent.__args__)
+    assert set(TABLE) == {(state, event) for state in STATES for event in EVENTS}
+
+
+@pytest.mark.parametrize(("state", "event"), sorted(TABLE))
+def test_what_is_done_in_each_state_about_each_event(state: str, event: str) -> None:
+    """Each pair has exactly the actions of the table, in their order, and every record among them may follow."""
+    if TABLE[state, event] == ILLEGAL:
+        with pytest.raises(InvalidTransitionError):
+            decide(STATES[state], EVENTS[event])
+        return
+    actions = decide(STATES[state], EVENTS[event])
+    assert did(actions) == TABLE[state, event]
+    reduce(evolve, (action.record for action in actions if isinstance(action, Append)), STATES[state])
+
+
+LEGAL: Final[dict[tuple[str, RecordKind], SourceState]] = {
+    ("quiet", RecordKind.BEGUN): Begun(MINE),
+    ("begun", RecordKind.SEALED): Sealed(MINE, DIGEST),
+    ("begun", RecordKind.ABORTED): Quiet(1),
+    ("sealed", RecordKind.HANDED_OFF): HandedOff(MINE, DIGEST),
+    ("sealed", RecordKind.ABORTED): Quiet(1),
+    ("handed-off", RecordKind.DONE): Quiet(1),
+    ("handed-off", RecordKind.RECLAIMED): Quiet(1),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("kind", RecordKind, ids=lambda kind: kind.name)
+def test_which_record_may_follow_in_each_state(state: str, kind: RecordKind) -> None:
+    """Each pair of state and record is either in the diagram or refused."""
+    expected = LEGAL.get((state, kind))
+    if expected is None:
+        with pytest.raises(InvalidTransitionError):
+            evolve(STATES[state], record(kind))
+    else:
+        assert evolve(STATES[state], record(kind)) == expected
+
+
+@pytest.mark.parametrize("state", [name for name in STATES if name != "quiet"])
+def test_rule_7_nothing_of_another_attempt_counts(state: str) -> None:
+    """Neither a record nor an answer of an attempt that differs in any one thing changes the open one."""
+    for other in foreign_attempts(MINE):
+        for kind in RecordKind:
+            with pytest.raises(InvalidTransitionError):
+                evolve(STATES[state], record(kind, other))
+        for said in AttemptState:
+            assert decide(STATES[state], Heard(other, said, INCARNATION_B, DIGEST)) == []
+
+
+def test_rule_1_an_attempt_number_is_used_once() -> None:
+    """Neither the wish nor a record begins an attempt whose number is not higher than all before."""
+    for number in (1, 2):
+        with pytest.raises(InvalidTransitionError):
+            decide(Quiet(last_number=2), BeginWanted(attempt(number)))
+        with pytest.raises(InvalidTransitionError):
+            evolve(Quiet(last_number=2), record(RecordKind.BEGUN, attempt(number)))
+    assert evolve(Quiet(last_number=2), record(RecordKind.BEGUN, attempt(3))) == Begun(attempt(3))
+
+
+@pytest.mark.parametrize("state", [Begun(MINE), Sealed(MINE, DIGEST)], ids=["begun", "sealed"])
+@pytest.mark.parametrize("tail_certain", [True, False])
+def test_rule_2_a_source_without_memory_asks_and_never_closes(state: SourceState, *, tail_certain: bool) -> None:
+    """Without memory nothing is recorded, and the destination is not told to drop what may be the only copy."""
+    actions = decide(state, AbortWanted("reboot", memory_intact=False, tail_certain=tail_certain))
+    assert did(actions) == "wait ->GetAttempt"
+
+
+def test_rule_2_a_lost_seal_is_rescued_from_the_destination() -> None:
+    """The destination's copy is taken for the latest one after a crash that took SEALED together with the memory."""
+    actions = decide(Begun(MINE), heard(AttemptState.PREPARED, memory=False))
+    written = [action.record for action in actions if isinstance(action, Append)]
+    assert reduce(evolve, written, STATES["begun"]) == HandedOff(MINE, DIGEST)
+    assert actions[-1] == Tell("Go")
+
+
+def test_rule_2_a_running_guest_is_never_handed_off_by_an_answer() -> None:
+    """While the memory is here an answer of ready cannot overtake the seal, nor can one that names no digest."""
+    assert decide(Begun(MINE), heard(AttemptState.PREPARED)) == []
+    assert did(decide(Begun(MINE), heard(AttemptState.PREPARED, digest=b"", memory=False))) == "wait"
+
+
+def test_rule_5_an_empty_journal_moves_no_right() -> None:
+    """Once handed off, an answer from another incarnation of the destination's journal never changes anything."""
+    for said in AttemptState:
+        actions = decide(HandedOff(MINE, DIGEST), heard(said, incarnation=INCARNATION_A))
+        assert [type(action) for action in actions] == [Wait]
+
+
+def test_rule_5_ready_counts_only_from_the_journal_it_was_begun_with() -> None:
+    """Another incarnation, or another digest, does not make the source give up its right."""
+    assert decide(Sealed(MINE, DIGEST), heard(AttemptState.PREPARED, incarnation=INCARNATION_A)) == []
+    assert decide(Sealed(MINE, DIGEST), heard(AttemptState.PREPARED, digest=OTHER_DIGEST)) == []
+
+
+def test_rule_8_what_moves_the_right_is_on_disk_before_anything_follows() -> None:
+    """In every cell of the table only SEALED is lazy, and resume, Go and release stand behind a durable record."""
+    for state in STATES.values():
+        for event in EVENTS.values():
+            try:
+                actions = decide(state, event)
+            except InvalidTransitionError:
+                continue
+            on_disk = False
+            for action in actions:
+                if isinstance(action, Append):
+                    assert action.durable or action.record.kind is RecordKind.SEALED
+                    on_disk = action.durable
+                elif isinstance(action, (Resume, Release)) or action == Tell("Go"):
+                    assert on_disk or isinstance(state, HandedOff)
+                    assert not isinstance(action, (Resume, Release)) or on_disk
+
+
+def test_rule_9_silence_moves_nothing() -> None:
+    """No answer, whatever the state, leads to a record, a resume or a release."""
+    for state in STATES.values():
+        actions = decide(state, Unheard())
+        assert not [action for action in actions if isinstance(action, (Append, Resume, Release))]
+
+
+def test_rule_9_once_handed_off_only_a_refusal_resumes() -> None:
+    """Of all events, one alone lets the guest run here again: REFUSED, from the journal that said ready."""
+    resuming = {
+        name
+        for name, event in EVENTS.items()
+        if not isinstance(event, (BeginWanted, Paused))
+        and any(isinstance(action, Resume) for action in decide(HandedOff(MINE, DIGEST), event))
+    }
+    assert resuming == {"heard REFUSED"}
+
+
+def test_a_returned_right_is_newer_than_the_one_that_was_offered() -> None:
+    """RECLAIMED grants e + 2, so that the destination's e + 1 can never be the higher one."""
+    reclaimed = decide(HandedOff(MINE, DIGEST), heard(AttemptState.REFUSED))[0]
+    assert isinstance(reclaimed, Append)
+    assert reclaimed.record.epoch == MINE.epoch_to + 1
+
+
+RECORDS: Final = st.builds(
+    record,
+    st.sampled_from(RecordKind),
+    st.builds(attempt, st.integers(1, 3), epoch=st.integers(1, 2), tag=st.integers(0, 1)),
+)
+
+
+@given(st.lists(RECORDS, max_size=12))
+def test_any_sequence_of_records_is_legal_or_refused(written: list[Record]) -> None:
+    """Folding never fails in another way, ends in a state that is known, and numbers only grow."""
+    state: SourceState = Quiet()
+    highest = 0
+    for entry in written:
+        try:
+            state = evolve(state, entry)
+        except InvalidTransitionError:
+            continue
+        number = state.last_number if isinstance(state, Quiet) else state.attempt.number
+        assert number >= highest
+        highest = number
+    assert isinstance(state, SourceState)
+
+
+def test_a_record_without_an_attempt_is_refused() -> None:
+    """Every record of a source is about an attempt."""
+    with pytest.raises(InvalidTransitionError):
+        evolve(Quiet(), Record(RecordKind.BEGUN, MINE.machine_id))
