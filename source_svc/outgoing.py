@@ -189,17 +189,18 @@ class Outgoing:
                 protocol_version=self._protocol_version,
                 timeout_s=order.reserve_timeout_s,
             )
-            settings = CopySettings(
-                order.lanes,
-                min(self._config.window_bytes, begun.window_bytes),
-                self._config.chunk_bytes,
-                order.downtime_limit_s,
-                self._config.max_rounds,
-                order.stall_timeout_s,
-                order.tracker,
-            )
-            self._copy = Copy(self._machine, self._destination, self.migration, settings)
-            await self._copy.open(order.migration_id, begun.transfer_token)
+        # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
+        settings = CopySettings(
+            order.lanes,
+            min(self._config.window_bytes, begun.window_bytes),
+            self._config.chunk_bytes,
+            order.downtime_limit_s,
+            self._config.max_rounds,
+            order.stall_timeout_s,
+            order.tracker,
+        )
+        self._copy = Copy(self._machine, self._destination, self.migration, settings)
+        await self._copy.open(order.migration_id, begun.transfer_token)
         self._reserved_at = time.monotonic()
 
     async def _preflight(self) -> bool:

@@ -220,7 +220,7 @@ class World:
         assert machine.state == machine_pb2.MACHINE_STATE_RUNNING
         assert machine.migration_id == ""
         await guest.assert_clean(here)
-        await eventually(lambda: not there.holdings(), "the other host holds nothing")
+        await eventually(lambda: not there.holdings(guest.spec), "the other host holds nothing")
         assert not there.ledger.rights(guest.id).permitted
 
     async def assert_crosses(self, guest: Guest, here: Host, there: Host, **how: Any) -> pb.Migration:
@@ -231,7 +231,7 @@ class World:
         machine = await self.machine(there, guest)
         assert machine.right == machine_pb2.MACHINE_RIGHT_OWNED
         assert machine.state == machine_pb2.MACHINE_STATE_RUNNING
-        assert here.holdings() == []
+        assert here.holdings(guest.spec) == []
         assert not here.ledger.rights(guest.id).permitted
         await guest.assert_clean(there)
         return migration

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 _PIECE_BYTES = 64 * 1024
+_BURST_S = 0.1
 _CALL_BYTES = 200
 """A call about an attempt is larger, whatever else HTTP/2 says on a connection without lanes is smaller."""
 
@@ -170,7 +171,8 @@ class Proxy:
         rate, now = self.up_bytes_per_s, asyncio.get_running_loop().time()
         if rate is None:
             return
-        self._free_at = max(self._free_at, now) + length / rate
+        # What a late wake-up cost is made up for.
+        self._free_at = max(self._free_at, now - _BURST_S) + length / rate
         await asyncio.sleep(self._free_at - now)
 
     def _note(self, link: Link, length: int, *, up: bool) -> None:

@@ -26,6 +26,7 @@ from vmferry.config import HostConfig
 from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.spec import MachineSpec
 from vmferry.rpc.status import from_rpc_error
 from vmferry.security.identity import Identity, Kind
 
@@ -173,11 +174,15 @@ class Host:
         process = self.record(machine_id).process
         return process.pid if process else 0
 
-    def holdings(self) -> list[str]:
-        """Everything that machines have on this host: folders, memory files, processes."""
+    def holdings(self, machine: MachineSpec | None = None) -> list[str]:
+        """Everything that a machine, or any machine, has on this host: folder, memory file, process."""
         folders = (self.config.machines_dir, self.config.ram_dir)
-        files = [str(path) for folder in folders if folder.exists() for path in folder.iterdir()]
-        return files + [f"process {pid}" for pid in processes_with(str(self.config.machines_dir))]
+        files = [path for folder in folders if folder.exists() for path in folder.iterdir()]
+        processes = processes_with(str(self.config.machines_dir))
+        if machine is not None:
+            files = [path for path in files if path.stem in (machine.name, machine.uuid)]
+            processes = [pid for pid in processes if pid in processes_with(machine.uuid)]
+        return [str(path) for path in files] + [f"process {pid}" for pid in processes]
 
 
 def processes_with(text: str) -> list[int]:
@@ -191,12 +196,19 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
-def open_trackers(pid: int) -> list[str]:
-    """Descriptors of a process that belong to write tracking, or to a memory file."""
+def descriptors(pid: int) -> list[str]:
+    """What the open descriptors of a process are."""
     found = []
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = str(path.readlink())
-            if "userfaultfd" in target or ".ram" in target or target.endswith("/pagemap"):
-                found.append(f"descriptor {path.name} is {target}")
-    return found
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(path.readlink()))
+    return sorted(found)
+
+
+def open_trackers(pid: int) -> list[str]:
+    """Descriptors of a process that belong to write tracking, or to a memory file."""
+    return [
+        target
+        for target in descriptors(pid)
+        if "userfaultfd" in target or ".ram" in target or target.endswith("/pagemap")
+    ]

@@ -100,8 +100,8 @@ def test_the_figures_make_sense(demonstration: Demonstration) -> None:
     resident_bytes = document["memory_bytes"] // 2
     assert resident_bytes <= document["wire_bytes"] < 20 * document["memory_bytes"]
     for crossing in document["crossings"]:
-        # The service's figure bounds the guest's; the guest's own ticks are a few milliseconds apart.
-        assert 0 < crossing["guest_gap_ms"] < crossing["downtime_ms"] + 100
+        # After the pause the guest first writes what it owes its rate, and only then looks at the clock.
+        assert 0 < crossing["guest_gap_ms"] < 2 * crossing["downtime_ms"] + 500
     assert set(document["peak_rss_mib"]) == {"source-a", "dest-b", "source-b", "dest-a"}
     assert all(0 < peak < 200 for peak in document["peak_rss_mib"].values())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import wait_until
-from vmferry.cli.main import main
+from vmferry.cli import main
 from vmferry.config import load_config
 from vmferry.errors import ExitCode
 from vmferry.handoff.ledger import HostLedger
@@ -40,7 +40,7 @@ def machine(host: Path, capfd: pytest.CaptureFixture[str]) -> Command:
 
     def command(*arguments: str) -> tuple[int, str, str]:
         capfd.readouterr()
-        code = main(["machine", *arguments, "--config", str(host)])
+        code = main.run(["machine", *arguments, "--config", str(host)])
         return code, *capfd.readouterr()
 
     return command
@@ -107,6 +107,6 @@ def test_a_machine_whose_process_died_can_be_stopped(host: Path, machine: Comman
 
 def _quietly(*arguments: str) -> str:
     with tempfile.TemporaryFile("w+") as out, contextlib.redirect_stdout(out):
-        main(arguments)
+        main.run(arguments)
         out.seek(0)
         return out.read()

@@ -1,47 +1,22 @@
-"""Several hosts in memory around the real hand-off core: what the simulation's suites explore.
+"""What a few hosts consist of in the simulation, and what must hold in every world.
 
-What is real: ``decide`` and ``evolve`` of both halves, the records' codec, ``Rights`` and the gate. What is
-simulated: the disk (a list of records of which the last may not be on disk yet), the guest (paused, running or
-absent, and the number of the state it holds), and the network.
-
-* A message stays deliverable for ever once it was sent, so loss, repetition, reordering and delay are all covered.
-  A destination's answer exists as soon as it would be given to somebody who asked.
-* ``purge`` takes everything in flight away at once: what follows must come from the journals alone.
-* A machine crash takes the guest's memory and the record that is not on disk yet, or not that record.
-* Each record and each release that ``decide`` asks for is a step of its own, and a service kill drops those not done
-  yet. Telling needs no step (a message that was never sent is one that was never delivered), nor does resuming (the
-  owner of a paused guest may resume it at any moment, if the gate lets it).
-* Timers need no clock: what a timer may trigger is possible at any moment.
+The disk is a list of records of which the last may not be there yet, the guest is paused, running or absent and
+holds a numbered state, and the network is the set of messages that may still arrive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, reduce
+from collections.abc import Hashable
+from functools import cache, reduce
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from vmferry.errors import VmferryError
 from vmferry.handoff import destination, gate, records, source
 from vmferry.handoff.rights import Epochs, Rights
-from vmferry.handoff.states import (
-    Action,
-    Answer,
-    Append,
-    Attempt,
-    AttemptState,
-    InvalidTransitionError,
-    Record,
-    RecordKind,
-    Release,
-    Resume,
-    Tell,
-    Wait,
-)
+from vmferry.handoff.states import Action, Attempt, AttemptState, Record
 
 MACHINE: Final = "6f1c7f5e-3b0e-4c57-9d53-2f6a6a1d8a01"
 ABSENT, PAUSED, RUNNING = range(3)
-_NO_STEP: Final = (Answer, Resume, Wait)
 Item = TypeVar("Item", bound=Hashable)
 
 
@@ -102,49 +77,31 @@ class World(NamedTuple):
     messages: frozenset[Message] = frozenset()
 
 
-class Step(NamedTuple):
-    """One transition; a fault is nothing that liveness may count on."""
-
-    name: str
-    after: World
-    fault: bool = False
-
-
-@dataclass(frozen=True)
-class Core:
-    """The functions under test; the broken variants replace one."""
-
-    source_decide: Callable[[source.SourceState, source.SourceEvent], list[Action]] = source.decide
-    destination_decide: Callable[[destination.DestinationState, destination.DestinationEvent], list[Action]] = (
-        destination.decide
-    )
-
-
-@lru_cache(maxsize=None)
-def _through_codec(number: int) -> int:
+@cache
+def through_codec(number: int) -> int:
     record = RECORDS.items[number]
     decoded, _ = records.decode(records.encode(record, boot_id="boot", write_unix_ns=0))
     return RECORDS.number(decoded)
 
 
-@lru_cache(maxsize=None)
-def _source_state(journal: tuple[int, ...]) -> source.SourceState:
+@cache
+def source_state(journal: tuple[int, ...]) -> source.SourceState:
     initial: source.SourceState = source.Quiet()
     return reduce(source.evolve, (RECORDS.items[number] for number in journal), initial)
 
 
-@lru_cache(maxsize=None)
-def _destination_state(journal: tuple[int, ...]) -> destination.DestinationState:
+@cache
+def destination_state(journal: tuple[int, ...]) -> destination.DestinationState:
     return reduce(
         destination.evolve, (RECORDS.items[number] for number in journal), destination.DestinationState()
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rights(operator: tuple[int, ...], outgoing: tuple[int, ...], incoming: tuple[int, ...]) -> Rights:
     written = [RECORDS.items[number] for number in (*operator, *outgoing, *incoming)]
     epochs = reduce(Epochs.after, written, Epochs())
-    return Rights(epochs, _source_state(outgoing), _destination_state(incoming))
+    return Rights(epochs, source_state(outgoing), destination_state(incoming))
 
 
 def rights(host: Host) -> Rights:
@@ -157,344 +114,34 @@ def attempt_of(number: int) -> Attempt:
     return ATTEMPTS.items[number]
 
 
-def _uri(host: int) -> str:
+def uri_of(host: int) -> str:
     return f"spiffe://example.org/vmhost/{'abc'[host]}"
 
 
-def _incarnation(host: int, number: int) -> str:
+def incarnation_of(host: int, number: int) -> str:
     return f"{'abc'[host]}-{number}"
 
 
-def _digest(state: int) -> bytes:
+def digest_of(state: int) -> bytes:
     return state.to_bytes(32, "big")
 
 
-class Simulation:
-    """All that may happen next to some hosts, within bounds."""
-
-    def __init__(
-        self,
-        core: Core = Core(),  # noqa: B008 - immutable
-        *,
-        hosts: int = 2,
-        attempts: int = 2,
-        crashes: int = 2,
-        purges: int = 0,
-        amnesia: bool = False,
-    ) -> None:
-        self._core = core
-        self._hosts = range(hosts)
-        self._attempts = attempts
-        self._crashes = crashes
-        self._purges = purges
-        self._amnesia = amnesia
-        self._cache: dict[tuple[tuple[int, ...], Message, bool, bool], tuple[Action, ...]] = {}
-
-    def initial(self) -> World:
-        """The machine was born on the first host and runs there."""
-        born = RECORDS.number(Record(RecordKind.BORN, MACHINE, epoch=1))
-        first = Host(vm=(RUNNING, 0), operator=(_through_codec(born),))
-        return World(hosts=(first, *(Host() for _ in self._hosts[1:])))
-
-    def steps(self, world: World) -> Iterator[Step]:
-        """Everything that may happen next."""
-        for step in self._raw_steps(world):
-            yield step._replace(after=self._answered(step.after))
-
-    def _raw_steps(self, world: World) -> Iterator[Step]:
-        for number in self._hosts:
-            yield from self._faults(world, number)
-            yield from self._guest_steps(world, number)
-            for role in (0, 1):
-                if world.hosts[number].todo[role]:
-                    yield self._act(world, number, role)
-            if not world.hosts[number].todo[0]:
-                yield from self._source_steps(world, number)
-            if not world.hosts[number].todo[1]:
-                yield from self._destination_steps(world, number)
-        if world.purges < self._purges and world.messages:
-            yield Step("purge", world._replace(messages=frozenset(), purges=world.purges + 1), fault=True)
-
-    # Faults
-
-    def _faults(self, world: World, number: int) -> Iterator[Step]:
-        host, name = world.hosts[number], "abc"[number]
-        for role in (0, 1):
-            if host.todo[role]:
-                dropped = _with(host.todo, role, ())
-                yield Step(f"kill{role}@{name}", _put(world, number, host._replace(todo=dropped)), fault=True)
-        if world.faults >= self._crashes:
-            return
-        if host.vm[0] != ABSENT:
-            lost = self._lost_by(world, number)
-            for kept in {(True, True), *(_with((True, True), r, not host.unsynced[r]) for r in (0, 1))}:
-                after = host._replace(
-                    vm=(ABSENT, 0),
-                    outgoing=host.outgoing if kept[0] else host.outgoing[:-1],
-                    incoming=host.incoming if kept[1] else host.incoming[:-1],
-                    unsynced=(False, False),
-                    todo=((), ()),
-                )
-                crashed = _put(world, number, after)._replace(faults=world.faults + 1, lost=lost)
-                yield Step(f"crash{''.join('-+'[k] for k in kept)}@{name}", crashed, fault=True)
-        if self._amnesia and world.attempts:
-            empty = Host(incarnation=host.incarnation + 1)
-            yield Step(
-                f"journal-loss@{name}",
-                _put(world, number, empty)._replace(faults=world.faults + 1, lost="with its journal"),
-                fault=True,
-            )
-
-    def _lost_by(self, world: World, number: int) -> str:
-        held = usable(world)
-        if world.hosts[number].vm[0] != RUNNING and held != {number}:
-            return world.lost
-        return "although two hosts held it" if redundant(world) else world.lost or "with its host"
-
-    # The hypervisor, and the owner's right to use it
-
-    def _guest_steps(self, world: World, number: int) -> Iterator[Step]:
-        host, name = world.hosts[number], "abc"[number]
-        if not rights(host).permitted:
-            return
-        if host.vm[0] == PAUSED:
-            yield Step(f"resume@{name}", _resumed(world, number))
-        if host.vm[0] == ABSENT:
-            booted = host._replace(vm=(RUNNING, world.current + 1))
-            yield Step(
-                f"cold-boot@{name}", _put(world, number, booted)._replace(current=world.current + 1, lost="")
-            )
-
-    # Actions
-
-    def _act(self, world: World, number: int, role: int) -> Step:
-        host = world.hosts[number]
-        action = ACTIONS.items[host.todo[role][0]]
-        host = host._replace(todo=_with(host.todo, role, host.todo[role][1:]))
-        name = f"{_said(action)}@{'abc'[number]}"
-        world = _put(world, number, host)
-        if isinstance(action, Append):
-            world = self._appended(world, number, role, action.record, durable=action.durable)
-        elif isinstance(action, Tell):
-            world = self._told(world, number, action.method)
-        elif isinstance(action, Release) and host.vm[0] != RUNNING:
-            world = _put(world, number, host._replace(vm=(ABSENT, 0)))
-        rest = world.hosts[number].todo[role]
-        if rest and isinstance(ACTIONS.items[rest[0]], Tell):
-            return self._act(world, number, role)._replace(name=name)
-        return Step(name, world)
-
-    def _appended(self, world: World, number: int, role: int, record: Record, *, durable: bool) -> World:
-        host = world.hosts[number]
-        written = _through_codec(RECORDS.number(record))
-        if record.kind is RecordKind.OWNED and host.vm[0] != PAUSED:
-            world = world._replace(lost="the right was taken without a copy")
-        if role == 0:
-            host = host._replace(outgoing=(*host.outgoing, written))
-            _source_state(host.outgoing)  # raises if it cannot follow
-        else:
-            host = host._replace(incoming=(*host.incoming, written))
-            _destination_state(host.incoming)
-        world = _put(world, number, host._replace(unsynced=_with(host.unsynced, role, not durable)))
-        told = {RecordKind.BEGUN: "Begin", RecordKind.SEALED: "Seal"}.get(record.kind)
-        return self._told(world, number, told) if told else world
-
-    def _told(self, world: World, number: int, method: str) -> World:
-        host = world.hosts[number]
-        state = _source_state(host.outgoing)
-        if isinstance(state, source.Quiet):  # an attempt that was just closed
-            attempt = RECORDS.items[host.outgoing[-1]].attempt
-            assert attempt is not None
-        else:
-            attempt = state.attempt
-        digest = int.from_bytes(getattr(state, "digest", b""), "big")
-        return _sent(world, Message(ATTEMPTS.number(attempt), method, digest=digest))
-
-    def _decided(self, world: World, number: int, role: int, name: str, actions: Sequence[Action]) -> Step | None:
-        host = world.hosts[number]
-        # A source releases the guest that it holds now, never one that arrives later.
-        ignored = (*_NO_STEP, Release) if role == 0 and host.vm[0] == ABSENT else _NO_STEP
-        todo = tuple(ACTIONS.number(action) for action in actions if not isinstance(action, ignored))
-        if not todo:
-            return None
-        step = self._act(_put(world, number, host._replace(todo=_with(host.todo, role, todo))), number, role)
-        return step._replace(name=f"{name}:{step.name}")
-
-    # The source service
-
-    def _source_steps(self, world: World, number: int) -> Iterator[Step]:
-        host = world.hosts[number]
-        state = _source_state(host.outgoing)
-        if isinstance(state, source.Quiet):
-            yield from self._begins(world, number, state)
-            return
-        events: list[tuple[str, source.SourceEvent]] = [("unheard", source.Unheard())]
-        events.append(("abort", source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT)))
-        index = ATTEMPTS.number(state.attempt)
-        answers = [m for m in world.messages if m.attempt == index and m.kind == "answer"]
-        for message in answers:
-            events.append((f"heard-{AttemptState(message.state).name}", self._heard(message, host)))
-        if isinstance(state, source.Begun) and any(m.state == AttemptState.RECEIVING.value for m in answers):
-            if host.vm[0] == RUNNING:
-                yield Step(f"pause@{'abc'[number]}", _put(world, number, host._replace(vm=(PAUSED, host.vm[1]))))
-            elif host.vm[0] == PAUSED:
-                events.append(("paused", source.Paused(_digest(host.vm[1]))))
-        for name, event in events:
-            step = self._decided(world, number, 0, name, self._core.source_decide(state, event))
-            if step is not None:
-                yield step
-        if isinstance(state, source.Sealed):
-            sealed = self._told(world, number, "Seal")
-            if sealed != world:
-                yield Step(f"seal-again@{'abc'[number]}", sealed)
-
-    def _heard(self, message: Message, host: Host) -> source.Heard:
-        attempt = attempt_of(message.attempt)
-        return source.Heard(
-            attempt,
-            AttemptState(message.state),
-            _incarnation(_host_of(attempt.destination), message.incarnation),
-            _digest(message.digest) if message.state == AttemptState.PREPARED.value else b"",
-            memory_intact=host.vm[0] != ABSENT,
-        )
-
-    def _begins(self, world: World, number: int, state: source.Quiet) -> Iterator[Step]:
-        host = world.hosts[number]
-        mine = rights(host)
-        if len(world.attempts) >= self._attempts or not mine.permitted or host.vm[0] != RUNNING:
-            return
-        for other in self._hosts:
-            if other == number:
-                continue
-            attempt = Attempt(
-                MACHINE,
-                len(world.attempts).to_bytes(16, "big"),
-                state.last_number + 1,
-                mine.epochs.granted,
-                _uri(number),
-                _uri(other),
-                _incarnation(number, host.incarnation),
-                _incarnation(other, world.hosts[other].incarnation),
-            )
-            actions = self._core.source_decide(state, source.BeginWanted(attempt))
-            begun = world._replace(attempts=(*world.attempts, ATTEMPTS.number(attempt)))
-            step = self._decided(begun, number, 0, f"begin-{'abc'[other]}", actions)
-            assert step is not None
-            yield step
-
-    # The destination service
-
-    def _destination_steps(self, world: World, number: int) -> Iterator[Step]:
-        host = world.hosts[number]
-        state = _destination_state(host.incoming)
-        questions = [Message(index, "GetAttempt") for index in world.attempts]
-        for message in (*questions, *world.messages):
-            attempt = attempt_of(message.attempt)
-            if message.kind == "answer" or attempt.destination != _uri(number):
-                continue
-            known = attempt.destination_incarnation == _incarnation(number, host.incarnation)
-            if known or message.kind in {"GetAttempt", "Abort"}:  # the service turns the others down
-                yield from self._asked(world, number, message)
-        events: list[tuple[str, destination.DestinationEvent]] = []
-        if isinstance(state.current, (destination.Receiving, destination.Prepared)):
-            events.append(("stalled", destination.Stalled()))
-        gone = isinstance(state.current, destination.Prepared) and host.vm[0] == ABSENT
-        if isinstance(state.current, destination.Receiving) or gone:
-            events.append(("copy-lost", destination.CopyLost("gone")))
-        if isinstance(state.current, destination.Owned) and (host.vm[0] == RUNNING or _moved_on(host)):
-            events.append(("ran", destination.GuestRan()))
-        for name, event in events:
-            step = self._decided(world, number, 1, name, self._core.destination_decide(state, event))
-            if step is not None:
-                yield step
-        if _leftover(host) and not rights(host).holds and not host.todo[0]:
-            yield Step(f"discard@{'abc'[number]}", _put(world, number, host._replace(vm=(ABSENT, 0))))
-
-    def _asked(self, world: World, number: int, message: Message) -> Iterator[Step]:
-        host = world.hosts[number]
-        state = _destination_state(host.incoming)
-        if message.kind == "Seal" and isinstance(state.current, destination.Receiving):
-            if state.current.attempt.matches(attempt_of(message.attempt)):
-                world = _put(world, number, host._replace(vm=(PAUSED, message.digest)))
-        holds = message.kind == "Begin" and (rights(host).holds or _leftover(host))
-        actions = self._answers_to(host.incoming, message, copy_intact=host.vm[0] == PAUSED, holds=holds)
-        step = self._decided(world, number, 1, message.kind, actions)
-        if step is not None:
-            yield step
-            return
-        for action in actions:
-            if isinstance(action, Answer):
-                said = _answer_message(state, message.attempt, action)._replace(incarnation=host.incarnation)
-                if said not in world.messages:
-                    yield Step(f"answer-{action.state.name}@{'abc'[number]}", _sent(world, said))
-
-    def _answers_to(
-        self, incoming: tuple[int, ...], message: Message, *, copy_intact: bool, holds: bool
-    ) -> tuple[Action, ...]:
-        key = (incoming, message, copy_intact, holds)
-        if key not in self._cache:
-            attempt, digest = attempt_of(message.attempt), _digest(message.digest)
-            event: destination.DestinationEvent
-            match message.kind:
-                case "Begin":
-                    event = destination.BeginAsked(attempt, attempt.migration_id, 1, host_holds_machine=holds)
-                case "Seal":
-                    event = destination.Verified(attempt, digest)
-                case "Go":
-                    event = destination.GoAsked(attempt, digest, copy_intact=copy_intact)
-                case "Abort":
-                    event = destination.CloseAsked(attempt, "asked to")
-                case _:
-                    event = destination.StatusAsked(attempt)
-            try:
-                self._cache[key] = tuple(self._core.destination_decide(_destination_state(incoming), event))
-            except InvalidTransitionError:
-                raise
-            except VmferryError:
-                self._cache[key] = ()  # turned down
-        return self._cache[key]
-
-    def _answered(self, world: World) -> World:
-        """Every answer that somebody would get who asked a destination now; none right after a purge."""
-        if world.purges and not world.messages:
-            return world
-        messages = set(world.messages)
-        for number in world.attempts:
-            host = world.hosts[_host_of(attempt_of(number).destination)]
-            known = _known_answer(host.incoming, number)
-            if known is not None:
-                messages.add(known._replace(incarnation=host.incarnation))
-        return world if len(messages) == len(world.messages) else world._replace(messages=frozenset(messages))
-
-
-@lru_cache(maxsize=None)
-def _known_answer(incoming: tuple[int, ...], attempt: int) -> Message | None:
-    state = _destination_state(incoming)
-    known = destination.answer(state, attempt_of(attempt))
-    return None if known.state is AttemptState.UNSEEN else _answer_message(state, attempt, known)
-
-
-def _answer_message(state: destination.DestinationState, attempt: int, answer: Answer) -> Message:
-    digest = getattr(state.current, "digest", b"") if answer.state is AttemptState.PREPARED else b""
-    return Message(attempt, "answer", answer.state.value, int.from_bytes(digest, "big"))
-
-
-def _host_of(uri: str) -> int:
+def host_of(uri: str) -> int:
     return "abc".index(uri[-1])
 
 
-def _leftover(host: Host) -> bool:
+def leftover(host: Host) -> bool:
     """A guest that is not of an open incoming attempt: a service was killed before it had removed it."""
-    arriving = _destination_state(host.incoming).current
+    arriving = destination_state(host.incoming).current
     return host.vm[0] != ABSENT and not isinstance(arriving, (destination.Receiving, destination.Prepared))
 
 
-def _moved_on(host: Host) -> bool:
+def moved_on(host: Host) -> bool:
     mine = rights(host)
     return not isinstance(mine.outgoing, source.Quiet) or mine.epochs.left >= mine.epochs.granted
 
 
-def _resumed(world: World, number: int) -> World:
+def resumed(world: World, number: int) -> World:
     host = world.hosts[number]
     try:
         gate.mint(MACHINE, rights(host))
@@ -504,36 +151,27 @@ def _resumed(world: World, number: int) -> World:
         return world
     lost = "a stale copy was resumed" if host.vm[1] != world.current else ""
     started = host._replace(vm=(RUNNING, world.current + 1))
-    return _put(world, number, started)._replace(current=world.current + 1, lost=lost)
+    return put(world, number, started)._replace(current=world.current + 1, lost=lost)
 
 
-def _said(action: Action) -> str:
-    match action:
-        case Append(record=record, durable=durable):
-            return record.kind.name + ("*" if durable else "")
-        case Tell(method=method):
-            return method
-    return type(action).__name__.lower()
-
-
-def _with(pair: tuple[Item, Item], index: int, value: Item) -> tuple[Item, Item]:
+def replaced(pair: tuple[Item, Item], index: int, value: Item) -> tuple[Item, Item]:
     return (value, pair[1]) if index == 0 else (pair[0], value)
 
 
-def _put(world: World, number: int, host: Host) -> World:
+def put(world: World, number: int, host: Host) -> World:
     return world._replace(hosts=(*world.hosts[:number], host, *world.hosts[number + 1 :]))
 
 
-def _sent(world: World, message: Message) -> World:
+def sent(world: World, message: Message) -> World:
     return world if message in world.messages else world._replace(messages=world.messages | {message})
 
 
 # What must hold
 
 
-@lru_cache(maxsize=None)
+@cache
 def _open_attempt(outgoing: tuple[int, ...]) -> int | None:
-    state = _source_state(outgoing)
+    state = source_state(outgoing)
     return None if isinstance(state, source.Quiet) else ATTEMPTS.number(state.attempt)
 
 
@@ -550,7 +188,7 @@ def usable(world: World) -> set[int]:
         if host.vm[0] == ABSENT or host.vm[1] != world.current:
             continue
         outgoing = _open_attempt(host.outgoing)
-        arriving = _destination_state(host.incoming).current
+        arriving = destination_state(host.incoming).current
         deliverable = (
             isinstance(arriving, (destination.Prepared, destination.Owned))
             and ATTEMPTS.number(arriving.attempt) in opened
@@ -567,9 +205,9 @@ def redundant(world: World) -> bool:
         return False
     for number in world.attempts:
         attempt = attempt_of(number)
-        origin = world.hosts[_host_of(attempt.source)]
-        target = world.hosts[_host_of(attempt.destination)]
-        arriving = _destination_state(target.incoming).current
+        origin = world.hosts[host_of(attempt.source)]
+        target = world.hosts[host_of(attempt.destination)]
+        arriving = destination_state(target.incoming).current
         copies = origin.vm == target.vm == (PAUSED, world.current)
         if (
             copies

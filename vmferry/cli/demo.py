@@ -201,7 +201,8 @@ def _print_end(report: Report) -> None:
     if report.spans:
         print()
         screen.print(render_timeline(report.spans, screen.width))
-    print(f"\npeak memory of the services, MiB: {report.peak_rss_mib}")
+    peaks = ", ".join(f"{name} {peak:.0f} MiB" for name, peak in report.peak_rss_mib.items())
+    print(f"\npeak memory of the services: {peaks}")
     if report.broken is not None:
         say(f"remedy: {report.broken.migration.reason.remedy}")
         return

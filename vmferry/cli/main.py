@@ -6,6 +6,7 @@ remedy on stderr, with the exit code docs/cli.md lists; a traceback is shown onl
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,15 +26,22 @@ class _Settings:
     debug: bool = False
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; Ctrl-C is 130, as typer has it."""
+def main() -> int:
+    """The entry of the process."""
     enforce_tls13()
+    # gRPC's own library writes to stderr past Python; what it has to say comes out as our errors.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    return run(sys.argv[1:])
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; Ctrl-C is 130, as typer has it."""
     from vmferry.cli.commands import app  # noqa: PLC0415 - loads grpc, which must find TLS 1.2 shut out
 
     settings = _Settings()
     try:
         result = app(
-            args=None if arguments is None else list(arguments),
+            args=list(arguments),
             prog_name="vmferry",
             standalone_mode=False,
             obj=settings,

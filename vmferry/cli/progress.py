@@ -118,10 +118,12 @@ class LineView:
 
 
 class LiveView:
-    """A bar for the current round with the figures below it, redrawn in place."""
+    """A bar for the current round with the figures below it, redrawn in place and wiped away at the end."""
 
     def __init__(self, screen: Console) -> None:
-        self._live = Live(console=screen, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+        self._live = Live(
+            console=screen, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
         self._round = -1
         self._round_bytes = 0
 
@@ -138,11 +140,13 @@ class LiveView:
         if progress.round != self._round:
             self._round, self._round_bytes = progress.round, 0
         self._round_bytes = max(self._round_bytes, progress.remaining_bytes)
+        whole = (progress.round > 0 and not progress.remaining_bytes) or (
+            migration.outcome != MIGRATION_OUTCOME_UNSPECIFIED
+        )
         done = self._round_bytes - progress.remaining_bytes
-        ended = migration.outcome != MIGRATION_OUTCOME_UNSPECIFIED
         bar = ProgressBar(
-            total=1 if ended else max(1, self._round_bytes),
-            completed=1 if ended else done,
+            total=1 if whole else max(1, self._round_bytes),
+            completed=1 if whole else done,
             width=_BAR_COLUMNS,
         )
         return Group(Text(headline(migration), style="bold"), Padding(bar), Text(facts(migration)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.fake_source import HOST_A, FakeSource
-from vmferry.cli.main import main
+from vmferry.cli import main
 from vmferry.security.authority import init_authority, issue
 from vmferry.security.identity import Identity
 
@@ -52,7 +52,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
 
     def run_command(*arguments: object) -> Ran:
         capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
+        code = main.run([str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return Ran(code, out, err)
 

@@ -1,6 +1,6 @@
 """A source service for the command line to talk to: real TLS and real stubs, with a script instead of machines."""
 
-# ruff: noqa: N802, D102, ARG002 - names and parameters of a servicer's methods are gRPC's
+# ruff: noqa: N802, ARG002 - names and parameters of a servicer's methods are gRPC's
 from __future__ import annotations
 
 import time

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.cli.conftest import Ran, Run
 from tests.unit.cli.fake_source import HOST_A, HOST_B, MIGRATION_ID, FakeSource
-from vmferry.cli.main import main
+from vmferry.cli import main
 from vmferry.errors import ExitCode
 
 TO = ("--to-host", HOST_B, "--to-address", "127.0.0.1:7602")
@@ -163,7 +163,7 @@ def test_the_terminal_cannot_be_commanded_by_another_host(
 
 def test_no_arguments_show_the_help(capfd: pytest.CaptureFixture[str]) -> None:
     """Called without anything, the command explains itself and ends with the code of a usage error."""
-    code = main([])
+    code = main.run([])
 
     assert code == ExitCode.USAGE
     assert "migrate" in "".join(capfd.readouterr())
