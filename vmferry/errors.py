@@ -54,6 +54,8 @@ class VmferryError(Exception):
 class InternalError(VmferryError):
     """A promise inside vmferry was broken."""
 
+    reason = "INTERNAL"
+
 
 class InvalidArgumentError(VmferryError):
     """A request field or command-line option has a value that can never be right."""

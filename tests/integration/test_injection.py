@@ -321,7 +321,7 @@ def test_a_filter_that_kills_on_the_call_does_not_kill_the_machine(start: Callab
 def test_a_target_that_ends_meanwhile_is_reported_as_dead(start: Callable[..., Target]) -> None:
     """Killed at a random moment, the target is operated on or dead; there is no third answer."""
     seed = random.randrange(1 << 32)
-    print("seed", seed)  # noqa: T201 (reproduces a failure)
+    print("seed", seed)
     rng = random.Random(seed)
     for _ in range(10):
         target = start(WAITING["many threads"])
@@ -354,7 +354,7 @@ def test_somebody_who_waits_for_the_target_is_not_misled(start: Callable[..., Ta
 def test_a_service_that_is_killed_meanwhile_leaves_the_target_unharmed(start: Callable[..., Target]) -> None:
     """At whatever moment the caller is killed, the target is let go, answers, and keeps no descriptor."""
     seed = random.randrange(1 << 32)
-    print("seed", seed)  # noqa: T201 (reproduces a failure)
+    print("seed", seed)
     rng = random.Random(seed)
     target = start(WAITING["busy"])
     before = target.descriptors()

@@ -205,7 +205,7 @@ def test_no_write_of_a_process_that_never_rests_is_lost(
 ) -> None:
     """After random writes at full speed during scans and copies, the shadow equals the file byte for byte."""
     seed = random.randrange(1 << 32)
-    print("seed", seed)  # noqa: T201 (reproduces a failure)
+    print("seed", seed)
     subject = make_subject(registers_itself=registers_itself, pages=4096)
     tracker, shadow = make_tracker(kind, subject, findings), Shadow(subject)
     try:

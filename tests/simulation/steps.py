@@ -25,7 +25,10 @@ from tests.simulation.world import (
     ABSENT,
     ACTIONS,
     ATTEMPTS,
+    BOTH,
+    CRASHED,
     MACHINE,
+    NO_COPY,
     PAUSED,
     RECORDS,
     RUNNING,
@@ -68,6 +71,8 @@ from vmferry.handoff.states import (
 )
 
 _NO_STEP: Final = (Answer, Resume, Wait)
+_ASK: Final = Tell("GetAttempt")
+"""No step either: the question about any attempt may arrive at any moment."""
 
 
 class Step(NamedTuple):
@@ -160,7 +165,7 @@ class Simulation:
             empty = Host(incarnation=host.incarnation + 1)
             yield Step(
                 f"journal-loss@{name}",
-                put(world, number, empty)._replace(faults=world.faults + 1, lost="with its journal"),
+                put(world, number, empty)._replace(faults=world.faults + 1, lost=CRASHED),
                 fault=True,
             )
 
@@ -168,7 +173,7 @@ class Simulation:
         held = usable(world)
         if world.hosts[number].vm[0] != RUNNING and held != {number}:
             return world.lost
-        return "although two hosts held it" if redundant(world) else world.lost or "with its host"
+        return BOTH if redundant(world) else world.lost or CRASHED
 
     # The hypervisor, and the owner's right to use it
 
@@ -207,7 +212,7 @@ class Simulation:
         host = world.hosts[number]
         written = through_codec(RECORDS.number(record))
         if record.kind is RecordKind.OWNED and host.vm[0] != PAUSED:
-            world = world._replace(lost="the right was taken without a copy")
+            world = world._replace(lost=NO_COPY)
         if role == 0:
             host = host._replace(outgoing=(*host.outgoing, written))
             source_state(host.outgoing)  # raises if it cannot follow
@@ -221,11 +226,8 @@ class Simulation:
     def _told(self, world: World, number: int, method: str) -> World:
         host = world.hosts[number]
         state = source_state(host.outgoing)
-        if isinstance(state, source.Quiet):  # an attempt that was just closed
-            attempt = RECORDS.items[host.outgoing[-1]].attempt
-            assert attempt is not None
-        else:
-            attempt = state.attempt
+        attempt = RECORDS.items[host.outgoing[-1]].attempt  # open, or closed just now
+        assert attempt is not None
         digest = int.from_bytes(getattr(state, "digest", b""), "big")
         return sent(world, Message(ATTEMPTS.number(attempt), method, digest=digest))
 
@@ -235,7 +237,9 @@ class Simulation:
         host = world.hosts[number]
         # A source releases the guest that it holds now, never one that arrives later.
         ignored = (*_NO_STEP, Release) if role == 0 and host.vm[0] == ABSENT else _NO_STEP
-        todo = tuple(ACTIONS.number(action) for action in actions if not isinstance(action, ignored))
+        todo = tuple(
+            ACTIONS.number(action) for action in actions if not isinstance(action, ignored) and action != _ASK
+        )
         if not todo:
             return None
         step = self._act(
@@ -251,12 +255,13 @@ class Simulation:
         if isinstance(state, source.Quiet):
             yield from self._begins(world, number, state)
             return
-        events: list[tuple[str, source.SourceEvent]] = [("unheard", source.Unheard())]
-        events.append(("abort", source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT)))
         index = ATTEMPTS.number(state.attempt)
         answers = [m for m in world.messages if m.attempt == index and m.kind == "answer"]
-        for message in answers:
-            events.append((f"heard-{AttemptState(message.state).name}", self._heard(message, host)))
+        events: list[tuple[str, source.SourceEvent]] = [
+            ("unheard", source.Unheard()),
+            ("abort", source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT)),
+            *((f"heard-{AttemptState(m.state).name}", self._heard(m, host)) for m in answers),
+        ]
         if isinstance(state, source.Begun) and any(m.state == AttemptState.RECEIVING.value for m in answers):
             if host.vm[0] == RUNNING:
                 yield Step(
@@ -338,9 +343,10 @@ class Simulation:
     def _asked(self, world: World, number: int, message: Message) -> Iterator[Step]:
         host = world.hosts[number]
         state = destination_state(host.incoming)
-        if message.kind == "Seal" and isinstance(state.current, destination.Receiving):
-            if state.current.attempt.matches(attempt_of(message.attempt)):
-                world = put(world, number, host._replace(vm=(PAUSED, message.digest)))
+        now = state.current
+        awaited = isinstance(now, destination.Receiving) and now.attempt.matches(attempt_of(message.attempt))
+        if message.kind == "Seal" and awaited:
+            world = put(world, number, host._replace(vm=(PAUSED, message.digest)))
         holds = message.kind == "Begin" and (rights(host).holds or leftover(host))
         actions = self._answers_to(host.incoming, message, copy_intact=host.vm[0] == PAUSED, holds=holds)
         step = self._decided(world, number, 1, message.kind, actions)

@@ -42,7 +42,7 @@ class PageTable:
 
     def __init__(self, page_count: int) -> None:
         self.page_count = page_count
-        self._table = bytearray(ZERO_PAGE_DIGEST * page_count)
+        self._table = bytearray(ZERO_PAGE_DIGEST) * page_count
 
     def set(self, page: int, digest: bytes) -> None:
         """Note the digest of one page."""

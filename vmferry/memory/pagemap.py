@@ -39,6 +39,8 @@ _RESULT_FIELDS: Final = 3
 """``struct page_region``: start, end, categories."""
 _MAX_RESULTS: Final = 4096
 
+_END_TIMEOUT_MS: Final = 100
+
 ENTRY_SIZE: Final = 8
 _CLEAR_SOFT_DIRTY: Final = "4"
 _SOFT_DIRTY: Final = 1 << 55
@@ -140,12 +142,20 @@ class PageMap:
     def _verify(self) -> None:
         """Refuse the answer of a scan if the memory it was about is no longer there."""
         pid = self._mapped.pid
+        try:
+            moved = find_mapping(pid, self._mapped.region) != self._mapped
+        except TrackerUnavailableError:
+            moved = True
+        # A process that is just ending has lost its memory but is not yet dead, so that deserves a moment.
+        if self._has_ended(_END_TIMEOUT_MS if moved else 0):
+            raise MachineDeadError(f"process {pid} is gone", pid=pid)
+        if moved:
+            raise TrackerUnavailableError(f"process {pid} moved its memory while it was tracked", pid=pid)
+
+    def _has_ended(self, timeout_ms: int) -> bool:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        if poll.poll(0):
-            raise MachineDeadError(f"process {pid} is gone", pid=pid)
-        if find_mapping(pid, self._mapped.region) != self._mapped:
-            raise TrackerUnavailableError(f"process {pid} moved its memory while it was tracked", pid=pid)
+        return bool(poll.poll(timeout_ms))
 
     def _walk(self, flags: int, *, mask: int, inverted: int = 0) -> Iterator[tuple[Addresses, Addresses]]:
         """Call PAGEMAP_SCAN as often as one answer is too small; where the matching runs start and end."""

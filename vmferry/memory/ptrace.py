@@ -98,7 +98,7 @@ class Tracee:
         except ProcessLookupError:
             raise
         except OSError as exc:
-            if self._is_ending():
+            if _is_ending(tid):
                 raise ProcessLookupError(errno.ESRCH, "the thread is gone") from exc
             what = "suspending its system call filter (seccomp)" if filtered else "attaching to it"
             raise TrackerUnavailableError(
@@ -210,13 +210,6 @@ class Tracee:
             pid=self._pid,
         )
 
-    def _is_ending(self) -> bool:
-        """Whether the thread ends about now; one that has begun to end may not be attached to by anybody."""
-        deadline = time.monotonic() + _END_TIMEOUT_SECONDS
-        while not (ended := _is_zombie(self._tid)) and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        return ended
-
     def _collect(self) -> None:
         """Take note of the thread's end: until its tracer has done so, its process cannot end."""
         with suppress(ProcessLookupError):
@@ -284,14 +277,14 @@ def _find_syscall_instruction(tid: int) -> int:
     """The address of a ``syscall`` instruction in the code that the kernel itself maps into each process."""
     with _gone_if_absent():
         lines = Path(f"/proc/{tid}/maps").read_text("utf-8", "surrogateescape").splitlines()
-    if not lines:
-        raise ProcessLookupError(errno.ESRCH, "the thread is gone")
     for line in lines:
         if line.endswith(" [vdso]"):
             start, end = (int(part, 16) for part in line.split()[0].split("-"))
             match = _BEFORE_SYSCALL.search(_read_memory(tid, start, end - start))
             if match:
                 return start + match.end()
+    if _is_ending(tid):
+        raise ProcessLookupError(errno.ESRCH, "the thread is gone")
     raise TrackerUnavailableError(f"process {tid} has no system call instruction in its vDSO", pid=tid)
 
 
@@ -302,6 +295,14 @@ def _read_memory(tid: int, address: int, size: int) -> bytes:
     if len(data) != size:
         raise ProcessLookupError(errno.ESRCH, "the thread is gone")
     return data
+
+
+def _is_ending(tid: int) -> bool:
+    """Whether a thread ends about now: meanwhile its memory is in pieces, and nobody may attach to it."""
+    deadline = time.monotonic() + _END_TIMEOUT_SECONDS
+    while not (ended := _is_zombie(tid)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+    return ended
 
 
 def _is_zombie(tid: int) -> bool:

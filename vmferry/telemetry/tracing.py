@@ -9,8 +9,6 @@ is no span per message, and none for health checks or reflection. Only OpenTelem
 from __future__ import annotations
 
 import asyncio
-import enum
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
@@ -81,42 +79,25 @@ def span_attributes(**attributes: object) -> None:
     trace.get_current_span().set_attributes(_own(attributes))
 
 
-class PhaseEvent(enum.StrEnum):
-    """What a :data:`PhaseListener` is told."""
-
-    STARTED = "started"
-    COMPLETE = "complete"
-    FAILED = "failed"
-
-
-PhaseListener: TypeAlias = Callable[[str, PhaseEvent, float], None]
-"""Called with the phase's name, what happened, and the seconds since it started."""
-
-
-def phase(name: str, /, *, listener: PhaseListener | None = None, **attributes: object) -> Phase:
+def phase(name: str, /, **attributes: object) -> Phase:
     """A piece of work as a span, for ``async with`` or ``with``.
 
     Args:
         name: name of the span.
-        listener: is told when it starts and when, and how, it ends.
         attributes: attributes of the span, named ``vmferry.*`` there.
     """
-    return Phase(name, listener, attributes)
+    return Phase(name, attributes)
 
 
 class Phase:
     """One use of :func:`phase`."""
 
-    def __init__(self, name: str, listener: PhaseListener | None, attributes: dict[str, object]) -> None:
+    def __init__(self, name: str, attributes: dict[str, object]) -> None:
         self._name = name
-        self._listener = listener
         self._attributes = attributes
-        self._started = 0.0
         self._current: AbstractContextManager[Span] | None = None
 
     def __enter__(self) -> Self:
-        self._started = time.monotonic()
-        self._tell(PhaseEvent.STARTED)
         self._current = _TRACER.start_as_current_span(
             self._name,
             attributes=_own(self._attributes),
@@ -133,7 +114,6 @@ class Phase:
         if error is not None:
             _record_failure(trace.get_current_span(), error)
         self._current.__exit__(kind, error, traceback)
-        self._tell(PhaseEvent.COMPLETE if error is None else PhaseEvent.FAILED)
 
     async def __aenter__(self) -> Self:
         return self.__enter__()
@@ -142,10 +122,6 @@ class Phase:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.__exit__(kind, error, traceback)
-
-    def _tell(self, event: PhaseEvent) -> None:
-        if self._listener is not None:
-            self._listener(self._name, event, time.monotonic() - self._started)
 
 
 class ServerTracingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # generic only in its stubs

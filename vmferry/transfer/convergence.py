@@ -1,7 +1,8 @@
 """When to stop copying and switch: the convergence policy, from measured rates. Pure: no I/O, no clock.
 
-Promise: the guest is paused only when the pause is predicted to fit the downtime limit; a guest that writes
-faster than its memory can be sent is never paused for longer than asked, the migration ends instead.
+Promise: the guest is paused only when the pause is predicted to fit the downtime limit, and not before further rounds
+would make it much shorter; a guest that writes faster than its memory can be sent is never paused for longer than
+asked, the migration ends instead.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ class Decision:
 
 # Pausing, device state, seal, two synced records and the resume: measured at 5 to 15 ms, allowed for generously.
 FIXED_DOWNTIME_S = 0.020
+_LITTLE_BYTES = 1024 * 1024
+"""What is sent in a few milliseconds anyway."""
+_MUCH_LESS = 0.5
 _STALLED_ROUNDS = 5
 _SHRINKING = 0.95
 
@@ -66,12 +70,19 @@ def decide(
     downtime = FIXED_DOWNTIME_S + last.dirty_bytes / rate
     fits = last.dirty_bytes == 0 or downtime <= limits.downtime_s
     converges = dirty_rate < rate
-    if fits:
+    last_chance = last.number >= limits.max_rounds
+    if fits and (last_chance or not _worth_another_round(last, rate, dirty_rate)):
         return Decision(Verdict.SWITCH, rate, dirty_rate, downtime, 0.0)
     eta = last.dirty_bytes / (rate - dirty_rate) if converges else None
-    hopeless = last.number >= limits.max_rounds or (not converges and _stalled(history))
+    hopeless = not fits and (last_chance or (not converges and _stalled(history)))
     verdict = Verdict.GIVE_UP if hopeless else Verdict.CONTINUE
     return Decision(verdict, rate, dirty_rate, downtime, eta)
+
+
+def _worth_another_round(last: RoundReport, rate: float, dirty_rate: float) -> bool:
+    """Whether one more round would leave much less to send in the pause."""
+    left_afterwards = dirty_rate * last.dirty_bytes / rate
+    return last.dirty_bytes > _LITTLE_BYTES and left_afterwards <= last.dirty_bytes * _MUCH_LESS
 
 
 def _send_rate(history: list[RoundReport]) -> float:

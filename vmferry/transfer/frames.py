@@ -7,6 +7,7 @@ speaks of the copy that will run, not of what was received.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,18 @@ from vmferry.memory.runs import PAGE_SIZE
 from vmferry.v1 import transfer_pb2
 
 Run = tuple[int, int]
+_THREAD = threading.local()
 HASH_BYTES = 16
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
+
+
+def _scratch(size: int) -> memoryview:
+    """A buffer of this thread, used again by the next call: fresh memory costs more than what is done in it."""
+    buffer: bytearray = getattr(_THREAD, "buffer", bytearray())
+    if len(buffer) < size:
+        buffer = _THREAD.buffer = bytearray(size)
+    return memoryview(buffer)[:size]
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ def build_chunk(
 ) -> BuiltChunk:
     """Read the pages of ``runs``, note their digests and make a chunk of those that are not all zero."""
     pages = sum(count for _, count in runs)
-    buffer = memoryview(bytearray(pages * PAGE_SIZE))
+    buffer = _scratch(pages * PAGE_SIZE)
     ram.read_pages(runs, buffer)
     split = table.scan_pages(runs, buffer)
     data = bytes(split.data)
@@ -109,7 +119,7 @@ class Intake:
         runs, zero_runs = _to_runs(chunk.runs), _to_runs(chunk.zero_runs)
         if runs:
             self.ram.write_pages(runs, memoryview(chunk.data))
-            back = memoryview(bytearray(len(chunk.data)))
+            back = _scratch(len(chunk.data))
             self.ram.read_pages(runs, back)
             self.table.note_pages(runs, back)
         if zero_runs:
@@ -126,7 +136,7 @@ class Intake:
             (_to_runs(chunk.zero_runs), None),
         ):
             pages = sum(count for _, count in runs)
-            mine = memoryview(bytearray(pages * PAGE_SIZE))
+            mine = _scratch(pages * PAGE_SIZE)
             self.ram.read_pages(runs, mine)
             theirs = data if data is not None else memoryview(bytes(len(mine)))
             if mine == theirs:

@@ -26,6 +26,7 @@ from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
 DEVICE_STATE_PIECE_BYTES: Final = 1024 * 1024
 _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 2.0
+_GOODBYE_S: Final = 1.0
 
 Frame = BuiltChunk | transfer_pb2.DeviceState
 Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
@@ -219,6 +220,7 @@ class _Lane:
                     if writer in done:
                         writer.result()
                     await reader
+                    await self._hang_up(call)
                 finally:
                     writer.cancel()
                     await asyncio.gather(writer, return_exceptions=True)
@@ -226,6 +228,13 @@ class _Lane:
                 reader.cancel()
                 call.cancel()
                 await asyncio.gather(reader, return_exceptions=True)
+
+    async def _hang_up(self, call: Call) -> None:
+        """Part in good order: the destination sees the end of the stream and not a cancellation."""
+        with contextlib.suppress(grpc.aio.BaseError, asyncio.InvalidStateError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                await call.done_writing()
+                await call.code()
 
     def _opening(self) -> transfer_pb2.TransferRequest:
         settings = self._settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import uuid
@@ -114,6 +115,22 @@ def test_migrate_says_how_to_ask_again_when_every_answer_is_lost(call: Run, sour
     assert ran.code == ExitCode.UNREACHABLE
     assert f"--request-id {source.requests[0].request_id}" in ran.err
     assert not ran.out
+
+
+def test_an_interrupted_migrate_leaves_the_migration_alone(call: Run, source: FakeSource) -> None:
+    """Ctrl-C ends the watching with exit code 130, and says how to watch on or cancel."""
+    source.script = [migration()]  # and nothing more: it is watched until the signal
+
+    command = [sys.executable, "-m", "vmferry.cli.main", *MOVE]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "precopying" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, out) == (130, "")
+    assert f"vmferry watch {MIGRATION_ID}, or vmferry cancel {MIGRATION_ID}" in err
+    assert "Traceback" not in err
 
 
 def test_migrate_no_wait_returns_the_id(call: Run, source: FakeSource) -> None:

@@ -18,11 +18,15 @@ DIGEST: Final = bytes(range(32))
 OTHER_DIGEST: Final = bytes(32)
 
 
-def attempt(number: int = 1, *, epoch: int = 1, source: str = A, destination: str = B, tag: int = 0) -> Attempt:
+def attempt(
+    number: int = 1, *, epoch: int = 1, source: str = A, destination: str = B, tag: int = 0
+) -> Attempt:
     """Attempt ``number`` from one host to another; ``tag`` makes another one with the same number."""
     return Attempt(
         machine_id=MACHINE,
-        migration_id=bytes((*b"migration-", tag, epoch, number, *source[-1].encode(), *destination[-1].encode(), 0)),
+        migration_id=bytes(
+            (*b"migration-", tag, epoch, number, *source[-1].encode(), *destination[-1].encode(), 0)
+        ),
         number=number,
         epoch_from=epoch,
         source=source,

@@ -270,7 +270,9 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "status newer": TOMBSTONE,
     },
 }
-TABLE: Final = {(state, event): did_it for state in STATES for event, did_it in {**IN_ALL, **ROWS[state]}.items()}
+TABLE: Final = {
+    (state, event): did_it for state in STATES for event, did_it in {**IN_ALL, **ROWS[state]}.items()
+}
 
 
 def test_the_table_lists_every_state_and_event() -> None:
@@ -420,7 +422,9 @@ def test_only_go_makes_an_owner_and_only_of_what_is_here() -> None:
 
 def test_a_torn_end_behind_prepared_is_never_refused_alone() -> None:
     """OWNED may hide there: to refuse could bring an older copy back to life after the guest has run here."""
-    assert [type(action) for action in decide(STATES["prepared"], CopyLost("gone", tail_certain=False))] == [Wait]
+    assert [type(action) for action in decide(STATES["prepared"], CopyLost("gone", tail_certain=False))] == [
+        Wait
+    ]
 
 
 def test_closing_a_newer_attempt_closes_the_older_one_too() -> None:
@@ -458,7 +462,11 @@ RECORDS: Final = st.builds(
     record,
     st.sampled_from(RecordKind),
     st.builds(
-        attempt, st.integers(1, 3), epoch=st.integers(1, 3), source=st.sampled_from([A, C]), destination=st.just(B)
+        attempt,
+        st.integers(1, 3),
+        epoch=st.integers(1, 3),
+        source=st.sampled_from([A, C]),
+        destination=st.just(B),
     ),
 )
 

@@ -72,7 +72,10 @@ EVENTS: Final[dict[str, SourceEvent]] = {
     "unheard": Unheard(),
     **{f"heard {state.name}": heard(state) for state in AttemptState},
     **{f"heard {state.name}, no memory": heard(state, memory=False) for state in AttemptState},
-    **{f"heard {state.name}, other journal": heard(state, incarnation=INCARNATION_A) for state in AttemptState},
+    **{
+        f"heard {state.name}, other journal": heard(state, incarnation=INCARNATION_A)
+        for state in AttemptState
+    },
 }
 
 
@@ -115,7 +118,8 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "heard REFUSED, no memory": "ABORTED*",
             "heard REFUSED, other journal": "ABORTED* resume",
             **{
-                f"heard {word}, no memory": "wait" for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
+                f"heard {word}, no memory": "wait"
+                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
             },
             **{f"heard {word}": "" for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")},
             **{
@@ -216,7 +220,9 @@ def test_rule_1_an_attempt_number_is_used_once() -> None:
 
 @pytest.mark.parametrize("state", [Begun(MINE), Sealed(MINE, DIGEST)], ids=["begun", "sealed"])
 @pytest.mark.parametrize("tail_certain", [True, False])
-def test_rule_2_a_source_without_memory_asks_and_never_closes(state: SourceState, *, tail_certain: bool) -> None:
+def test_rule_2_a_source_without_memory_asks_and_never_closes(
+    state: SourceState, *, tail_certain: bool
+) -> None:
     """Without memory nothing is recorded, and the destination is not told to drop what may be the only copy."""
     actions = decide(state, AbortWanted("reboot", memory_intact=False, tail_certain=tail_certain))
     assert did(actions) == "wait ->GetAttempt"

@@ -34,7 +34,6 @@ from vmferry.errors import MachineDeadError
 from vmferry.rpc.interceptors import ErrorInterceptor
 from vmferry.telemetry.tracing import (
     ClientTracingInterceptors,
-    PhaseEvent,
     ServerTracingInterceptor,
     current_trace_id,
     phase,
@@ -291,31 +290,6 @@ async def test_failed_phase(spans: InMemorySpanExporter, error: BaseException) -
     assert span.status.status_code is StatusCode.ERROR
     assert [event.name for event in span.events] == ["exception"]
     assert span.attributes.get("vmferry.reason") == getattr(error, "reason", None)
-
-
-def test_listener_times_phases_by_the_same_seam(spans: InMemorySpanExporter) -> None:
-    """The listener hears each phase start and end as the spans do; the plain ``with`` works."""
-    heard: list[tuple[str, PhaseEvent]] = []
-
-    def listener(name: str, event: PhaseEvent, elapsed_s: float) -> None:
-        assert elapsed_s >= 0
-        heard.append((name, event))
-
-    def switch_over() -> None:
-        with phase("switchover", listener=listener):
-            with phase("pause", listener=listener):
-                pass
-            raise MachineDeadError("gone")
-
-    with pytest.raises(MachineDeadError):
-        switch_over()
-    assert heard == [
-        ("switchover", PhaseEvent.STARTED),
-        ("pause", PhaseEvent.STARTED),
-        ("pause", PhaseEvent.COMPLETE),
-        ("switchover", PhaseEvent.FAILED),
-    ]
-    assert named("pause").parent.span_id == named("switchover").context.span_id
 
 
 def test_no_trace_outside_of_spans() -> None:

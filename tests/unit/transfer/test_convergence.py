@@ -23,7 +23,11 @@ def rounds(*dirty: int, rate: int = 100 * MB, seconds: float = 1.0) -> list[Roun
     ("history", "verdict"),
     [
         pytest.param(rounds(0), Verdict.SWITCH, id="nothing left"),
-        pytest.param(rounds(27 * MB), Verdict.SWITCH, id="the rest fits"),
+        pytest.param(rounds(1 * MB), Verdict.SWITCH, id="next to nothing left"),
+        pytest.param(rounds(27 * MB, seconds=0.3), Verdict.SWITCH, id="fits, and stays about as much"),
+        pytest.param(
+            rounds(27 * MB), Verdict.CONTINUE, id="fits, and one more round makes the pause much shorter"
+        ),
         pytest.param(rounds(29 * MB), Verdict.CONTINUE, id="the rest does not fit yet"),
         pytest.param(rounds(90 * MB, 60 * MB, 40 * MB), Verdict.CONTINUE, id="it shrinks"),
         pytest.param(rounds(200 * MB), Verdict.CONTINUE, id="too fast, but only one round has shown it"),
@@ -35,7 +39,7 @@ def rounds(*dirty: int, rate: int = 100 * MB, seconds: float = 1.0) -> list[Roun
             id="too fast but shrinking",
         ),
         pytest.param(rounds(*[90 * MB] * 30), Verdict.GIVE_UP, id="as many rounds as allowed"),
-        pytest.param(rounds(*[90 * MB] * 29, 1 * MB), Verdict.SWITCH, id="fits in the last round allowed"),
+        pytest.param(rounds(*[90 * MB] * 29, 20 * MB), Verdict.SWITCH, id="fits in the last round allowed"),
     ],
 )
 def test_verdicts(history: list[RoundReport], verdict: Verdict) -> None:
