@@ -9,7 +9,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-style check-types check-protos check-guests check-contract \
+.PHONY: help setup demo playground test check check-style check-types check-protos check-guests check-contract \
         format protos guests lock clean
 
 help: ## Show this list
@@ -20,6 +20,9 @@ setup: ## Make .venv, or bring it up to date (all targets below do this first)
 
 demo: setup ## Move a running guest from one service to another and show what happened
 	@$(BIN)/vmferry demo $(ARGS)
+
+playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C (needs ./playground empty or absent)
+	@$(BIN)/vmferry playground $(ARGS)
 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
 	@$(BIN)/python -m pytest $(ARGS)

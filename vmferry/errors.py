@@ -180,7 +180,7 @@ class MachineDeadError(VmferryError):
     code = "FAILED_PRECONDITION"
     reason = "MACHINE_DEAD"
     exit_code = ExitCode.PRECONDITION
-    remedy = "Look at the machine's log file, then start it again (vmferry machine run)."
+    remedy = "Look at the machine's log file; remove it (vmferry machine stop), then start a new one."
 
 
 class MachineFailedError(VmferryError):

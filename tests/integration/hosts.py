@@ -30,7 +30,7 @@ from tests.integration.services import (
     processes_with,
 )
 from vmferry.cli.machine import end_machine, run_machine
-from vmferry.config import HostConfig, render_config
+from vmferry.config import HostConfig
 from vmferry.errors import VmferryError
 from vmferry.machines.microvm import verdict
 from vmferry.machines.spec import MachineSpec
@@ -91,6 +91,7 @@ class World:
     root: Path
     hosts: dict[str, Host]
     guests: list[Guest] = field(default_factory=list)
+    bystander: Bystander | None = None
 
     @property
     def a(self) -> Host:
@@ -248,20 +249,28 @@ class World:
         await self.assert_stays(guest, here, there)
         await self.assert_crosses(guest, here, there)
 
-    async def end_guests(self) -> list[str]:
-        """End every machine a test made; returns what is left of any."""
+    async def end_guests(self, *, but: Guest | None = None) -> list[str]:
+        """End every machine that was made, but one; returns what is left of any."""
+        stays = but.spec if but else None
         for guest in self.guests:
+            if guest is but:
+                continue
             for host in self.hosts.values():
                 if any(record.spec.uuid == guest.id for record in host.directory.list()):
                     with contextlib.suppress(VmferryError):
                         await end_machine(guest.id, host.config)
-        self.guests.clear()
+        self.guests[:] = [guest for guest in self.guests if guest is but]
         with contextlib.suppress(pytest.fail.Exception):
-            await eventually(lambda: not self._left(), "nothing is left", seconds=5)
-        return self._left()
+            await eventually(lambda: not self._left(stays), "nothing is left", seconds=5)
+        return self._left(stays)
 
-    def _left(self) -> list[str]:
-        left = [f"host {host.name}: {item}" for host in self.hosts.values() for item in host.holdings()]
+    def _left(self, stays: MachineSpec | None) -> list[str]:
+        left = [
+            f"host {host.name}: {item}"
+            for host in self.hosts.values()
+            for item in host.holdings()
+            if stays is None or item not in host.holdings(stays)
+        ]
         for service in self.services:
             if service.running:
                 left += [f"{service.role} service: {what}" for what in open_trackers(service.pid)]
@@ -309,6 +318,18 @@ async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]
             await _end_everything(world)
 
 
+@contextlib.asynccontextmanager
+async def configured(service: Service, **settings: Any) -> AsyncIterator[None]:
+    """Run a service with other settings for a while; it is started anew before and afterwards."""
+    service.host.write_config(**settings)
+    await service.restart()
+    try:
+        yield
+    finally:
+        service.host.write_config()
+        await service.restart()
+
+
 def _certificates(folder: Path) -> None:
     init_authority(folder / "authority", DOMAIN)
     for kind, name in ((Kind.VMHOST, "a"), (Kind.VMHOST, "b"), (Kind.VMHOST, "c")):
@@ -330,9 +351,7 @@ def _host(name: str, root: Path, ram: Path, values: dict[str, Any]) -> Host:
     )
     for folder in (config.state_dir, config.run_dir, config.ram_dir):
         folder.mkdir(mode=0o700, parents=True)
-    config_file = root / f"host-{name}.toml"
-    config_file.write_text(render_config(config), encoding="utf-8")
-    return Host(name, config, config_file, root / "logs")
+    return Host(name, config, root / f"host-{name}.toml", root / "logs")
 
 
 async def _end_everything(world: World) -> None:
@@ -365,9 +384,36 @@ async def link(world: World) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def tidy(world: World, request: pytest.FixtureRequest) -> AsyncIterator[None]:
-    """Ends a test's machines, and fails the test if anything of them is left."""
+async def tidy(world: World) -> AsyncIterator[None]:
+    """Ends a test's machines, and fails the test if anything of them, or of a service, is left behind or missing."""
     yield
-    left = await world.end_guests()
+    left = await world.end_guests(but=world.bystander.guest if world.bystander else None)
     assert not left, left
     assert all(service.running for service in world.services), "a service has ended"
+
+
+@dataclass
+class Bystander:
+    """A guest that goes to and fro between the hosts of a module, whatever the tests do to others."""
+
+    world: World
+    guest: Guest
+    here: Host
+    there: Host
+
+    async def assert_unharmed(self) -> None:
+        """It runs where it was, undamaged, and nowhere else; and its next migration completes."""
+        await self.world.assert_stays(self.guest, self.here, self.there)
+        await self.assert_crosses()
+
+    async def assert_crosses(self) -> None:
+        """It goes to the other host."""
+        await self.world.assert_crosses(self.guest, self.here, self.there)
+        self.here, self.there = self.there, self.here
+
+
+@pytest.fixture(scope="module")
+async def bystander(world: World) -> Bystander:
+    """A guest that lives as long as its module's world."""
+    world.bystander = Bystander(world, await world.run(), world.a, world.b)
+    return world.bystander

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,7 +23,7 @@ import pytest
 
 import vmferry
 from vmferry.cli.machine import directory_of
-from vmferry.config import HostConfig
+from vmferry.config import HostConfig, render_config
 from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines.directory import MachineDirectory, MachineRecord
@@ -70,7 +71,7 @@ class Service:
         self.role = role
         self.port = 0
         self.log = log
-        self._host = host
+        self.host = host
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -93,7 +94,7 @@ class Service:
         """Start it, and return when it takes calls."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self._host.config_file)),
+                *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -103,10 +104,10 @@ class Service:
             )
         assert self._process.stdout is not None
         line = await asyncio.wait_for(self._process.stdout.readline(), READY_S)
-        assert line, f"the {self.role} service of {self._host.name} did not start:\n{self.log_text()[-3000:]}"
+        assert line, f"the {self.role} service of {self.host.name} did not start:\n{self.log_text()[-3000:]}"
         ready = json.loads(line)
         assert ready["service"] == self.role
-        assert ready["host"] == self._host.identity.uri
+        assert ready["host"] == self.host.identity.uri
         self.port = ready["port"]
 
     def signal(self, number: signal.Signals) -> None:
@@ -119,6 +120,12 @@ class Service:
         assert self._process is not None
         self._process.kill()
         await self._process.wait()
+
+    async def restart(self) -> None:
+        """End it in order if it runs, and start it."""
+        if self.running:
+            await self.stop()
+        await self.start()
 
     async def stop(self) -> int:
         """End it in order; returns its exit code. By force if it does not go."""
@@ -154,6 +161,12 @@ class Host:
         self.config_file = config_file
         self.source = Service("source", self, logs / f"source-{name}.log")
         self.dest = Service("dest", self, logs / f"dest-{name}.log")
+        self.write_config()
+
+    def write_config(self, **settings: Any) -> None:
+        """Give services that start from now on other settings; without any, its own."""
+        text = render_config(dataclasses.replace(self.config, **settings))
+        self.config_file.write_text(text, encoding="utf-8")
 
     @property
     def directory(self) -> MachineDirectory:

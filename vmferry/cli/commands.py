@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import certs, demo, machine, migrate, status, ticket, trace, watch
+from vmferry.cli import certs, demo, machine, migrate, playground, status, ticket, trace, watch
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -36,6 +36,7 @@ def version(json: JsonOption = False) -> None:
 
 
 app.command()(demo.demo)
+app.command()(playground.playground)
 app.command()(migrate.plan)
 app.command()(migrate.migrate)
 app.command()(migrate.cancel)

@@ -1,4 +1,4 @@
-"""The two hosts of a demonstration: real services with real certificates, on loopback, in folders of their own.
+"""Two hosts on this computer, to show and to try things: real services with real certificates, on loopback.
 
 Promise: everything that was started is ended, and every file is removed, however the demonstration ends; only what
 ``keep`` asks for stays. Nothing outside of these folders is touched.
@@ -13,10 +13,11 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Final
 
 from vmferry.cli.machine import directory_of
 from vmferry.cli.output import say
@@ -40,6 +41,17 @@ _END_S: Final = 15.0
 _KILL_S: Final = 5.0
 _TAIL_BYTES: Final = 4096
 _MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the services of one host listen; 0 is any free port."""
+
+    source: int = 0
+    dest: int = 0
+
+
+ANY_PORTS: Final = MappingProxyType({"a": Ports(), "b": Ports()})
 
 
 class Service:
@@ -153,15 +165,15 @@ class TwoHosts:
 
 
 @contextlib.asynccontextmanager
-async def two_hosts(keep: Path | None, **settings: Any) -> AsyncIterator[TwoHosts]:
+async def two_hosts(keep: Path | None, *, ports: Mapping[str, Ports] = ANY_PORTS) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
 
     Args:
         keep: folder for certificates, configurations, journals, traces and logs, which stay.
-        settings: what both hosts' configurations have instead of the defaults.
+        ports: where each host's services listen; any free port by default.
     """
     with _folders(keep) as (files, run, ram):
-        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, settings))
+        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports))
         world = TwoHosts(a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces")
         try:
             await _start(world.services)
@@ -222,7 +234,7 @@ def _empty(folder: Path) -> Path:
     raise InvalidArgumentError(f"{folder} is not empty", field="--keep")
 
 
-def _prepare(files: Path, run: Path, ram: Path, settings: dict[str, Any]) -> list[DemoHost]:
+def _prepare(files: Path, run: Path, ram: Path, ports: Mapping[str, Ports]) -> list[DemoHost]:
     authority = files / "tls" / "authority"
     init_authority(authority, TRUST_DOMAIN)
     issue(authority, Identity(TRUST_DOMAIN, Kind.ADMIN, "operator"), files / "tls" / "operator")
@@ -236,9 +248,8 @@ def _prepare(files: Path, run: Path, ram: Path, settings: dict[str, Any]) -> lis
             run_dir=run / name,
             ram_dir=ram / name,
             trace_dir=files / "traces",
-            source_listen="127.0.0.1:0",
-            dest_listen="127.0.0.1:0",
-            **settings,
+            source_listen=f"127.0.0.1:{ports[name].source}",
+            dest_listen=f"127.0.0.1:{ports[name].dest}",
         )
         for folder in (config.state_dir, config.run_dir, config.ram_dir):
             folder.mkdir(mode=0o700, parents=True)

@@ -1,0 +1,57 @@
+"""``vmferry playground``: two hosts and a running machine on this computer, to try things on.
+
+Promise: ports and paths are always the same, so that the examples of the documentation work as pasted; Ctrl-C ends
+everything that was started, and the folder is left for a look at logs, traces and journals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json as json_module
+import signal
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from vmferry.cli.demo_hosts import Ports, two_hosts
+from vmferry.cli.machine import run_machine
+from vmferry.machines.spec import new_spec
+
+PORTS: Final = {"a": Ports(source=7601, dest=7602), "b": Ports(source=7611, dest=7612)}
+MACHINE: Final = "canary"
+
+
+def playground(
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--dir", metavar="DIR", help="Certificates, configurations, logs, traces; must be empty."
+        ),
+    ] = Path("playground"),
+    memory_mib: Annotated[int, typer.Option("--memory-mib", min=4, help="Memory of the machine.")] = 256,
+) -> None:
+    """Run two hosts and a machine on this computer until Ctrl-C."""
+    asyncio.run(_run(folder, memory_mib))
+
+
+async def _run(folder: Path, memory_mib: int) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stop.set)
+    async with two_hosts(folder, ports=PORTS) as world:
+        await run_machine(new_spec(MACHINE, memory_mib, "canary"), world.a.host.config)
+        hosts = {
+            shore.host.name: {
+                "host": shore.host.identity.uri,
+                "source": shore.source.address,
+                "destination": shore.dest.address,
+                "config": str(shore.host.config_file),
+            }
+            for shore in (world.a, world.b)
+        }
+        document = {"machine": MACHINE, "on": "a", "tls": str(world.admin_tls), "hosts": hosts}
+        print(json_module.dumps(document, indent=2), flush=True)
+        typer.echo("ready; Ctrl-C ends everything", err=True)
+        await stop.wait()
