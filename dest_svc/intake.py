@@ -18,6 +18,8 @@ from vmferry.transfer.numbering import Arrival, ReceivingLane, Totals
 from vmferry.v1 import transfer_pb2
 
 MAX_DEVICE_STATE_BYTES: Final = 64 * 1024 * 1024
+MAX_DEVICE_STATE_PIECES: Final = 1024
+"""Bounds what crumbs would cost beyond their bytes."""
 Response = transfer_pb2.TransferResponse
 
 
@@ -32,7 +34,8 @@ class DeviceStateBuffer:
         """Keep one piece.
 
         Raises:
-            ChunkRejectedError: it lies outside the device state, or that is larger than any real one.
+            ChunkRejectedError: it lies outside the device state or over another piece, or the device state is larger
+                or in more pieces than any real one.
         """
         if not 0 < piece.total_bytes <= MAX_DEVICE_STATE_BYTES:
             raise ChunkRejectedError(
@@ -45,6 +48,14 @@ class DeviceStateBuffer:
             )
         if not piece.data or piece.offset + len(piece.data) > piece.total_bytes:
             raise ChunkRejectedError("the piece is empty or lies outside the device state", field="offset")
+        if len(self._pieces) >= MAX_DEVICE_STATE_PIECES:
+            raise ChunkRejectedError(
+                f"a device state comes in at most {MAX_DEVICE_STATE_PIECES} pieces", field="data"
+            )
+        end = piece.offset + len(piece.data)
+        if any(at < end and piece.offset < at + len(data) for at, data in self._pieces.items()):
+            # Refused at once: pieces that may overlap would be bounded by nothing.
+            raise ChunkRejectedError("the piece lies over another one", field="offset")
         self._total = piece.total_bytes
         self._pieces[piece.offset] = piece.data
 
@@ -52,7 +63,7 @@ class DeviceStateBuffer:
         """The device state.
 
         Raises:
-            StreamBrokenError: pieces are missing or overlap.
+            StreamBrokenError: pieces are missing.
         """
         at = 0
         for offset in sorted(self._pieces):

@@ -143,14 +143,18 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Seal(self, request: handoff_pb2.SealRequest, context: Context) -> handoff_pb2.SealResponse:
         """Verify and load the copy."""
         attempt = self._attempt(request.attempt)
-        arrival = self._arrival(attempt.machine_id)
+        arrival = self._arrivals.get(attempt.machine_id)
+        if arrival is None:  # nothing is made for a machine that nobody has begun to send
+            raise WrongPhaseError("there is no such attempt to seal", field="attempt")
         own = await to_the_end(self._seal(arrival, attempt, request.digest))
         return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
 
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
         """Take the right to run, and run."""
         attempt = self._attempt(request.attempt)
-        arrival = self._arrival(attempt.machine_id)
+        arrival = self._arrivals.get(attempt.machine_id)
+        if arrival is None:
+            return handoff_pb2.GoResponse(status=self._message(Answer(AttemptState.UNSEEN)))
         # A caller that goes away must not leave a machine owned and not resumed.
         return handoff_pb2.GoResponse(status=await to_the_end(self._go(arrival, attempt, request.digest)))
 
@@ -237,6 +241,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
     ) -> Receiver:
         async with self._admission:
+            self._check_room(attempt, spec)
             arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
                 return await self._accept(arrival, attempt, spec, ticket, lanes)
@@ -244,9 +249,6 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def _accept(
         self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
     ) -> Receiver:
-        repeated = arrival.receiver is not None and arrival.receiver.attempt.matches(attempt)
-        if not repeated:
-            self._check_room(arrival, spec)
         with self._ledger.machine_lock(attempt.machine_id):
             await arrival.apply(
                 destination.BeginAsked(
@@ -266,11 +268,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 raise
         return arrival.receiver
 
-    def _check_room(self, arrival: Arrival, spec: MachineSpec) -> None:
-        open_receivers = [
-            other.receiver for other in self._arrivals.values() if other.receiver and other is not arrival
-        ]
-        if len(open_receivers) >= self._config.max_incoming:
+    def _check_room(self, attempt: Attempt, spec: MachineSpec) -> None:
+        own = self._arrivals.get(attempt.machine_id)
+        if own is not None and own.receiver is not None and own.receiver.attempt.matches(attempt):
+            return  # a repeated Begin
+        others = sum(1 for other in self._arrivals.values() if other.receiver and other is not own)
+        if others >= self._config.max_incoming:
             raise TooManyMigrationsError(
                 f"this host takes in {self._config.max_incoming} migrations at a time", limit="max_incoming"
             )

@@ -20,10 +20,10 @@ from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.status import from_rpc_error
+from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
-from vmferry.telemetry.tracing import ClientTracingInterceptors
 from vmferry.v1 import handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")

@@ -19,7 +19,8 @@ import grpc.aio
 from xxhash import xxh3_128, xxh3_128_digest
 
 from tests.integration.hosts import MIB, Guest, World
-from tests.integration.services import DEADLINE_S, Host
+from tests.integration.services import DEADLINE_S, Host, eventually
+from vmferry.cli.machine import end_machine
 from vmferry.errors import VmferryError
 from vmferry.handoff.records import attempt_from_ref
 from vmferry.machines.directory import MachineDirectory
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # the stub's type exists for checkers only
     from vmferry.v1.handoff_pb2_grpc import DestinationServiceAsyncStub
 
 Request = transfer_pb2.TransferRequest
+END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # missing in its stubs
 MEMORY_MIB = 4
 PAGES = MEMORY_MIB * MIB // PAGE_SIZE
 ZEROS = PageTable(PAGES).root()
@@ -96,7 +98,7 @@ class Lane:
         """The next answer; raises the destination's error."""
         try:
             response = await self.call.read()
-            if response is grpc.aio.EOF:
+            if response is END_OF_STREAM:
                 await self.call.read()
                 raise AssertionError("the destination ended the stream without an error")
         except grpc.aio.AioRpcError as error:
@@ -104,15 +106,15 @@ class Lane:
         assert isinstance(response, transfer_pb2.TransferResponse)
         return response
 
-    def chunk(self, runs: Iterable[tuple[int, int]], data: bytes, **changes: Any) -> Request:
-        """The next chunk of this lane."""
+    def chunk(self, pairs: Iterable[tuple[int, int]] = (), data: bytes = b"", **changes: Any) -> Request:
+        """The next chunk of this lane, with pages in runs of first page and count."""
         self.sequence += 1
         self.data_bytes += len(data)
         values: dict[str, Any] = {
             "sequence": self.sequence,
             "round": 1,
             "encoding": transfer_pb2.ENCODING_NONE,
-            "runs": [transfer_pb2.PageRun(first_page=first, page_count=count) for first, count in runs],
+            "runs": [transfer_pb2.PageRun(first_page=first, page_count=count) for first, count in pairs],
             "data": data,
             "data_hash": xxh3_128_digest(data),
         } | changes
@@ -224,6 +226,16 @@ class RawSource:
         """Close the attempt."""
         values: dict[str, Any] = {"attempt": self.ref, "reason": "the test is over"} | changes
         return (await self.stub.Abort(handoff_pb2.AbortRequest(**values), timeout=DEADLINE_S)).status
+
+    async def until_nothing_is_held(self) -> None:
+        """Wait until the destination has let go of everything this attempt made it hold."""
+        await eventually(
+            lambda: not self.to.holdings(self.spec), "the destination holds nothing of the attempt"
+        )
+
+    async def end_guest(self) -> None:
+        """End the machine at the destination, which owns it now."""
+        await end_machine(self.guest.id, self.to.config)
 
     async def status(self) -> handoff_pb2.AttemptStatus:
         """How the attempt stands."""

@@ -34,11 +34,11 @@ from vmferry.config import HostConfig
 from vmferry.errors import VmferryError
 from vmferry.machines.microvm import verdict
 from vmferry.machines.spec import MachineSpec
+from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.authority import init_authority, issue
 from vmferry.security.identity import Identity, Kind
 from vmferry.security.tickets import TicketSigner
 from vmferry.security.tls import TlsFiles, TlsMaterial, open_channel
-from vmferry.telemetry.tracing import ClientTracingInterceptors
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.migration_pb2_grpc import SourceServiceStub

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.integration.hosts import MIB, Guest, World, migration_options, open_world
-from tests.integration.proxy import Proxy
+from tests.integration.proxy import Link, Proxy
 from tests.integration.services import DEADLINE_S, Host, descriptors, eventually
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.v1 import machine_pb2
@@ -22,9 +24,22 @@ from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")
 
-DIRTYING = {"params": {"resident-mib": "4", "dirty-mib-per-s": "20", "working-set-mib": "4"}}
+DIRTYING: dict[str, Any] = {"params": {"resident-mib": "4", "dirty-mib-per-s": "20", "working-set-mib": "4"}}
 SLOW = 4e6
 """Bytes per second that make pre-copy of a small guest last a second or two."""
+
+
+def mappings(pid: int) -> int:
+    return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").count("\n")
+
+
+def traced_by(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.split("TracerPid:")[1].split()[0])
+
+
+def carries_memory(link: Link) -> bool:
+    return link.up_bytes > 64 * 1024
 
 
 def permitted(host: Host, guest: Guest) -> bool:
@@ -115,7 +130,7 @@ async def test_a_watcher_sees_every_change_grow_and_then_the_end(world: World, l
         late = [answer.migration async for answer in stub.WatchMigration(request)]
     revisions = [migration.revision for migration in seen]
     assert len(revisions) > 5
-    assert all(earlier < later for earlier, later in zip(revisions, revisions[1:], strict=False))
+    assert all(earlier < later for earlier, later in itertools.pairwise(revisions))
     assert [migration.phase for migration in seen] == sorted(migration.phase for migration in seen)
     assert seen[-1].outcome == pb.MIGRATION_OUTCOME_COMPLETED
     assert late == [seen[-1]]
@@ -184,7 +199,7 @@ async def test_a_cancelled_attachment_leaves_nothing_in_the_guests_process(world
     def trackers() -> int:
         return sum("userfaultfd" in target for target in descriptors(pid))
 
-    before, maps = descriptors(pid), Path(f"/proc/{pid}/maps").read_text().count("\n")
+    before, maps = descriptors(pid), mappings(pid)
     assert trackers() == 0
     link.up_bytes_per_s = SLOW
     migration_id = await world.start(guest, world.a, world.b, address=link.address)
@@ -195,8 +210,8 @@ async def test_a_cancelled_attachment_leaves_nothing_in_the_guests_process(world
     assert ended.outcome == pb.MIGRATION_OUTCOME_CANCELLED
     await world.assert_stays(guest, world.a, world.b)
     await eventually(lambda: descriptors(pid) == before, "the process has what it had before")
-    assert Path(f"/proc/{pid}/maps").read_text().count("\n") <= maps
-    assert "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text()
+    assert mappings(pid) <= maps
+    assert traced_by(pid) == 0
     await world.assert_crosses(guest, world.a, world.b)
 
 
@@ -242,7 +257,7 @@ async def test_broken_connections_are_not_a_broken_migration(world: World, link:
     for number in range(6):
         await eventually(lambda: len(link.lanes) == 4, "all lanes are connected")
         victim = link.lanes[number % 4]
-        await eventually(lambda victim=victim: victim.up_bytes > 64 * 1024, "the lane carries memory")
+        await eventually(partial(carries_memory, victim), "the lane carries memory")
         victim.reset()
         cuts += 1
     link.up_bytes_per_s = None

@@ -21,9 +21,9 @@ import typer
 
 from vmferry.errors import InvalidArgumentError, PeerIdentityError, VmferryError
 from vmferry.rpc.status import from_rpc_error
+from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity, Kind
 from vmferry.security.tls import TlsFiles, is_identity_mismatch, open_channel
-from vmferry.telemetry.tracing import ClientTracingInterceptors
 from vmferry.v1.migration_pb2_grpc import SourceServiceStub
 
 if TYPE_CHECKING:  # the stub's type exists for checkers only

@@ -123,7 +123,11 @@ class Tracee:
 
     def __enter__(self) -> Self:
         """Stop the thread, note its state, and hold its signals back until it has its state again."""
-        self._instruction = _find_syscall_instruction(self._tid)
+        try:
+            self._instruction = _find_syscall_instruction(self._tid)
+        except ProcessLookupError:
+            self._collect()
+            raise
         self.stop()
         try:
             self._leave_restartable_sequence()
@@ -193,6 +197,7 @@ class Tracee:
         Polls, because a wait could last for ever: a thread that hangs in the kernel does not stop, and the first
         thread of a process that was killed does not report its end before all others are gone.
         """
+        ended = False
         for attempt in itertools.count(1):
             try:
                 found, status = os.waitpid(self._tid, _WALL | os.WNOHANG)
@@ -200,8 +205,10 @@ class Tracee:
                 raise ProcessLookupError(errno.ESRCH, "the thread is gone") from exc
             if found and os.WIFSTOPPED(status):
                 return status
-            if found or (attempt % _POLLS_PER_LOOK == 0 and _is_zombie(self._tid)):
+            if found or ended:
                 raise ProcessLookupError(errno.ESRCH, "the thread is gone")
+            # Looked at before the next wait, not after this one, so that an end is also collected.
+            ended = attempt % _POLLS_PER_LOOK == 0 and _is_zombie(self._tid)
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
@@ -212,9 +219,10 @@ class Tracee:
 
     def _collect(self) -> None:
         """Take note of the thread's end: until its tracer has done so, its process cannot end."""
-        with suppress(ProcessLookupError):
+        deadline = time.monotonic() + _STOP_TIMEOUT_SECONDS
+        with suppress(ProcessLookupError, TrackerUnavailableError):
             while True:
-                self._wait()
+                self._wait(deadline)
 
     def _leave_restartable_sequence(self) -> None:
         """See that the thread is not inside a restartable sequence (rseq).

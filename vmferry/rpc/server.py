@@ -26,9 +26,9 @@ from grpc_reflection.v1alpha import reflection
 
 from vmferry.errors import ConfigError
 from vmferry.rpc.interceptors import AuthorizationInterceptor, ErrorInterceptor
+from vmferry.rpc.tracing import ServerTracingInterceptor
 from vmferry.security.identity import Identity
 from vmferry.security.tls import SERVER_OPTIONS
-from vmferry.telemetry.tracing import ServerTracingInterceptor
 
 Services = Callable[[grpc.aio.Server], Sequence[str]]
 """Adds a service's servicers to a server and returns their full names, such as ``vmferry.v1.SourceService``."""

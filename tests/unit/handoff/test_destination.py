@@ -145,7 +145,7 @@ TAKE: Final = "ACCEPTED* (RECEIVING)"
 REPLACE: Final = f"REFUSED* release {TAKE}"
 TOMBSTONE: Final = "REFUSED* (REFUSED)"
 CLOSE_BOTH: Final = f"REFUSED* release {TOMBSTONE}"
-IN_ALL: Final = {
+IN_ALL: Final[dict[str, str | type[VmferryError]]] = {
     "begin older": StaleAttemptError,
     "begin, held": WrongPhaseError,
     "begin newer, held": MachineExistsError,

@@ -32,9 +32,8 @@ from tests.unit.rpc.probe_service import (
 from tests.unit.telemetry.recorded import named, span_memory
 from vmferry.errors import MachineDeadError
 from vmferry.rpc.interceptors import ErrorInterceptor
+from vmferry.rpc.tracing import ClientTracingInterceptors, ServerTracingInterceptor
 from vmferry.telemetry.tracing import (
-    ClientTracingInterceptors,
-    ServerTracingInterceptor,
     current_trace_id,
     phase,
     span_attributes,
