@@ -8,14 +8,14 @@ from vmferry.security.tls13 import enforce_tls13
 
 enforce_tls13()  # before anything imports gRPC
 
+from dest_svc.service import DestinationService  # noqa: E402 - see above
+from vmferry.handoff.ledger import Role  # noqa: E402 - see above
 from vmferry.rpc.daemon import run_daemon  # noqa: E402 - see above
 
 
 def main() -> None:
     """Run until stopped."""
-    from dest_svc.daemon import serve  # noqa: PLC0415 - after the command line was read, so that --help is quick
-
-    sys.exit(run_daemon("dest", serve))
+    sys.exit(run_daemon("dest", Role.DESTINATION, DestinationService))
 
 
 if __name__ == "__main__":

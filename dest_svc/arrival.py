@@ -194,13 +194,16 @@ class Arrival:
         except VmferryError:
             return False
 
+    async def give_up(self, why: str) -> None:
+        """Close an attempt that is still being received; a prepared copy stays as it is."""
+        async with self.lock:
+            if isinstance(self.state.current, destination.Receiving):
+                await self.apply(destination.CopyLost(why))
+
     async def close(self) -> None:
-        """Let go of the journal; a prepared copy stays as it is."""
+        """Let go of the journal."""
         if self._resuming is not None:
             self._resuming.cancel()
         if self._afterwards is not None:
             await asyncio.gather(self._afterwards, return_exceptions=True)
-        if self.receiver is not None and isinstance(self.state.current, destination.Receiving):
-            async with self.lock:
-                await self.apply(destination.CopyLost("the destination service stops"))
         self._journal.close()

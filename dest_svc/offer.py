@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmferry.errors import InvalidArgumentError
@@ -20,7 +21,7 @@ def make_offer(
     own: Identity,
     ledger: HostLedger,
     directory: MachineDirectory,
-    trackers: list[TrackerFinding],
+    trackers: Sequence[TrackerFinding],
     *,
     available_memory_bytes: int,
     reserved_memory_bytes: int,

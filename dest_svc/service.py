@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -18,7 +18,6 @@ import grpc
 from dest_svc.arrival import Arrival
 from dest_svc.offer import check_netdev, make_offer
 from dest_svc.receiver import Receiver
-from vmferry.config import HostConfig
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
@@ -33,23 +32,22 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff import destination
-from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.ledger import Role
 from vmferry.handoff.records import attempt_from_ref
 from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
-from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
-from vmferry.memory.probe import TrackerFinding
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
+from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
 from vmferry.security.identity import Kind
-from vmferry.security.material import TlsFiles
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.transfer.together import to_the_end
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
+from vmferry.v1.handoff_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
 _MIB: Final = 1024 * 1024
@@ -61,25 +59,21 @@ Context = grpc.aio.ServicerContext[object, object]
 class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     """Takes machines in."""
 
-    def __init__(
-        self,
-        config: HostConfig,
-        ledger: HostLedger,
-        tls: TlsFiles,
-        trackers: list[TrackerFinding],
-        on_broken_journal: Callable[[VmferryError], None],
-    ) -> None:
-        self._config = config
-        self._ledger = ledger
-        self._tls = tls
-        self._own = tls.load().identity
-        self._trackers = trackers
-        self._on_broken_journal = on_broken_journal
-        self._directory = MachineDirectory(config.machines_dir, config.ram_dir)
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._config = host.config
+        self._ledger = host.ledger
+        self._directory = host.directory
+        self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the methods to a server."""
+        handoff_pb2_grpc.add_DestinationServiceServicer_to_server(self, server)
+        return [DESCRIPTOR.services_by_name["DestinationService"].full_name]
 
     async def recover(self) -> None:
         """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
@@ -92,7 +86,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 )
         self._watcher = asyncio.create_task(self._watch())
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Give back what unfinished attempts hold; prepared copies stay."""
         self._stopping = True
         if self._watcher is not None:
@@ -100,7 +94,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             await asyncio.gather(self._watcher, return_exceptions=True)
         for arrival in self._arrivals.values():
             with contextlib.suppress(VmferryError):
-                await arrival.close()
+                await arrival.give_up("the destination service stops")
+
+    async def close(self) -> None:
+        """Let go of the journals."""
+        for arrival in self._arrivals.values():
+            await arrival.close()
 
     # Calls
 
@@ -212,7 +211,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     ) -> tuple[MachineSpec, VerifiedTicket]:
         spec = spec_from_message(request.spec)
         memory_bytes = spec.memory_mib * _MIB
-        ticket = open_ticket(request.ticket, ca_pem=self._tls.load().ca_pem, now=datetime.now(UTC))
+        ticket = open_ticket(request.ticket, ca_pem=self._host.tls.load().ca_pem, now=datetime.now(UTC))
         ticket.check(
             machine_id=attempt.machine_id,
             source=current_caller(),
@@ -220,7 +219,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             memory_bytes=memory_bytes,
             vcpus=spec.vcpus,
             source_key_sha256=current_caller_key(),
-            destination_key_sha256=self._tls.load().key_sha256,
+            destination_key_sha256=self._host.tls.load().key_sha256,
         )
         if ticket.migration_id != attempt.migration_id:
             raise InvalidArgumentError("the ticket is for another migration", field="attempt.migration_id")
@@ -347,7 +346,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 self._ledger,
                 self._directory,
                 resume_retry_s=self._config.handoff_retry_s,
-                on_broken_journal=self._on_broken_journal,
+                on_broken_journal=self._host.journal_broken,
             )
         return self._arrivals[machine_id]
 
@@ -363,7 +362,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._own,
             self._ledger,
             self._directory,
-            self._trackers,
+            self._host.trackers,
             available_memory_bytes=max(0, self._available_bytes()),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from source_svc.peer import Destination
@@ -25,7 +26,7 @@ class Plan:
 
     spec: MachineSpec
     ledger: HostLedger
-    trackers: list[TrackerFinding]
+    trackers: Sequence[TrackerFinding]
     own: str
     destination: str
     migrating: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -22,7 +22,6 @@ from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
 from source_svc.recovery import Recovered
-from vmferry.config import HostConfig
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
@@ -33,19 +32,19 @@ from vmferry.errors import (
     VmferryError,
 )
 from vmferry.handoff import source
-from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
-from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.directory import MachineRecord
 from vmferry.machines.port import RunState
 from vmferry.machines.wire import spec_to_message
-from vmferry.memory.probe import TrackerFinding
+from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity, Kind
-from vmferry.security.material import TlsFiles
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
 from vmferry.v1 import machine_pb2, migration_pb2_grpc
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1.migration_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
@@ -65,25 +64,21 @@ Context = grpc.aio.ServicerContext[object, object]
 class SourceService(migration_pb2_grpc.SourceServiceServicer):
     """Moves machines away from this host."""
 
-    def __init__(
-        self,
-        config: HostConfig,
-        ledger: HostLedger,
-        tls: TlsFiles,
-        trackers: list[TrackerFinding],
-        on_broken_journal: Callable[[VmferryError], None],
-    ) -> None:
-        self._config = config
-        self._ledger = ledger
-        self._tls = tls
-        self._own = tls.load().identity
-        self._trackers = trackers
-        self._on_broken_journal = on_broken_journal
-        self._directory = MachineDirectory(config.machines_dir, config.ram_dir)
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._config = host.config
+        self._ledger = host.ledger
+        self._directory = host.directory
+        self._own = host.own
         self._migrations = Migrations()
         self._running: dict[str, Outgoing | Recovered] = {}
         self._starting = asyncio.Lock()
         self._stopping = False
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the methods to a server."""
+        migration_pb2_grpc.add_SourceServiceServicer_to_server(self, server)
+        return [DESCRIPTOR.services_by_name["SourceService"].full_name]
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
@@ -95,10 +90,13 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
+
+    async def close(self) -> None:
+        """Nothing is left: every migration let go of what it held when it was stopped."""
 
     # Calls
 
@@ -205,7 +203,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._directory.open(record),
             self._peer(address, host),
             self._config,
-            self._tls.load(),
+            self._host.tls.load(),
             self._plan(record, host),
         )
         self._follow(outgoing, request.request_id)
@@ -237,7 +235,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                 field="ticket",
                 remedy="Issue one (vmferry ticket), or use vmferry migrate.",
             )
-        material = self._tls.load()
+        material = self._host.tls.load()
         ticket = open_ticket(data, ca_pem=material.ca_pem, now=datetime.now(UTC))
         ticket.check(
             machine_id=record.spec.uuid,
@@ -255,7 +253,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             raise InvalidArgumentError("lanes must be between 2 and 16", field="options.lanes")
         if options.verify not in pb.VerifyMode.values():
             raise InvalidArgumentError(f"there is no verify mode {options.verify}", field="options.verify")
-        known = [tracker.kind for tracker in self._trackers]
+        known = [tracker.kind for tracker in self._host.trackers]
         if options.tracker and options.tracker not in known:
             raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
         return Order(
@@ -321,13 +319,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
 
     def _departure(self, machine_id: str) -> Departure:
-        return Departure(machine_id, self._ledger, self._directory, on_broken_journal=self._on_broken_journal)
+        return Departure(
+            machine_id, self._ledger, self._directory, on_broken_journal=self._host.journal_broken
+        )
 
     def _peer(self, address: str, host: Identity) -> Destination:
-        return Destination(address, host, self._tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
+        return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return Plan(record.spec, self._ledger, self._trackers, self._own.uri, host.uri)
+        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri)
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
         rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)

@@ -8,53 +8,66 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
+
+import grpc.aio
 
 from vmferry.config import HostConfig, load_config
-from vmferry.errors import ExitCode, VmferryError
-from vmferry.rpc.server import RunningServers
+from vmferry.errors import VmferryError
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.machines.directory import MachineDirectory
+from vmferry.memory.probe import TrackerFinding, probe_trackers
+from vmferry.rpc.server import start_server
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsFiles
+from vmferry.security.tls import server_credentials
 from vmferry.telemetry import logs, tracing
 
 _LOG: Final = logs.get_logger(__name__)
+_GRACE_S: Final = 2.0
 
 
-@dataclass
-class Daemon:
-    """A running service, as its work sees it."""
+@dataclass(frozen=True)
+class Host:
+    """What every service of a host stands on."""
 
-    role: str
     config: HostConfig
     tls: TlsFiles
     own: Identity
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    exit_code: int = 0
-
-    def broken(self, error: VmferryError) -> None:
-        """End the service: it cannot vouch for its journals any more."""
-        _LOG.critical("ending the service", reason=error.reason, detail=error.message)
-        self.exit_code = int(error.exit_code)
-        self.stop.set()
-
-    def ready(self, servers: RunningServers) -> None:
-        """Tell whoever started the service where it listens."""
-        line = {"service": self.role, "port": servers.port, "host": self.own.uri}
-        print(json.dumps(line), flush=True)  # noqa: T201 - the one line of output
-        _LOG.info("ready", port=servers.port)
+    """Who this host is, by its certificate."""
+    ledger: HostLedger
+    directory: MachineDirectory
+    trackers: Sequence[TrackerFinding]
+    """What was found out about write tracking here when the service started."""
+    journal_broken: Callable[[VmferryError], None]
+    """To be told when a journal could not be written: the service ends, it cannot vouch for its state any more."""
 
 
-Serve = Callable[[Daemon], Awaitable[None]]
+class Service(Protocol):
+    """One of a host's services, as its process runs it."""
+
+    def register(self, server: grpc.aio.Server) -> Sequence[str]:
+        """Add the methods to a server; returns the full names of the gRPC services."""
+
+    async def recover(self) -> None:
+        """Go on where the journals say that an earlier process stopped; before the first call."""
+
+    async def stop(self) -> None:
+        """Take nothing new and give back what can be given back; calls may still come."""
+
+    async def close(self) -> None:
+        """Let go of everything; no call comes any more."""
 
 
-def run_daemon(role: str, serve: Serve) -> int:
-    """Run ``serve`` until it ends or the process is told to stop; returns the exit code."""
+def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Service]) -> int:
+    """Run a host's service until the process is told to stop; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog=f"vmferry-{role}", description=f"The {role} service of a vmferry host."
     )
@@ -67,18 +80,59 @@ def run_daemon(role: str, serve: Serve) -> int:
         logs.configure(f"vmferry-{role}", host=own.name, level=config.log_level)
         finish = tracing.configure(f"vmferry-{role}", config.trace_dir, host=own.name)
         try:
-            return asyncio.run(_run(Daemon(role, config, tls, own), serve))
+            return asyncio.run(_run(role, ledger_role, make_service, config, tls))
         finally:
             finish()
     except VmferryError as error:
         where = f" ({error.field})" if error.field else ""
         print(f"vmferry-{role}: {error.message}{where}. {error.instance_remedy}", file=sys.stderr)  # noqa: T201
-        return int(error.exit_code or ExitCode.FAILED)
+        return int(error.exit_code)
 
 
-async def _run(daemon: Daemon, serve: Serve) -> int:
-    loop = asyncio.get_running_loop()
+async def _run(
+    role: str, ledger_role: Role, make_service: Callable[[Host], Service], config: HostConfig, tls: TlsFiles
+) -> int:
+    stop, failures = asyncio.Event(), list[VmferryError]()
+
+    def journal_broken(error: VmferryError) -> None:
+        _LOG.critical("ending the service", reason=error.reason, detail=error.message)
+        failures.append(error)
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, daemon.stop.set)
-    await serve(daemon)
-    return daemon.exit_code
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    ledger = HostLedger(config.journal_dir)
+    with contextlib.closing(ledger.lock_role(ledger_role)):
+        host = Host(
+            config,
+            tls,
+            tls.load().identity,
+            ledger,
+            MachineDirectory(config.machines_dir, config.ram_dir),
+            await asyncio.to_thread(probe_trackers),
+            journal_broken,
+        )
+        await _serve(role, host, make_service(host), stop)
+    return int(failures[0].exit_code) if failures else 0
+
+
+async def _serve(role: str, host: Host, service: Service, stop: asyncio.Event) -> None:
+    listen = host.config.source_listen if role == "source" else host.config.dest_listen
+    try:
+        await service.recover()
+        servers = await start_server(
+            listen=listen,
+            credentials=server_credentials(host.tls),
+            own=host.own,
+            services=service.register,
+            admin_target=host.config.admin_target(role),
+            role=role,
+        )
+        line = {"service": role, "port": servers.port, "host": host.own.uri}
+        print(json.dumps(line), flush=True)  # noqa: T201 - the one line that tells the starter it is ready
+        _LOG.info("ready", port=servers.port)
+        await stop.wait()
+        await service.stop()
+        await servers.stop(_GRACE_S)
+    finally:
+        await service.close()

@@ -1,8 +1,8 @@
 """Spans of calls: they carry one trace from host to host.
 
-Promise: a call's span is its caller's child, by W3C ``traceparent`` in the call's metadata; every span ends when its
-call ends, also when that is cancelled, fails, or is a stream its caller reads and writes by hand; there is no span per
-message, and none for health checks or reflection.
+Promise: a call's span is its caller's child, by W3C ``traceparent`` in the call's metadata; every span ends when
+its call ends, also when that is cancelled, fails, or is a stream its caller reads and writes by hand; there is no
+span per message, and none for health checks or reflection.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_no_note_keeps_a_record_from_being_written(note: str) -> None:
 )
 def test_an_attempt_that_contradicts_itself_is_refused(ref: handoff_pb2.AttemptRef) -> None:
     """Epochs grow by one and a migration's identity has 128 bits, on the wire as in the journal."""
-    with pytest.raises(ValueError, match="epoch_to|migration_id"):
+    with pytest.raises(ValueError, match=r"epoch_to|migration_id"):
         attempt_from_ref(ref)
 
 
