@@ -28,6 +28,7 @@ from vmferry.errors import (
     MachineDeadError,
     MachineNotOwnedError,
     ServiceStoppingError,
+    TicketUsedError,
     TooManyMigrationsError,
     VmferryError,
 )
@@ -47,6 +48,8 @@ from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.migration_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
+_LONGEST_LIMIT_S: Final = 366 * 24 * 3600
+"""Beyond it, times overflow somewhere in the libraries below."""
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _STATES: Final = {
     RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
@@ -185,6 +188,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         record = self._directory.find(_required(request.machine, "machine"))
         host, address = self._destination(request.destination)
         ticket = self._check_ticket(request.ticket, record, host)
+        if self._migrations.known(ticket.migration_id.hex()):
+            raise TicketUsedError("the ticket has started a migration already", field="ticket")
         order = self._order(request.options, ticket.migration_id, request.ticket)
         self._check_free(record)
         message = pb.Migration(
@@ -379,6 +384,8 @@ def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
         return default
     value: Duration = getattr(options, name)
     seconds = value.seconds + value.nanos / 1e9
-    if seconds <= 0:
-        raise InvalidArgumentError(f"{name} must be longer than 0", field=f"options.{name}")
+    if not 0 < seconds <= _LONGEST_LIMIT_S:
+        raise InvalidArgumentError(
+            f"{name} must be longer than 0 and at most {_LONGEST_LIMIT_S} s", field=f"options.{name}"
+        )
     return seconds

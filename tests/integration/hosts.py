@@ -406,14 +406,23 @@ class Bystander:
         await self.world.assert_stays(self.guest, self.here, self.there)
         await self.assert_crosses()
 
-    async def assert_crosses(self) -> None:
+    async def assert_crosses(self, **options: Any) -> None:
         """It goes to the other host."""
-        await self.world.assert_crosses(self.guest, self.here, self.there)
+        await self.world.assert_crosses(self.guest, self.here, self.there, **options)
+        self.turn()
+
+    def turn(self) -> None:
+        """Note that it has crossed."""
         self.here, self.there = self.there, self.here
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 async def bystander(world: World) -> Bystander:
     """A guest that lives as long as its module's world."""
-    world.bystander = Bystander(world, await world.run(), world.a, world.b)
+    if world.bystander is None:
+        world.bystander = Bystander(world, await world.run(), world.a, world.b)
+    if world.bystander.there.ledger.rights(
+        world.bystander.guest.id
+    ).permitted:  # a test that failed left it there
+        world.bystander.turn()
     return world.bystander

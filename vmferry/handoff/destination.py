@@ -92,7 +92,7 @@ class BeginAsked:
     ticket_nonce: bytes
     ticket_expire_unix: int
     host_holds_machine: bool
-    """This host owns the machine or has an attempt open that takes it away."""
+    """This host owns the machine, has an attempt open that takes it away, or still has a hypervisor of it."""
 
 
 @dataclass(frozen=True)
