@@ -147,6 +147,7 @@ class Copy:
         Raises:
             HashMismatchError: pages differ.
         """
+        await self._open_lanes.drain()  # a page of the last round may still be on its way on another lane
         pages = PageRuns.whole(self._table.page_count)
         await self._send(pages, compare_only=True)
         await self._open_lanes.drain()

@@ -21,7 +21,7 @@ from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered
+from source_svc.recovery import Recovered, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
@@ -85,9 +85,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
-        for machine_id in self._ledger.machines(Role.SOURCE):
+        leaving = set(self._ledger.machines(Role.SOURCE))
+        for machine_id in self._ledger.machines():
             try:
-                self._recover_one(machine_id)
+                if machine_id not in leaving or not self._follow_open(machine_id):
+                    await settle_quiet(machine_id, self._ledger, self._directory)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -303,12 +305,13 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
 
-    def _recover_one(self, machine_id: str) -> None:
+    def _follow_open(self, machine_id: str) -> bool:
+        """Go on with the machine's open attempt; false if there is none."""
         departure = self._departure(machine_id)
         state = departure.state
         if isinstance(state, source.Quiet):
             departure.close()
-            return
+            return False
         attempt = state.attempt
         message = pb.Migration(
             id=attempt.migration_id.hex(),
@@ -322,6 +325,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._follow(
             Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
         )
+        return True
 
     def _departure(self, machine_id: str) -> Departure:
         return Departure(

@@ -1,6 +1,7 @@
 """Migrations that cannot, or must not, come to their end: limits, hosts that are full, guests that write too fast.
 
-After each the guest runs on at the source, undamaged, the destination holds nothing, and the next migration completes.
+After each the guest runs on at the source, undamaged, the destination holds nothing, and the next migration
+completes.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ async def test_a_limit_that_is_over_ends_the_migration(
 
 @pytest.mark.parametrize("side", ["here", "there"])
 async def test_a_hypervisor_that_dies_in_pre_copy_is_told_so(world: World, link: Proxy, side: str) -> None:
-    """Killed at the source, the machine is dead and nothing of it stays anywhere; killed at the destination, no harm."""
+    """Killed at the source, the machine is dead and nothing of it stays; killed at the destination, no harm."""
     guest = await world.run()
     migration_id = await start_slowly(world, guest, link)
     host = {"here": world.a, "there": world.b}[side]

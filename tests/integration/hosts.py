@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -376,11 +376,18 @@ async def world() -> AsyncIterator[World]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+async def proxy(world: World) -> AsyncIterator[Proxy]:
+    """The network of :func:`link`; it outlives a test, as what an open hand-off asks must."""
+    async with open_proxy(lambda: world.b.dest.port) as opened:
+        yield opened
+
+
 @pytest.fixture
-async def link(world: World) -> AsyncIterator[Proxy]:
-    """A network to host b's destination that a test can disturb."""
-    async with open_proxy(lambda: world.b.dest.port) as proxy:
-        yield proxy
+def link(proxy: Proxy) -> Iterator[Proxy]:
+    """A network to host b's destination that a test can disturb; healed afterwards."""
+    yield proxy
+    proxy.heal()
 
 
 @pytest.fixture

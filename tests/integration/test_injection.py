@@ -370,7 +370,7 @@ def test_somebody_who_waits_for_the_target_is_not_misled(start: Callable[..., Ta
 
 
 def test_a_service_that_is_killed_meanwhile_leaves_the_target_unharmed(start: Callable[..., Target]) -> None:
-    """At whatever moment the caller's process group is killed, the target is let go, answers, and keeps no descriptor."""
+    """Whenever the caller's process group is killed, the target is let go, answers, and keeps no descriptor."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
