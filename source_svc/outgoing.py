@@ -197,7 +197,8 @@ class Outgoing:
             order.downtime_limit_s,
             self._config.max_rounds,
             order.stall_timeout_s,
-            order.tracker,
+            self.migration.message.tracker,
+            self._plan.trackers,
         )
         self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
