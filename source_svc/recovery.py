@@ -26,7 +26,7 @@ from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
-from vmferry.telemetry.tracing import phase
+from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
 
 
@@ -82,6 +82,7 @@ class Recovered:
     async def _run(self) -> None:
         try:
             async with phase("recover", migration_id=self.migration.id):
+                self.migration.message.trace_id = current_trace_id()
                 await self._settle()
         finally:
             self._departure.close()

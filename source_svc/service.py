@@ -315,7 +315,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         attempt = state.attempt
         message = pb.Migration(
             id=attempt.migration_id.hex(),
-            machine=machine_id,
+            machine=self._name_of(machine_id),
             machine_id=machine_id,
             source=self._own.uri,
             destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
@@ -326,6 +326,10 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
         )
         return True
+
+    def _name_of(self, machine_id: str) -> str:
+        names = (record.spec.name for record in self._directory.list() if record.spec.uuid == machine_id)
+        return next(names, machine_id)
 
     def _departure(self, machine_id: str) -> Departure:
         return Departure(
