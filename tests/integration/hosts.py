@@ -299,7 +299,7 @@ async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]
     values: dict[str, Any] = {
         "rpc_timeout_s": 2.0,
         "handoff_retry_s": 0.1,
-        "receive_timeout_s": 5.0,
+        "receive_timeout_s": 3.0,
         "memory_headroom_mib": 0,
     }
     with (
@@ -363,9 +363,7 @@ async def _end_everything(world: World) -> None:
     for pid in processes_with(str(world.root)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for service in world.services:
-        if "Traceback" in service.log_text():
-            left.append(f"{service.role} service: a traceback in its log:\n{service.log_text()[-3000:]}")
+    left += [f"{service.role} service: {line}" for service in world.services for line in service.unexpected()]
     assert not left, left
 
 

@@ -151,6 +151,14 @@ class Service:
         text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(field))
 
+    def unexpected(self) -> list[str]:
+        """Lines of its log with a traceback; the library that talks to hypervisors logs those of theirs that die."""
+        return [
+            line
+            for line in self.log_text().splitlines()
+            if "Traceback" in line and '"logger": "qemu.qmp' not in line
+        ]
+
     def log_text(self) -> str:
         """All it wrote to its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
