@@ -178,6 +178,12 @@ class Copy:
         """Stop tracking, close lanes and files; safe to call twice."""
         await asyncio.to_thread(self._tracker.disarm)
         if self._lanes is not None:
+            traffic = self._lanes.traffic
+            span_attributes(
+                wire_bytes=traffic.wire_bytes,
+                reconnects=traffic.reconnects,
+                repeated_bytes=traffic.repeated_bytes,
+            )
             await self._lanes.close()
         self._ram.close()
 

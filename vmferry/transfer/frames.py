@@ -21,7 +21,6 @@ from vmferry.v1 import transfer_pb2
 
 Run = tuple[int, int]
 _THREAD = threading.local()
-HASH_BYTES = 16
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
 
