@@ -69,9 +69,11 @@ def check_netdev(netdev: str, root: Path) -> None:
         path = Path(target.removeprefix("unix:"))
         if path.resolve().is_relative_to(root.resolve()):
             return
-        raise InvalidArgumentError(f"network sockets must lie below {root}", field="spec.netdev")
+        raise InvalidArgumentError(f"network sockets must lie below {root}", field="spec.microvm.netdev")
     address = target.rpartition(":")[0].strip("[]")
     with contextlib.suppress(ValueError):
         if ipaddress.ip_address(address).is_loopback:
             return
-    raise InvalidArgumentError("a network end point must be a loopback address here", field="spec.netdev")
+    raise InvalidArgumentError(
+        "a network end point must be a loopback address here", field="spec.microvm.netdev"
+    )

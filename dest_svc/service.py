@@ -233,7 +233,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise InvalidArgumentError(
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
-        check_netdev(spec.netdev, self._config.run_dir / "net")
+        if spec.microvm is not None:
+            check_netdev(spec.microvm.netdev, self._config.run_dir / "net")
         return spec, ticket
 
     async def _admit(

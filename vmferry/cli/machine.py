@@ -115,12 +115,12 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
             f"{machine.spec.memory_mib} MiB",
-            machine.spec.program,
+            _label(machine.spec),
             machine.uuid,
         )
         for machine in machines
     ]
-    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "PROGRAM", "UUID"), rows, empty="no machines")
+    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "KIND", "UUID"), rows, empty="no machines")
 
 
 @app.command()
@@ -205,12 +205,20 @@ async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.Machi
 
 def _check_program(spec: MachineSpec) -> None:
     """Refuse what the guest would refuse, before anything is started."""
-    program = PROGRAMS.get(spec.program)
+    if spec.microvm is None:
+        return
+    program = PROGRAMS.get(spec.microvm.program)
     if program is None:
         raise InvalidArgumentError(
-            f"there is no guest program {spec.program!r}; there are {', '.join(PROGRAMS)}", field="program"
+            f"there is no guest program {spec.microvm.program!r}; there are {', '.join(PROGRAMS)}",
+            field="microvm.program",
         )
-    program.slots(spec.params)
+    program.slots(spec.microvm.params)
+
+
+def _label(spec: machine_pb2.MachineSpec) -> str:
+    """What a machine is, in a few words."""
+    return f"{spec.kind} {spec.microvm.program if spec.HasField('microvm') else spec.qemu.machine}"
 
 
 def _params(texts: list[str]) -> dict[str, str]:
