@@ -21,6 +21,7 @@ from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import start_machine, stop_machine
 from vmferry.machines.microvm.guests import PROGRAMS
 from vmferry.machines.port import RunState
+from vmferry.machines.qemu.probe import resolve
 from vmferry.machines.spec import MachineSpec, new_spec
 from vmferry.machines.wire import spec_to_message
 from vmferry.v1 import machine_pb2
@@ -49,11 +50,13 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     """Start a machine that is born on this host, and let its guest run.
 
     Raises:
-        InvalidArgumentError: there is no such guest program, or it has no such parameter.
+        InvalidArgumentError: there is no such guest program, or it has no such parameter; or this host's QEMU
+            lacks what the machine asks for.
         MachineExistsError: its name or identity is taken here.
         MachineFailedError: the hypervisor does not start.
     """
     _check_program(spec)
+    spec = await asyncio.to_thread(resolve, spec)
     directory = directory_of(config)
     ledger = HostLedger(config.journal_dir)
     machine = await start_machine(spec, directory)
