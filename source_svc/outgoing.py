@@ -34,7 +34,9 @@ from vmferry.errors import (
 )
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
+from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
@@ -253,6 +255,9 @@ class Outgoing:
         async with phase("device state"):
             data = await self._machine.save_device_state()
             span_attributes(bytes=len(data))
+            if self._machine.spec.kind == QEMU:
+                sections = _whole(data, self._machine.spec).sections
+                span_attributes(sections=len(sections), section_bytes=sum(len(one.data) for one in sections))
             return data
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
@@ -359,6 +364,14 @@ class Outgoing:
             return self._cancelled or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")
+
+
+def _whole(data: bytes, spec: MachineSpec) -> qemu_state.DeviceState:
+    """The sections of a QEMU's device state; one that is cut short never leaves this host."""
+    try:
+        return qemu_state.parse(data)
+    except qemu_state.StateFormatError as error:
+        raise MachineFailedError(f"the device state of {spec.name}: {error}", machine=spec.uuid) from error
 
 
 @contextlib.asynccontextmanager

@@ -18,7 +18,9 @@ def require(condition: object, reason: str) -> None:
     pytest.skip(reason)
 
 
-def wait_until(condition: Callable[[], object], *, seconds: float = 10.0, what: str = "the condition") -> None:
+def wait_until(
+    condition: Callable[[], object], *, seconds: float = 10.0, what: str = "the condition"
+) -> None:
     """Poll ``condition`` until it holds; fail naming ``what`` when ``seconds`` are over."""
     deadline = time.monotonic() + seconds
     while not condition():

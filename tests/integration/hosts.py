@@ -153,7 +153,7 @@ class World:
             "source": here.identity,
             "destination": there.identity,
             "max_memory_bytes": guest.spec.memory_mib * MIB,
-            "max_vcpus": 1,
+            "max_vcpus": guest.spec.vcpus,
         }
         return TicketSigner.load(self.tls_dir("controller")).issue(**(values | changes))
 

@@ -1,4 +1,4 @@
-"""The machine that speaks QMP: the micro-VM now, QEMU with the same commands.
+"""The machine that speaks QMP: the micro-VM and QEMU, with the same commands.
 
 Promise: what :class:`vmferry.machines.port.Machine` says, and beyond it: ``cont`` is sent only for a permit
 made out for this very machine; device state that was saved is what the hypervisor says it completed; one
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from vmferry.errors import (
@@ -45,6 +47,7 @@ _RUN_STATES: Final = {
     "paused": RunState.PAUSED,
     "debug": RunState.PAUSED,
     "save-vm": RunState.PAUSED,
+    "restore-vm": RunState.PAUSED,
     "finish-migrate": RunState.PAUSED,
     "prelaunch": RunState.PRELAUNCH,
     "inmigrate": RunState.INMIGRATE,
@@ -59,6 +62,18 @@ _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTM
 _ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+_IGNORE_SHARED: Final = "x-ignore-shared"
+
+
+@dataclass(frozen=True)
+class HypervisorFacts:
+    """What a running hypervisor says about itself."""
+
+    version: str
+    blockers: Sequence[str]
+    """Why it would not let its machine go; empty if nothing stands in the way."""
 
 
 class QmpMachine(Machine):
@@ -188,6 +203,22 @@ class QmpMachine(Machine):
         except (KeyError, TypeError, ValueError) as error:
             raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
 
+    async def hypervisor(self) -> HypervisorFacts:
+        """Ask for the release, and for what forbids a migration."""
+        async with self._lock:
+            release = await self._monitor.execute("query-version", repeatable=True)
+            capabilities = await self._monitor.execute("query-migrate-capabilities", repeatable=True)
+            progress = await self._monitor.execute("query-migrate", repeatable=True)
+        try:
+            numbers = release["qemu"]
+            version = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
+            blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
+            if _IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
+                blockers.append(f"it has no capability {_IGNORE_SHARED}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._failure("query-version", f"an answer without sense: {error!r}") from error
+        return HypervisorFacts(version, tuple(blockers))
+
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
         return self.process.alive()
@@ -281,7 +312,7 @@ class QmpMachine(Machine):
 
     async def _ignore_shared_memory(self) -> None:
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
-        capability = {"capability": "x-ignore-shared", "state": True}
+        capability = {"capability": _IGNORE_SHARED, "state": True}
         await self._monitor.execute(
             "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
         )

@@ -138,7 +138,9 @@ def _ask(path: str, questions: Sequence[str]) -> list[Any]:
         return found[1 : 1 + len(questions)]
     except (OSError, subprocess.SubprocessError, ValueError, KeyError) as error:
         told = getattr(error, "stderr", "") or str(error)
-        raise MachineFailedError(f"{path} cannot be asked what it can do: {str(told)[:_MAX_WORDS]}") from error
+        raise MachineFailedError(
+            f"{path} cannot be asked what it can do: {str(told)[:_MAX_WORDS]}"
+        ) from error
 
 
 @functools.cache
@@ -158,7 +160,7 @@ def _accelerator_problem(path: str, accelerator: str, cpu: str, _stamp: tuple[in
             assert process.stdout is not None
             assert process.stderr is not None
             ready, _, _ = select.select([process.stdout], [], [], _ANSWER_S)
-            said = process.stdout.read1(1) if ready else b""
+            said = os.read(process.stdout.fileno(), 1) if ready else b""
             process.kill()
             complaint = process.stderr.read().decode(errors="replace").strip()
     if said == _SAYS:

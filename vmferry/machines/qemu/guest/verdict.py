@@ -54,7 +54,7 @@ class Verdict:
             after.number == before.number + 1 and after.uptime_cs >= before.uptime_cs
             for before, after in steps
         )
-        bad = max((line.bad for line in (*self.ticks, *self.checks)), default=0)
+        bad = any(tick.bad for tick in self.ticks) or any(check.bad for check in self.checks)
         return bool(self.ticks) and counts and not bad and not self.faults
 
     def checked_after(self, tick: int) -> bool:
