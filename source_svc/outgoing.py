@@ -290,6 +290,8 @@ class Outgoing:
                 span_attributes(downtime_ms=round(downtime_s * 1e3, 3))
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.enter(pb.MIGRATION_PHASE_RELEASING)
+        # What follows takes hold of the hypervisor by itself, and QEMU serves one client at a time.
+        await self._machine.close()
 
     async def waits(self, why: str) -> None:
         """The outcome is not known yet."""

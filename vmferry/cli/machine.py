@@ -197,7 +197,7 @@ async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.Machi
         return machine_pb2.MACHINE_STATE_DEAD
     state = machine_pb2.MACHINE_STATE_UNSPECIFIED
     try:
-        machine = directory_of(config).open(record)
+        machine = directory_of(config).open(record, observe=True)
     except MachineDeadError:
         return machine_pb2.MACHINE_STATE_DEAD
     with contextlib.suppress(MachineDeadError, MachineFailedError):

@@ -62,6 +62,7 @@ def _qemu(spec: MachineSpec, part: QemuSpec, paths: MachinePaths, *, incoming: b
         *("-machine", f"{part.machine},memory-backend=ram,usb=off,vmport=off"),
         *("-accel", part.accelerator, "-cpu", f"{part.cpu},enforce", "-smp", str(spec.vcpus)),
         *("-qmp", f"unix:{_value(paths.qmp)},server=on,wait=off"),
+        *("-qmp", f"unix:{_value(paths.observer)},server=on,wait=off"),
         *("-chardev", f"file,id=serial0,path={_value(paths.serial)},append=on"),
         *("-serial", "chardev:serial0"),
     ]

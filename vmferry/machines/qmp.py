@@ -28,7 +28,7 @@ from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
-from vmferry.machines.spec import MachineSpec
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
 from vmferry.memory.regions import Region
 
@@ -59,6 +59,7 @@ _RUN_STATES: Final = {
     "watchdog": RunState.FAILED,
 }
 _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
+_SAVING: Final = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
 _ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -86,10 +87,13 @@ class QmpMachine(Machine):
         process: ProcessIdentity,
         *,
         qmp_timeout_s: float = DEFAULT_QMP_TIMEOUT_S,
+        observe: bool = False,
     ) -> None:
         self._spec = spec
         self._timeout_s = qmp_timeout_s
-        self._monitor = Monitor(spec, paths, process, qmp_timeout_s=qmp_timeout_s)
+        # The micro-VM serves any number of clients at its one socket.
+        address = paths.observer if observe and spec.kind == QEMU else paths.qmp
+        self._monitor = Monitor(spec, paths, process, address, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
         self._loaded: bytes | None = None
         self.paths = paths
@@ -142,6 +146,8 @@ class QmpMachine(Machine):
             # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
             # wish and start the guest by itself as soon as the state has come.
             self._require(state, _STOPPED, "be resumed")
+            if self._loaded is None:
+                await self._end_saving()
             self._loaded = None
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
@@ -277,6 +283,17 @@ class QmpMachine(Machine):
         except TimeoutError as error:
             raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
 
+    async def _end_saving(self) -> None:
+        """End a save that was broken off, maybe by another process; QEMU does not go on in the middle of one."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while (await self._migration_status())[0] in _SAVING:
+                    if self._spec.kind == QEMU:
+                        await self._monitor.execute("migrate_cancel", repeatable=True)
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise self._failure("migrate_cancel", f"no end within {self._timeout_s:g} s") from error
+
     async def _load(self, data: bytes) -> None:
         await self._ignore_shared_memory()
         path = self.paths.state_socket
@@ -304,11 +321,16 @@ class QmpMachine(Machine):
 
     async def _migration_completed(self, command: str) -> bool:
         """Whether the hypervisor says it is through; raises its words if it failed."""
-        answer = await self._monitor.execute("query-migrate", repeatable=True)
-        status = answer.get("status") if isinstance(answer, dict) else None
+        status, words = await self._migration_status()
         if status in _ENDED_BADLY:
-            raise self._failure(command, str(answer.get("error-desc", status)))
+            raise self._failure(command, words or status)
         return status == "completed"
+
+    async def _migration_status(self) -> tuple[str, str]:
+        """How the hypervisor says its own migration stands, and what went wrong with it."""
+        answer = await self._monitor.execute("query-migrate", repeatable=True)
+        found = answer if isinstance(answer, dict) else {}
+        return str(found.get("status", "")), str(found.get("error-desc", ""))
 
     async def _ignore_shared_memory(self) -> None:
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""

@@ -69,8 +69,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-async def qemu_world(images: Path) -> AsyncIterator[World]:
-    """Hosts a and b, which let in what lies in the folder of images."""
+async def world(images: Path) -> AsyncIterator[World]:
+    """Hosts a and b for all tests with QEMU, which let in what lies in the folder of images."""
     async with open_world(image_roots=(images,), downtime_limit_ms=1000) as opened:
         yield opened
 
@@ -99,12 +99,3 @@ async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> Lin
     assert linux.verdict(host).ready
     linux.last_tick = linux.verdict(host).ticks[-1].number
     return linux
-
-
-@pytest.fixture
-async def qemu_tidy(qemu_world: World) -> AsyncIterator[None]:
-    """Ends a test's machines, and fails the test if anything of them, or of a service, is left behind or missing."""
-    yield
-    left = await qemu_world.end_guests()
-    assert not left, left
-    assert all(service.running for service in qemu_world.services), "a service has ended"

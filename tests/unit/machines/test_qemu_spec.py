@@ -151,6 +151,7 @@ def common(memory: int, machine: str, accelerator: str, vcpus: int) -> list[str]
         *("-m", f"{memory}M", "-machine", f"{machine},memory-backend=ram,usb=off,vmport=off"),
         *("-accel", accelerator, "-cpu", "Nehalem-v1,enforce", "-smp", str(vcpus)),
         *("-qmp", "unix:/m,,1/web-1/qmp.sock,server=on,wait=off"),
+        *("-qmp", "unix:/m,,1/web-1/watch.sock,server=on,wait=off"),
         *("-chardev", "file,id=serial0,path=/m,,1/web-1/serial.log,append=on", "-serial", "chardev:serial0"),
     ]
 
