@@ -28,6 +28,7 @@ from vmferry.cli.output import JsonOption, console, print_document, say, size
 from vmferry.cli.progress import outcome_name, progress_view
 from vmferry.cli.watch import follow
 from vmferry.errors import InvalidArgumentError
+from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.guest import append, initramfs, newest_kernel
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MAX_VCPUS, MICROVM, QEMU, new_mac, new_qemu_spec, new_spec
@@ -74,6 +75,7 @@ class Wishes:
         Raises:
             InvalidArgumentError: the guest cannot have what is asked for.
             InsufficientMemoryError: this computer cannot.
+            MachineFailedError: there is no QEMU that can be asked.
         """
         used_mib = self.resident_mib + (
             PROGRAM_MIB + (self.working_set_mib if self.dirty_mib_per_s else 0)
@@ -92,6 +94,18 @@ class Wishes:
                 remedy="Choose less of --resident-mib or --working-set-mib, or more of --memory-mib.",
             )
         require_memory(self.memory_mib * _MIB, used_mib * _MIB)
+        if self.kind == QEMU:
+            probe.probe_binary(QemuSpec.binary)
+            initramfs()
+            self._check_kernel()
+
+    def _check_kernel(self) -> None:
+        kernel = self.kernel or newest_kernel()
+        try:
+            with kernel.open("rb"):
+                pass
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot read {kernel}: {error.strerror}", field="--kernel") from error
 
 
 class Kind(enum.StrEnum):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.integration.hosts import MIB, World
+from tests.integration.hosts import MIB, World, configured
 from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec
 from tests.integration.services import DEADLINE_S, Host, descriptors, eventually, open_trackers
 from vmferry.machines.qemu.spec import DiskSpec
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory.regions import find_mapping
 from vmferry.memory.runs import PAGE_SIZE
-from vmferry.telemetry.timeline import load_spans
+from vmferry.memory.trackers import PagemapScanTracker
 from vmferry.v1 import compatibility_pb2, machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -52,13 +56,25 @@ async def test_a_busy_linux_guest_goes_there_and_back(
         here, there = there, here
         assert left_in_process(here, guest) == []
 
-    def device_states() -> list[dict[str, object]]:
-        spans = load_spans([world.trace_dir], migration.trace_id)
-        return [dict(span.attributes) for span in spans if span.name == "device state"]
+    (found,) = await eventually(
+        lambda: list(spans(world.trace_dir, migration.trace_id, "device state")), "the trace is written"
+    )
+    assert found["vmferry.sections"] > 25
+    assert 20_000 < found["vmferry.section_bytes"] < found["vmferry.bytes"] < MIB
 
-    (found,) = await eventually(device_states, "the trace is written")
-    assert int(str(found["vmferry.sections"])) > 25
-    assert 20_000 < int(str(found["vmferry.section_bytes"])) < int(str(found["vmferry.bytes"])) < MIB
+
+def spans(trace_dir: Path, trace_id: str, name: str) -> Iterator[dict[str, int]]:
+    """The numbers that a trace tells of the spans of one name."""
+    for path in trace_dir.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            for resource in json.loads(line)["resourceSpans"]:
+                for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
+                    if (span["traceId"], span["name"]) == (trace_id, name):
+                        yield {
+                            item["key"]: int(item["value"]["intValue"])
+                            for item in span["attributes"]
+                            if "intValue" in item["value"]
+                        }
 
 
 async def test_a_cancelled_crossing_leaves_no_trace(world: World, images: Path, link: Proxy) -> None:
@@ -134,6 +150,40 @@ def damage(here: int, there: int, wanted: int = 64) -> int:
         (byte,) = os.pread(there, 1, number * PAGE_SIZE)
         os.pwrite(there, bytes([byte ^ 1]), number * PAGE_SIZE)
     return wanted
+
+
+async def test_a_save_that_is_broken_off_does_not_hold_the_guest(world: World, images: Path) -> None:
+    """A pause that may take no time ends wherever QEMU is in saving itself: the guest goes on, again and again."""
+    guest = await boot(world, linux_spec(images))
+    async with configured(world.a.source, switch_timeout_s=0.012):
+        for _ in range(3):
+            migration = await world.migrate(guest, world.a, world.b)
+            assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED, migration
+            assert migration.reason.reason == "TIMED_OUT"
+            await guest.wait_ticks(world.a)
+    await world.assert_stays(guest, world.a, world.b)
+    await world.assert_crosses(guest, world.a, world.b)
+
+
+async def test_tracking_comes_and_goes_without_a_trace(world: World, images: Path) -> None:
+    """Armed and disarmed again and again, a busy and then a paused guest of four processors keeps no descriptor."""
+    guest = await boot(world, linux_spec(images, vcpus=4, writes=4))
+    machine = world.a.directory.open(world.a.record(guest.id))
+    before = descriptors(machine.pid)
+    mapped = find_mapping(machine.pid, machine.ram)
+    try:
+        for number in range(30):
+            if number == 20:
+                await machine.stop()
+            tracker = PagemapScanTracker(mapped)
+            await asyncio.to_thread(tracker.arm)
+            tracker.scan()
+            tracker.disarm()
+        await machine.cont(world.a.ledger.permit(guest.id))
+    finally:
+        await machine.close()
+    await eventually(lambda: descriptors(machine.pid) == before, "all is as before")
+    await guest.assert_clean(world.a)
 
 
 async def test_a_source_that_is_killed_tracks_no_more(world: World, images: Path, link: Proxy) -> None:
