@@ -13,7 +13,7 @@ from typing import Final, assert_never
 
 from dest_svc.receiver import Receiver
 from vmferry.errors import JournalDamagedError, MachineDeadError, MachineNotFoundError, VmferryError
-from vmferry.handoff import destination
+from vmferry.handoff import destination, source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
 from vmferry.machines.directory import MachineDirectory
@@ -48,6 +48,7 @@ class Arrival:
         self._on_broken_journal = on_broken_journal
         self._resuming: asyncio.Task[None] | None = None
         self._afterwards: asyncio.Task[None] | None = None
+        self._settling: asyncio.Task[None] | None = None
 
     @property
     def state(self) -> destination.DestinationState:
@@ -92,9 +93,8 @@ class Arrival:
             if action.durable:
                 await asyncio.to_thread(self._journal.append, action)
             else:
-                self._journal.append(
-                    action
-                )  # 4 KiB into the page cache cost less than handing them to a thread
+                # 4 KiB into the page cache cost less than handing them to a thread.
+                self._journal.append(action)
         except JournalDamagedError as error:
             # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
             self._on_broken_journal(error)
@@ -122,8 +122,14 @@ class Arrival:
     async def resume(self) -> None:
         """Let the guest run here, record that it did, and tell the network."""
         async with phase("resume"):
+            rights = await asyncio.to_thread(self._ledger.rights, self.machine_id)
+            if not rights.owner or not isinstance(rights.outgoing, source.Quiet):
+                await self.apply(destination.GuestRan())  # it was sent on from here, so it has run here
+                return
             machine = self.machine()
-            await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
+            if await machine.run_state() is not RunState.RUNNING:
+                async with self._ledger.permitted(self.machine_id) as permit:
+                    await machine.cont(permit)
         await self.apply(destination.GuestRan())
         # The source waits for the answer with the guest's pause on its clock; the rest can follow.
         self._afterwards = asyncio.create_task(self._after_resume(machine))
@@ -175,10 +181,10 @@ class Arrival:
         async with self.lock:
             match self.state.current:
                 case destination.Receiving():
-                    await self.apply(destination.CopyLost("the destination service was restarted"))
+                    await self.lose_copy("the destination service was restarted")
                 case destination.Prepared():
-                    if not await self._copy_waits():
-                        await self.apply(destination.CopyLost("the prepared copy died"))
+                    if not await self.copy_waits():
+                        await self.lose_copy("the prepared copy died")
                 case destination.Owned(ran=False):
                     await self._try_resume()
                 case destination.Refused():
@@ -187,23 +193,44 @@ class Arrival:
                 case destination.Owned() | destination.Empty():
                     pass
 
-    async def _copy_waits(self) -> bool:
+    async def lose_copy(self, why: str) -> None:
+        """The copy here is gone or unusable; the caller holds the lock."""
+        await self.apply(destination.CopyLost(why, tail_certain=not self._journal.torn_tail))
+
+    async def go(self, attempt: Attempt, digest: bytes) -> None:
+        """The source gave the right to run up; take it, if there is a copy to run."""
+        intact = await self.copy_waits()
+        if not intact and isinstance(self.state.current, destination.Prepared):
+            await self.lose_copy("the prepared copy died")
+        await self.apply(destination.GoAsked(attempt, digest, copy_intact=intact))
+
+    async def copy_waits(self) -> bool:
+        """Whether the hypervisor has a complete copy, waiting or running."""
         try:
-            machine = self.machine()
-            return await machine.run_state() is RunState.PAUSED
+            return await self.machine().run_state() in {RunState.PAUSED, RunState.RUNNING}
         except VmferryError:
             return False
+
+    def settle_records(self) -> None:
+        """Bring the record of a prepared copy to disk in the background, so that Go need not wait for it."""
+        self._settling = asyncio.create_task(self._sync())
+
+    async def _sync(self) -> None:
+        try:
+            await asyncio.to_thread(self._journal.sync)
+        except JournalDamagedError as error:
+            self._on_broken_journal(error)
 
     async def give_up(self, why: str) -> None:
         """Close an attempt that is still being received; a prepared copy stays as it is."""
         async with self.lock:
             if isinstance(self.state.current, destination.Receiving):
-                await self.apply(destination.CopyLost(why))
+                await self.lose_copy(why)
 
     async def close(self) -> None:
         """Let go of the journal."""
         if self._resuming is not None:
             self._resuming.cancel()
-        if self._afterwards is not None:
-            await asyncio.gather(self._afterwards, return_exceptions=True)
+        last_steps = [task for task in (self._afterwards, self._settling) if task is not None]
+        await asyncio.gather(*last_steps, return_exceptions=True)
         self._journal.close()

@@ -174,7 +174,10 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, request: handoff_pb2.GetAttemptRequest, context: Context
     ) -> handoff_pb2.GetAttemptResponse:
         """Say from the journal how an attempt stands."""
-        attempt = self._attempt(request.attempt, read_only=True)
+        attempt = self._attempt(request.attempt, read_only=not request.close_unseen)
+        if request.close_unseen:
+            status = await to_the_end(self._close_unseen(attempt))
+            return handoff_pb2.GetAttemptResponse(status=status)
         if attempt.machine_id not in self._arrivals:  # a question leaves nothing behind
             return handoff_pb2.GetAttemptResponse(status=self._message(Answer(AttemptState.UNSEEN)))
         arrival = self._arrival(attempt.machine_id)
@@ -262,13 +265,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def _accept(
         self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
     ) -> Receiver:
-        with self._ledger.machine_lock(attempt.machine_id):
+        async with self._ledger.locked(attempt.machine_id):
             await arrival.apply(
                 destination.BeginAsked(
                     attempt,
                     ticket.nonce,
                     int(ticket.start_by.timestamp()),
-                    host_holds_machine=self._ledger.rights(attempt.machine_id).holds,
+                    host_holds_machine=self._holds(arrival),
                 )
             )
         if arrival.receiver is None:
@@ -277,9 +280,17 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()
             except BaseException as error:
-                await arrival.apply(destination.CopyLost(f"the copy could not be made: {error}"))
+                await arrival.lose_copy(f"the copy could not be made: {error}")
                 raise
         return arrival.receiver
+
+    def _holds(self, arrival: Arrival) -> bool:
+        """Whether this host has the machine, or a hypervisor of it that is not an attempt's waiting copy."""
+        if self._ledger.rights(arrival.machine_id).holds:
+            return True
+        if isinstance(arrival.state.current, (destination.Receiving, destination.Prepared)):
+            return False
+        return any(record.spec.uuid == arrival.machine_id for record in self._directory.list())
 
     def _check_room(self, attempt: Attempt, spec: MachineSpec) -> None:
         own = self._arrivals.get(attempt.machine_id)
@@ -325,14 +336,15 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             try:
                 own = await _sealed(receiver, digest)
             except (HashMismatchError, MachineDeadError) as error:
-                await arrival.apply(destination.CopyLost(error.message))
+                await arrival.lose_copy(error.message)
                 raise
             await arrival.apply(destination.Verified(attempt, own))
+            arrival.settle_records()
             return own
 
     async def _go(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> handoff_pb2.AttemptStatus:
         async with arrival.lock, phase("own"):
-            await arrival.apply(destination.GoAsked(attempt, digest))
+            await arrival.go(attempt, digest)
             return self._status(arrival, attempt)
 
     async def _abort(
@@ -341,6 +353,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         event = destination.CloseAsked(attempt, request.reason[:200])
         async with arrival.lock:
             return self._message(await arrival.apply(event) or arrival.answer(attempt))
+
+    async def _close_unseen(self, attempt: Attempt) -> handoff_pb2.AttemptStatus:
+        arrival = self._arrival(attempt.machine_id)
+        async with arrival.lock:
+            return self._message(
+                await arrival.apply(destination.StatusAsked(attempt)) or arrival.answer(attempt)
+            )
 
     def _status(self, arrival: Arrival, attempt: Attempt) -> handoff_pb2.AttemptStatus:
         return self._message(arrival.answer(attempt))
@@ -393,23 +412,21 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 if receiver is None:
                     continue
                 silent_s = time.monotonic() - receiver.progressed_at
-                event: destination.DestinationEvent | None = None
-                if silent_s > self._config.receive_timeout_s:
-                    event = destination.Stalled()
-                elif receiver.machine is not None and not await receiver.machine.alive():
-                    event = destination.CopyLost("the waiting copy's process died")
-                if event is not None:
-                    await self._close_silently(arrival, receiver, event)
+                died = receiver.machine is not None and not await receiver.machine.alive()
+                if died or silent_s > self._config.receive_timeout_s:
+                    await self._give_up(arrival, receiver, died=died)
 
-    async def _close_silently(
-        self, arrival: Arrival, receiver: Receiver, event: destination.DestinationEvent
-    ) -> None:
+    async def _give_up(self, arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
         async with arrival.lock:
-            if arrival.receiver is receiver:
-                try:
-                    await arrival.apply(event)
-                except VmferryError as error:
-                    _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
+            if arrival.receiver is not receiver:
+                return
+            try:
+                if died:
+                    await arrival.lose_copy("the waiting copy's process died")
+                else:
+                    await arrival.apply(destination.Stalled())
+            except VmferryError as error:
+                _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
 
 
 async def _sealed(receiver: Receiver, digest: bytes) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +17,7 @@ from source_svc.peer import Destination
 from vmferry.errors import HashMismatchError, NotConvergingError
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
-from vmferry.memory.probe import choose_tracker
+from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
@@ -43,6 +43,9 @@ class CopySettings:
     max_rounds: int
     stall_timeout_s: float
     tracker: str
+    """Kind of the tracker that the compatibility report chose."""
+    trackers: Sequence[TrackerFinding]
+    """What was found out about trackers when the service started."""
 
 
 class Copy:
@@ -60,7 +63,11 @@ class Copy:
         try:
             self._table = PageTable(region.page_count)
             self._tracker = choose_tracker(
-                find_mapping(machine.pid, region), self._ram, self._table, settings.tracker
+                find_mapping(machine.pid, region),
+                self._ram,
+                self._table,
+                settings.tracker,
+                findings=settings.trackers,
             )
         except BaseException:
             self._ram.close()
@@ -147,6 +154,7 @@ class Copy:
         Raises:
             HashMismatchError: pages differ.
         """
+        await self._open_lanes.drain()  # a page of the last round may still be on its way on another lane
         pages = PageRuns.whole(self._table.page_count)
         await self._send(pages, compare_only=True)
         await self._open_lanes.drain()

@@ -151,9 +151,14 @@ class Departure:
         async with phase("resume"):
             machine = self.machine()
             try:
-                await machine.cont(await asyncio.to_thread(self._ledger.permit, self.machine_id))
+                async with self._ledger.permitted(self.machine_id) as permit:
+                    await machine.cont(permit)
             finally:
                 await machine.close()
+
+    async def settle_records(self) -> None:
+        """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""
+        await self._write(self._journal.sync, durable=True)
 
     async def release(self) -> None:
         """Free what is left of a machine that now runs elsewhere; nothing, if it does not."""

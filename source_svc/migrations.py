@@ -7,6 +7,7 @@ watcher; an ended migration never changes again.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Final
@@ -19,6 +20,7 @@ Phase = pb.MigrationPhase
 Outcome = pb.MigrationOutcome
 _DEFAULT_PAGE: Final = 50
 _LARGEST_PAGE: Final = 500
+_PAGE_TOKEN: Final = re.compile(r"[0-9]{0,9}")
 MAX_ENDED: Final = 1000
 """Ended migrations that are remembered."""
 
@@ -135,6 +137,10 @@ class Migrations:
                 f"no migration {migration_id!r} on this host", id=migration_id
             ) from None
 
+    def known(self, migration_id: str) -> bool:
+        """Whether there is a migration of this id, ended or not."""
+        return migration_id in self._by_id
+
     def of_request(self, request_id: str) -> Migration | None:
         """The migration that was started by this request, if any."""
         return self._by_request.get(request_id)
@@ -168,7 +174,7 @@ def page_bounds(page_size: int, page_token: str, total: int) -> tuple[int, int, 
     """
     if page_size < 0:
         raise InvalidArgumentError("page_size must not be negative", field="page_size")
-    if page_token and not page_token.isdigit():
+    if not _PAGE_TOKEN.fullmatch(page_token):
         raise InvalidArgumentError("the token is not one of this service's", field="page_token")
     start = min(int(page_token or "0"), total)
     end = min(start + min(page_size or _DEFAULT_PAGE, _LARGEST_PAGE), total)

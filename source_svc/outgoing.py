@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -199,7 +199,8 @@ class Outgoing:
             order.downtime_limit_s,
             self._config.max_rounds,
             order.stall_timeout_s,
-            order.tracker,
+            self.migration.message.tracker,
+            self._plan.trackers,
         )
         self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
@@ -275,8 +276,12 @@ class Outgoing:
         )
         # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
         heard: source.Heard
-        _, heard = await together(self._copy.finish(), seal)
-        return heard
+        _, heard, _ = await together(self._copy.finish(), seal, self._departure.settle_records())
+        if heard.state is not AttemptState.PREPARED or heard.digest != digest:
+            raise WrongPhaseError(
+                f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
+            )
+        return replace(heard, memory_intact=True)
 
     # Afterwards
 

@@ -104,7 +104,7 @@ class Destination:
                 abort = handoff_pb2.AbortRequest(attempt=ref, reason=reason)
                 status = (await self._ask(self._stub.Abort(abort, timeout=self._timeout_s))).status
             case "GetAttempt":
-                question = handoff_pb2.GetAttemptRequest(attempt=ref)
+                question = handoff_pb2.GetAttemptRequest(attempt=ref, close_unseen=True)
                 status = (await self._ask(self._stub.GetAttempt(question, timeout=self._timeout_s))).status
             case _:
                 raise ValueError(f"no such method: {method}")
@@ -127,4 +127,5 @@ def _heard(attempt: Attempt, status: handoff_pb2.AttemptStatus) -> Heard:
         AttemptState(status.state or AttemptState.UNSEEN.value),
         status.destination_incarnation,
         digest=status.digest,
+        memory_intact=False,  # for the source to say; the destination cannot know
     )

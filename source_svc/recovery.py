@@ -20,9 +20,32 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff import source
+from vmferry.handoff.ledger import HostLedger
+from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
-from vmferry.telemetry.tracing import phase
+from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.launcher import discard_leftover
+from vmferry.machines.port import RunState
+from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
+
+
+async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
+    """With no attempt open: do what an earlier process had recorded and was ended before it did."""
+    rights = await asyncio.to_thread(ledger.rights, machine_id)
+    if rights.standing is Standing.GONE:
+        await discard_leftover(machine_id, directory)
+        return
+    record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
+    if record is None or not record.alive or not rights.permitted:
+        return
+    machine = directory.open(record)
+    try:
+        if await machine.run_state() in {RunState.PAUSED, RunState.POSTMIGRATE}:
+            async with ledger.permitted(machine_id) as permit:
+                await machine.cont(permit)
+    finally:
+        await machine.close()
 
 
 class Recovered:
@@ -59,6 +82,7 @@ class Recovered:
     async def _run(self) -> None:
         try:
             async with phase("recover", migration_id=self.migration.id):
+                self.migration.message.trace_id = current_trace_id()
                 await self._settle()
         finally:
             self._departure.close()

@@ -21,13 +21,14 @@ from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered
+from source_svc.recovery import Recovered, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
     MachineNotOwnedError,
     ServiceStoppingError,
+    TicketUsedError,
     TooManyMigrationsError,
     VmferryError,
 )
@@ -47,6 +48,8 @@ from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.migration_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
+_LONGEST_LIMIT_S: Final = 366 * 24 * 3600
+"""Beyond it, times overflow somewhere in the libraries below."""
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _STATES: Final = {
     RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
@@ -82,9 +85,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
-        for machine_id in self._ledger.machines(Role.SOURCE):
+        leaving = set(self._ledger.machines(Role.SOURCE))
+        for machine_id in self._ledger.machines():
             try:
-                self._recover_one(machine_id)
+                if machine_id not in leaving or not self._follow_open(machine_id):
+                    await settle_quiet(machine_id, self._ledger, self._directory)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -185,6 +190,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         record = self._directory.find(_required(request.machine, "machine"))
         host, address = self._destination(request.destination)
         ticket = self._check_ticket(request.ticket, record, host)
+        if self._migrations.known(ticket.migration_id.hex()):
+            raise TicketUsedError("the ticket has started a migration already", field="ticket")
         order = self._order(request.options, ticket.migration_id, request.ticket)
         self._check_free(record)
         message = pb.Migration(
@@ -298,16 +305,17 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
 
-    def _recover_one(self, machine_id: str) -> None:
+    def _follow_open(self, machine_id: str) -> bool:
+        """Go on with the machine's open attempt; false if there is none."""
         departure = self._departure(machine_id)
         state = departure.state
         if isinstance(state, source.Quiet):
             departure.close()
-            return
+            return False
         attempt = state.attempt
         message = pb.Migration(
             id=attempt.migration_id.hex(),
-            machine=machine_id,
+            machine=self._name_of(machine_id),
             machine_id=machine_id,
             source=self._own.uri,
             destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
@@ -317,6 +325,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._follow(
             Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
         )
+        return True
+
+    def _name_of(self, machine_id: str) -> str:
+        names = (record.spec.name for record in self._directory.list() if record.spec.uuid == machine_id)
+        return next(names, machine_id)
 
     def _departure(self, machine_id: str) -> Departure:
         return Departure(
@@ -379,6 +392,8 @@ def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
         return default
     value: Duration = getattr(options, name)
     seconds = value.seconds + value.nanos / 1e9
-    if seconds <= 0:
-        raise InvalidArgumentError(f"{name} must be longer than 0", field=f"options.{name}")
+    if not 0 < seconds <= _LONGEST_LIMIT_S:
+        raise InvalidArgumentError(
+            f"{name} must be longer than 0 and at most {_LONGEST_LIMIT_S} s", field=f"options.{name}"
+        )
     return seconds

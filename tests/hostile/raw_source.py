@@ -86,22 +86,19 @@ class Lane:
     digest: Any = field(default_factory=xxh3_128)
 
     async def send(self, request: Request) -> transfer_pb2.TransferResponse:
-        """Send a message and return its answer; raises the destination's error."""
+        """Send a message and return its answer; raises the destination's error as one of the catalogue."""
         try:
-            await self.call.write(request)
+            return await self.send_raw(request)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
-        return await self.answer()
 
-    async def answer(self) -> transfer_pb2.TransferResponse:
-        """The next answer; raises the destination's error."""
-        try:
-            response = await self.call.read()
-            if response is END_OF_STREAM:
-                await self.call.read()
-                raise AssertionError("the destination ended the stream without an error")
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+    async def send_raw(self, request: Request) -> transfer_pb2.TransferResponse:
+        """Send a message and return its answer; raises what gRPC raises."""
+        await self.call.write(request)
+        response = await self.call.read()
+        if response is END_OF_STREAM:
+            await self.call.read()  # raises the error that the stream ended with
+            raise AssertionError("the destination ended the stream without an error")
         assert isinstance(response, transfer_pb2.TransferResponse)
         return response
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from functools import reduce
 from typing import Any
 
+import grpc.aio
 import pytest
 
 from tests.hostile.raw_source import (
@@ -22,10 +23,13 @@ from tests.hostile.raw_source import (
     raw_source,
 )
 from tests.integration.hosts import Bystander, World
-from tests.integration.services import eventually, refusal
+from tests.integration.services import DOMAIN, eventually, refusal
 from vmferry.machines.wire import spec_to_message
 from vmferry.memory.runs import PAGE_SIZE
+from vmferry.security.identity import Identity, Kind
+from vmferry.security.tls import open_channel
 from vmferry.v1 import handoff_pb2
+from vmferry.v1.handoff_pb2_grpc import DestinationServiceStub
 
 pytestmark = pytest.mark.usefixtures("tidy")
 
@@ -321,4 +325,41 @@ async def test_two_attempts_fill_a_host_and_a_third_is_told_so(
         assert three.spec.uuid not in world.b.ledger.machines()
         await one.abort()
         await three.begin()
+    await bystander.assert_unharmed()
+
+
+async def test_a_host_without_a_ticket_cannot_close_what_is_anothers(
+    world: World, bystander: Bystander, model: Model
+) -> None:
+    """An Abort of an attempt that was never begun, by a host with no ticket, stands in nobody else's way."""
+    async with (
+        raw_source(world, world.b, model) as source,
+        open_channel(world.b.dest.address, world.b.identity, world.material("c")) as channel,
+    ):
+        stub = DestinationServiceStub(channel)
+        forged = handoff_pb2.AttemptRef(
+            machine_id=source.spec.uuid,
+            migration_id=bytes(16),
+            attempt=1,
+            epoch_from=2**62,
+            epoch_to=2**62 + 1,
+            source=Identity(DOMAIN, Kind.VMHOST, "c").uri,
+            destination=world.b.identity.uri,
+        )
+
+        async def close() -> None:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await stub.Abort(handoff_pb2.AbortRequest(attempt=forged, reason="spite"), timeout=5)
+
+        await close()
+        await source.begin()
+        forged.migration_id = bytes(15) + b"x"
+        await close()
+        assert (await source.status()).state == RECEIVING
+        await source.send_everything()
+        assert (await source.seal()).status.state == PREPARED
+        forged.migration_id = bytes(15) + b"y"
+        forged.epoch_from, forged.epoch_to = 2**62 + 1, 2**62 + 2
+        await close()
+        assert (await source.status()).state == PREPARED
     await bystander.assert_unharmed()

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,7 +295,7 @@ async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]
     values: dict[str, Any] = {
         "rpc_timeout_s": 2.0,
         "handoff_retry_s": 0.1,
-        "receive_timeout_s": 5.0,
+        "receive_timeout_s": 3.0,
         "memory_headroom_mib": 0,
     }
     with (
@@ -359,9 +359,7 @@ async def _end_everything(world: World) -> None:
     for pid in processes_with(str(world.root)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for service in world.services:
-        if "Traceback" in service.log_text():
-            left.append(f"{service.role} service: a traceback in its log:\n{service.log_text()[-3000:]}")
+    left += [f"{service.role} service: {line}" for service in world.services for line in service.unexpected()]
     assert not left, left
 
 
@@ -372,11 +370,18 @@ async def world() -> AsyncIterator[World]:
         yield opened
 
 
+@pytest.fixture(scope="module")
+async def proxy(world: World) -> AsyncIterator[Proxy]:
+    """The network of :func:`link`; it outlives a test, as what an open hand-off asks must."""
+    async with open_proxy(lambda: world.b.dest.port) as opened:
+        yield opened
+
+
 @pytest.fixture
-async def link(world: World) -> AsyncIterator[Proxy]:
-    """A network to host b's destination that a test can disturb."""
-    async with open_proxy(lambda: world.b.dest.port) as proxy:
-        yield proxy
+def link(proxy: Proxy) -> Iterator[Proxy]:
+    """A network to host b's destination that a test can disturb; healed afterwards."""
+    yield proxy
+    proxy.heal()
 
 
 @pytest.fixture
@@ -402,14 +407,23 @@ class Bystander:
         await self.world.assert_stays(self.guest, self.here, self.there)
         await self.assert_crosses()
 
-    async def assert_crosses(self) -> None:
+    async def assert_crosses(self, **options: Any) -> None:
         """It goes to the other host."""
-        await self.world.assert_crosses(self.guest, self.here, self.there)
+        await self.world.assert_crosses(self.guest, self.here, self.there, **options)
+        self.turn()
+
+    def turn(self) -> None:
+        """Note that it has crossed."""
         self.here, self.there = self.there, self.here
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 async def bystander(world: World) -> Bystander:
     """A guest that lives as long as its module's world."""
-    world.bystander = Bystander(world, await world.run(), world.a, world.b)
+    if world.bystander is None:
+        world.bystander = Bystander(world, await world.run(), world.a, world.b)
+    if world.bystander.there.ledger.rights(
+        world.bystander.guest.id
+    ).permitted:  # a test that failed left it there
+        world.bystander.turn()
     return world.bystander

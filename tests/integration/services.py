@@ -39,20 +39,25 @@ _SOURCES = str(Path(vmferry.__file__).parents[1])
 Answer = TypeVar("Answer")
 
 
-async def eventually(
-    condition: Callable[[], Answer | Awaitable[Answer]], what: str, *, seconds: float = DEADLINE_S
-) -> Answer:
+async def eventually(condition: Callable[[], Answer], what: str, *, seconds: float = DEADLINE_S) -> Answer:
     """Poll ``condition`` until it holds and return what it gave; fail naming ``what`` when the time is over."""
+
+    async def ask() -> Answer:
+        return condition()
+
+    return await eventually_async(ask, what, seconds=seconds)
+
+
+async def eventually_async(
+    condition: Callable[[], Awaitable[Answer]], what: str, *, seconds: float = DEADLINE_S
+) -> Answer:
+    """The same for a condition that has to be awaited."""
     deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if isinstance(found, Awaitable):
-            found = await found
-        if found:
-            return found
+    while not (found := await condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {seconds:g} s (last seen: {found!r})")
         await asyncio.sleep(0.005)
+    return found
 
 
 async def refusal(call: Awaitable[object]) -> VmferryError:
@@ -145,6 +150,14 @@ class Service:
         """A line of /proc/PID/status."""
         text = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(field))
+
+    def unexpected(self) -> list[str]:
+        """Lines of its log with a traceback; the library that talks to hypervisors logs those of theirs that die."""
+        return [
+            line
+            for line in self.log_text().splitlines()
+            if "Traceback" in line and '"logger": "qemu.qmp' not in line
+        ]
 
     def log_text(self) -> str:
         """All it wrote to its log."""

@@ -19,6 +19,7 @@ from tests.support import require, wait_until
 from vmferry.errors import MachineDeadError, TrackerUnavailableError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.inject import inject_write_tracking
+from vmferry.memory.ptrace import Tracee
 from vmferry.memory.regions import RamFile, Region, find_mapping
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.memory.surgeon import open_userfault_in
@@ -129,6 +130,7 @@ class Target:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": PACKAGES},
+            start_new_session=True,
         )
         self.pid = self.process.pid
         self.address = int(self.line())
@@ -261,6 +263,22 @@ def test_signals_that_come_meanwhile_are_delivered(start: Callable[..., Target])
     assert target.ping() == "pong"
 
 
+def test_a_signal_that_was_first_is_delivered_before_the_stop(start: Callable[..., Target]) -> None:
+    """A thread that already stopped to receive a signal receives it."""
+    target = start(
+        "import signal\nsignal.signal(signal.SIGUSR1, lambda *_: os.write(1, b'signal\\n'))\n"
+        "print('set', flush=True)\n" + WAITING["read"]
+    )
+    assert target.line() == "set"
+    tracee = Tracee(target.pid, target.pid)
+    os.kill(target.pid, signal.SIGUSR1)
+    wait_until(lambda: target.status("State") == "t", what="the stop for the signal")
+    tracee.stop()
+    tracee.detach()
+    assert target.line() == "signal"
+    assert target.ping() == "pong"
+
+
 def test_memory_that_another_userfaultfd_holds_is_refused_and_nothing_stays(
     start: Callable[..., Target],
 ) -> None:
@@ -352,7 +370,7 @@ def test_somebody_who_waits_for_the_target_is_not_misled(start: Callable[..., Ta
 
 
 def test_a_service_that_is_killed_meanwhile_leaves_the_target_unharmed(start: Callable[..., Target]) -> None:
-    """At whatever moment the caller is killed, the target is let go, answers, and keeps no descriptor."""
+    """Whenever the caller's process group is killed, the target is let go, answers, and keeps no descriptor."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -366,7 +384,7 @@ def test_a_service_that_is_killed_meanwhile_leaves_the_target_unharmed(start: Ca
         )
         assert service.line() == "begin"
         time.sleep(rng.uniform(0, 0.12))  # the moment of the kill is the random input, nothing is awaited
-        service.process.kill()
+        os.killpg(service.pid, signal.SIGKILL)
         service.process.wait()
         wait_until(lambda: target.status("TracerPid") == "0", what="letting go")
         assert target.ping() == "pong"

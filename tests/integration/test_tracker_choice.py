@@ -38,7 +38,7 @@ def test_a_tracker_that_misses_the_write_is_not_usable(monkeypatch: pytest.Monke
     monkeypatch.setitem(probe._TRACKERS, "hash", lambda _mapped, ram, sent: Blind(ram, sent))
     finding = probe_trackers()[-1]
     assert not finding.usable
-    assert "it reported <PageRuns 0 pages" in finding.reason
+    assert "told of 0 pages after one was written" in finding.reason
 
 
 def test_the_best_usable_tracker_is_chosen_and_never_another_than_insisted_on(

@@ -259,7 +259,10 @@ class Simulation:
         answers = [m for m in world.messages if m.attempt == index and m.kind == "answer"]
         events: list[tuple[str, source.SourceEvent]] = [
             ("unheard", source.Unheard()),
-            ("abort", source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT)),
+            (
+                "abort",
+                source.AbortWanted("any reason", memory_intact=host.vm[0] != ABSENT, tail_certain=True),
+            ),
             *((f"heard-{AttemptState(m.state).name}", self._heard(m, host)) for m in answers),
         ]
         if isinstance(state, source.Begun) and any(m.state == AttemptState.RECEIVING.value for m in answers):
@@ -330,7 +333,7 @@ class Simulation:
             events.append(("stalled", destination.Stalled()))
         gone = isinstance(state.current, destination.Prepared) and host.vm[0] == ABSENT
         if isinstance(state.current, destination.Receiving) or gone:
-            events.append(("copy-lost", destination.CopyLost("gone")))
+            events.append(("copy-lost", destination.CopyLost("gone", tail_certain=True)))
         if isinstance(state.current, destination.Owned) and (host.vm[0] == RUNNING or moved_on(host)):
             events.append(("ran", destination.GuestRan()))
         for name, event in events:

@@ -256,7 +256,7 @@ def _drop_on_timeout(
     state: destination.DestinationState, event: destination.DestinationEvent
 ) -> list[Action]:
     if isinstance(event, destination.Stalled):
-        event = destination.CopyLost("nothing arrived for too long")
+        event = destination.CopyLost("nothing arrived for too long", tail_certain=True)
     return destination.decide(state, event)
 
 
@@ -264,7 +264,7 @@ def _accept_on_timeout(
     state: destination.DestinationState, event: destination.DestinationEvent
 ) -> list[Action]:
     if isinstance(event, destination.Stalled) and isinstance(state.current, destination.Prepared):
-        event = destination.GoAsked(state.current.attempt, state.current.digest)
+        event = destination.GoAsked(state.current.attempt, state.current.digest, copy_intact=True)
     return destination.decide(state, event)
 
 

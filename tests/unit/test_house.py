@@ -16,6 +16,7 @@ TEXT_SUFFIXES = {".cfg", ".inc", ".md", ".proto", ".py", ".S", ".sh", ".toml", "
 TEXT_FOLDERS = (*PYTHON_FOLDERS, "protos", "docs", "deploy", ".ci")
 
 MAX_MODULE_LINES = 450
+MAX_TEST_MODULE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 SERVICES = {"source_svc", "dest_svc"}
@@ -167,14 +168,15 @@ def test_every_module_says_what_it_promises() -> None:
 
 
 def test_modules_stay_short() -> None:
-    """A module holds one concept, which fits into few lines."""
+    """A module holds one concept, which fits into few lines; a module of tests may list more cases."""
     lengths = {
-        path: len(path.read_text(encoding="utf-8").splitlines()) for path in hand_written(PYTHON_FOLDERS)
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for path in hand_written(PYTHON_FOLDERS)
     }
-    offences = [
-        f"{path.relative_to(ROOT)}: {lines}" for path, lines in lengths.items() if lines > MAX_MODULE_LINES
-    ]
-    assert offences == []
+    limits = {
+        path: MAX_TEST_MODULE_LINES if path.parts[0] == "tests" else MAX_MODULE_LINES for path in lengths
+    }
+    assert [f"{path}: {lines}" for path, lines in lengths.items() if lines > limits[path]] == []
 
 
 def test_functions_stay_short() -> None:

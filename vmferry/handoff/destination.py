@@ -92,7 +92,7 @@ class BeginAsked:
     ticket_nonce: bytes
     ticket_expire_unix: int
     host_holds_machine: bool
-    """This host owns the machine or has an attempt open that takes it away."""
+    """This host owns the machine, has an attempt open that takes it away, or still has a hypervisor of it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class GoAsked:
 
     attempt: Attempt
     digest: bytes
-    copy_intact: bool = True
+    copy_intact: bool = field(kw_only=True)
     """The prepared copy is alive and paused. If it is not, :class:`CopyLost` is due, never the right to run."""
 
 
@@ -131,7 +131,7 @@ class CopyLost:
     """The copy is gone or unusable: its process died, or what arrived was wrong."""
 
     reason: str
-    tail_certain: bool = True
+    tail_certain: bool = field(kw_only=True)
     """The journal's end is whole; a torn end may hide OWNED."""
 
 

@@ -16,13 +16,14 @@ accepted under the machine's lock after that view was checked, so two processes 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import enum
 import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -140,6 +141,22 @@ class HostLedger:
         with (self._made_folder(machine_id) / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    @contextlib.asynccontextmanager
+    async def locked(self, machine_id: str) -> AsyncIterator[None]:
+        """:meth:`machine_lock` for coroutines: waiting for another process stops nobody else."""
+        lock = self.machine_lock(machine_id)
+        await asyncio.to_thread(lock.__enter__)
+        try:
+            yield
+        finally:
+            lock.__exit__(None, None, None)
+
+    @contextlib.asynccontextmanager
+    async def permitted(self, machine_id: str) -> AsyncIterator[ResumePermit]:
+        """A permit that cannot go stale while it is used: until then nobody can begin to send the machine away."""
+        async with self.locked(machine_id):
+            yield await asyncio.to_thread(self.permit, machine_id)
 
     def lock_role(self, role: Role) -> RoleLock:
         """Become the one writer of a role's journals until the process ends.

@@ -6,7 +6,7 @@ incarnation of the destination's journal that said ready; and never aborts alone
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from vmferry.handoff.states import (
@@ -76,9 +76,9 @@ class AbortWanted:
     """Something failed, or somebody cancelled, or the service was restarted."""
 
     reason: str
-    memory_intact: bool
+    memory_intact: bool = field(kw_only=True)
     """The hypervisor still has the guest's memory, and it has not run elsewhere."""
-    tail_certain: bool = True
+    tail_certain: bool = field(kw_only=True)
     """The journal's end is whole; a torn end may hide HANDED_OFF."""
 
 
@@ -91,7 +91,7 @@ class Heard:
     incarnation: str
     digest: bytes = b""
     """What it has verified, where it says PREPARED."""
-    memory_intact: bool = True
+    memory_intact: bool = field(kw_only=True)
     """The hypervisor still has the guest's memory, and it has not run elsewhere."""
 
 

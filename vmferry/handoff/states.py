@@ -20,12 +20,16 @@ Source::
   Quiet --BEGUN--> Begun --SEALED--> Sealed --HANDED_OFF--> HandedOff --DONE--> Quiet (the machine is gone)
     ^                |                  |                       |
     +---ABORTED------+------ABORTED-----+                       +--RECLAIMED--> Quiet (the machine is here)
+    alone with the guest's memory; without it          only when the journal that said ready says REFUSED
+    only when the destination says REFUSED
 
 Destination::
 
   Empty --ACCEPTED--> Receiving --PREPARED--> Prepared --OWNED--> Owned --RAN--> Owned(ran)
     |                    |                       |
     +------REFUSED-------+--------REFUSED--------+--> Refused: closed for ever, the tombstone stays
+
+  Refused is followed by a newer attempt, Owned by an attempt of a later right to run.
 
 Promises of the protocol, asserted here and checked by the tests:
 
@@ -147,12 +151,12 @@ class Resume:
 
 @dataclass(frozen=True)
 class Release:
-    """Free what the attempt held here: hypervisor, memory, definition."""
+    """Free what the attempt held here: hypervisor, memory, definition; never a copy that arrived since."""
 
 
 @dataclass(frozen=True)
 class Tell:
-    """Call the destination: ``Go``, ``Abort``, or ``AbortUnlessPrepared``."""
+    """Call the destination, by name of the method: ``Go``, ``Abort`` or ``GetAttempt``."""
 
     method: str
 

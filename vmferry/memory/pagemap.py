@@ -185,10 +185,8 @@ class PageMap:
             count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)
             found = self._results[: count * _RESULT_FIELDS]
             yield found[::_RESULT_FIELDS], found[1::_RESULT_FIELDS]
-            if count < room:
-                return
-            # The kernel's buffer is smaller than ours. Each time that fills, it notes where the walk stood, goes
-            # on, and does not correct the note if the walk then completes: walk_end can lie before results.
+            # walk_end can lie before results: the kernel sets it whenever its own, smaller buffer fills, goes on,
+            # and leaves it so if the walk then completes. Going on from there would report pages twice.
             position = max(int.from_bytes(argument[_WALK_END], "little"), found[-2] if found else 0)
 
 

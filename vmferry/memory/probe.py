@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +67,27 @@ def probe_trackers() -> list[TrackerFinding]:
         return [_probe(kind, make, mapped, ram, touch) for kind, make in _TRACKERS.items()]
 
 
-def choose_tracker(mapped: MappedRegion, ram: RamFile, sent: PageTable, insist: str = "") -> Tracker:
+def choose_tracker(
+    mapped: MappedRegion,
+    ram: RamFile,
+    sent: PageTable,
+    insist: str = "",
+    *,
+    findings: Sequence[TrackerFinding] | None = None,
+) -> Tracker:
     """The best tracker that works here, not yet armed; or the one that ``insist`` names.
+
+    Args:
+        mapped: where the machine has its memory.
+        ram: that memory.
+        sent: what was last sent of it.
+        insist: kind of the tracker that it must be, if not empty.
+        findings: what :func:`probe_trackers` found on this host; it is asked now if this is missing.
 
     Raises:
         TrackerUnavailableError: there is no such tracker, or it does not work here.
     """
-    findings = probe_trackers()
+    findings = probe_trackers() if findings is None else findings
     for finding in findings:
         if finding.usable and insist in ("", finding.kind):
             return _TRACKERS[finding.kind](mapped, ram, sent)
@@ -109,8 +123,8 @@ def _probe(
     return TrackerFinding(
         kind,
         usable=False,
-        reason=f"armed without an error, but of one write to page {_TOUCHED_PAGE} it reported {seen!r}"
-        f" and before the write {untouched!r} (a kernel may lack this feature without refusing its use)",
+        reason=f"armed without an error, but told of {seen.page_count} pages after one was written, and of "
+        f"{untouched.page_count} before that (a kernel may lack this feature without refusing its use)",
     )
 
 

@@ -144,8 +144,8 @@ class Tracee:
     def __exit__(self, *_: object) -> None:
         """Give the thread its state back and let it go.
 
-        The kernel restarts an interrupted system call only on the way out of a signal stop. Let go after one of
-        our calls, the thread would see the kernel's internal error number, hence the second interrupt.
+        The kernel restarts an interrupted system call on the way out of a signal stop, so the thread is brought
+        to one first: it last stopped at the end of a call of ours.
         """
         try:
             self._request(_INTERRUPT)

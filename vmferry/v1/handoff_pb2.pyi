@@ -453,8 +453,11 @@ class GetAttemptRequest(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     PREFLIGHT_FIELD_NUMBER: _builtins.int
+    CLOSE_UNSEEN_FIELD_NUMBER: _builtins.int
     preflight: _builtins.bool
     """Also checks that this host could finish now: memory taken, copy alive, journal writable."""
+    close_unseen: _builtins.bool
+    """Closes the attempt if it was never begun here, so that the source gets an answer it can act on; source only."""
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
         """The attempt."""
@@ -464,10 +467,11 @@ class GetAttemptRequest(_message.Message):
         *,
         attempt: Global___AttemptRef | None = ...,
         preflight: _builtins.bool = ...,
+        close_unseen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "preflight", b"preflight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "close_unseen", b"close_unseen", "preflight", b"preflight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

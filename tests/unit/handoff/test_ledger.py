@@ -98,7 +98,6 @@ def test_a_machine_that_came_from_elsewhere_is_not_born(
 @pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
 def test_a_machine_with_a_damaged_journal_is_not_born(ledger: HostLedger, role: Role) -> None:
     """What cannot be read may say that the machine runs elsewhere."""
-    ledger.machines()
     file_of(ledger, role).parent.mkdir()
     file_of(ledger, role).write_bytes(b"not a journal")
     with pytest.raises(MachineExistsError):
@@ -376,9 +375,13 @@ def test_a_killed_service_gives_its_role_back(
 
 def test_the_machine_lock_keeps_others_out(ledger: HostLedger) -> None:
     """While it is held nobody else gets the machine's lock; another machine's is free."""
-    with ledger.machine_lock(MACHINE), ledger.machine_lock(OTHER_MACHINE):
-        with (ledger.directory / MACHINE / "lock").open("w") as file, pytest.raises(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (
+        ledger.machine_lock(MACHINE),
+        ledger.machine_lock(OTHER_MACHINE),
+        (ledger.directory / MACHINE / "lock").open("w") as file,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with ledger.machine_lock(MACHINE):
         pass
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import given
@@ -110,7 +110,8 @@ def test_an_identity_of_ours_is_short_enough() -> None:
 )
 def test_a_name_that_is_too_long_is_refused_by_name(field: str) -> None:
     """It is refused at the first record of an attempt, so that no later one fails to fit."""
-    about = replace(attempt(), **{field: "x" * (MAX_NAME_BYTES + 1)})
+    changed: dict[str, Any] = {field: "x" * (MAX_NAME_BYTES + 1)}
+    about = replace(attempt(), **changed)
     with pytest.raises(InvalidArgumentError) as caught:
         encoded(Record(RecordKind.BEGUN, MACHINE, about))
     assert caught.value.field == f"attempt.{field}"

@@ -65,9 +65,9 @@ def heard(
 EVENTS: Final[dict[str, SourceEvent]] = {
     "begin": BeginWanted(MINE),
     "paused": Paused(DIGEST),
-    "abort": AbortWanted("reason", memory_intact=True),
+    "abort": AbortWanted("reason", memory_intact=True, tail_certain=True),
     "abort, torn end": AbortWanted("reason", memory_intact=True, tail_certain=False),
-    "abort, no memory": AbortWanted("reason", memory_intact=False),
+    "abort, no memory": AbortWanted("reason", memory_intact=False, tail_certain=True),
     "abort, no memory, torn end": AbortWanted("reason", memory_intact=False, tail_certain=False),
     "unheard": Unheard(),
     **{f"heard {state.name}": heard(state) for state in AttemptState},
@@ -205,7 +205,7 @@ def test_rule_7_nothing_of_another_attempt_counts(state: str) -> None:
             with pytest.raises(InvalidTransitionError):
                 evolve(STATES[state], record(kind, other))
         for said in AttemptState:
-            assert decide(STATES[state], Heard(other, said, INCARNATION_B, DIGEST)) == []
+            assert decide(STATES[state], Heard(other, said, INCARNATION_B, DIGEST, memory_intact=True)) == []
 
 
 def test_rule_1_an_attempt_number_is_used_once() -> None:

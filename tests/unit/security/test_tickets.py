@@ -113,8 +113,9 @@ def test_a_folder_of_the_authority_signs(tmp_path: Path) -> None:
     init_authority(tmp_path / "ca", "example.org")
     for identity in (CONTROLLER, ADMIN):
         issue(tmp_path / "ca", identity, tmp_path / identity.name)
-        data = issued(TicketSigner.load(tmp_path / identity.name))
-        assert opened(data, ca_pem=(tmp_path / "ca" / "ca.pem").read_bytes()).signer == identity
+        now = datetime.now(UTC)  # the authority is younger than NOW, which may be minutes ago
+        data = issued(TicketSigner.load(tmp_path / identity.name), now=now)
+        assert opened(data, now, (tmp_path / "ca" / "ca.pem").read_bytes()).signer == identity
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,8 @@ def test_an_authority_must_be_one() -> None:
     for unfit in (Authority(is_ca=False), Authority(end=-60 * SECOND)):
         certificate = unfit.leaf(uris=[CONTROLLER.uri], key=KEY, purposes=SIGNING)
         with pytest.raises(TicketInvalidError, match="trusted authority"):
-            opened(signed(good(), certificate=der(certificate)), ca_pem=AUTHORITY.pem + unfit.pem)
+            # The authority expired before now, which may be minutes after NOW.
+            opened(signed(good(), certificate=der(certificate)), datetime.now(UTC), AUTHORITY.pem + unfit.pem)
 
 
 def test_two_authorities_while_one_is_replaced() -> None:
