@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from dest_svc.admission import refusals
 from tests.integration.qemu.conftest import QEMU
 from tests.integration.services import processes_with
 from tests.support import require
+from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, MachineFailedError, WrongPhaseError
 from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
@@ -110,6 +112,20 @@ def test_the_offer_names_what_the_binary_has() -> None:
     assert offer.version == probe.probe_binary(str(QEMU)).version_text
     assert any(name.startswith("pc-q35-") for name in offer.machine_types)
     assert "tcg" in offer.accelerators
+
+
+@pytest.mark.parametrize(
+    ("changes", "refusal", "field"),
+    [
+        ({"machine": "pc-q35-99.0"}, "machine.type-unsupported", "qemu.machine"),
+        ({"cpu": "Skylake-Server-v1"}, "accelerator.unavailable", "qemu.accelerator"),
+        ({}, "", ""),
+    ],
+)
+def test_a_destination_refuses_what_it_cannot_run(changes: dict[str, str], refusal: str, field: str) -> None:
+    """A machine type and CPU features that its QEMU lacks are found out before anything is started."""
+    found = list(refusals(bare(**({"machine": "pc-q35-7.2"} | changes)), HostConfig()))
+    assert [(one.id, one.field) for one in found] == ([(refusal, field)] if refusal else [])
 
 
 async def test_a_started_machine_is_locked_down(machine: QmpMachine) -> None:
