@@ -247,7 +247,7 @@ async def test_a_plan_names_all_that_stands_in_the_way(world: World, images: Pat
 
 
 async def test_a_good_pair_has_nothing_in_the_way(world: World, images: Path) -> None:
-    """A plan for a machine that can cross blocks nothing and changes nothing; it crosses with the slow tracker too."""
+    """A plan for a machine that can cross blocks and changes nothing; it crosses with the slow tracker too."""
     guest = await boot(world, linux_spec(images))
     assert await plan(world, guest) == {}
     await world.assert_stays(guest, world.a, world.b)

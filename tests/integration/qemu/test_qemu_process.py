@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from tests.integration.services import processes_with
 from tests.support import require
 from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, MachineFailedError, WrongPhaseError
+from vmferry.handoff.ledger import HostLedger
 from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import start_machine, stop_machine
@@ -174,6 +176,53 @@ async def test_device_state_is_told_apart_and_loads(machine: QmpMachine, directo
         await there.announce()
     finally:
         await stop_machine(there, twin)
+
+
+@pytest.mark.parametrize("taken_bytes", [0, 1, 100_000])
+async def test_a_save_that_is_broken_off_does_not_hold_the_machine(
+    machine: QmpMachine, directory: MachineDirectory, tmp_path: Path, taken_bytes: int
+) -> None:
+    """The service that took the state dies in the middle of it: the next one has the guest go on."""
+    path = machine.paths.state_socket
+    await machine._ignore_shared_memory()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        await machine._monitor.execute("migrate", {"uri": f"unix:{path}"})
+        link, _ = listener.accept()
+        with link:
+            while taken_bytes > 0:
+                taken_bytes -= len(link.recv(taken_bytes))
+    await machine.close()
+    path.unlink()
+    other = directory.open(directory.find(machine.spec.uuid))
+    try:
+        await other.cont(HostLedger(tmp_path).birth(machine.spec.uuid))
+        assert await other.run_state() is RunState.RUNNING
+        await other.stop()
+        assert devicestate.parse(await other.save_device_state()).sections
+    finally:
+        await other.close()
+
+
+async def test_a_guest_that_goes_on_is_not_saved_any_more(machine: QmpMachine, tmp_path: Path) -> None:
+    """A save that takes long is ended first: QEMU would stop the guest again when it comes to its end."""
+    path = machine.paths.state_socket
+    await machine._ignore_shared_memory()
+    await machine._monitor.execute("migrate-set-parameters", {"max-bandwidth": 1000})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        await machine._monitor.execute("migrate", {"uri": f"unix:{path}"})
+
+        async def saves() -> bool:
+            return (await machine._migration_status())[0] == "active"
+
+        await eventually(saves, "QEMU is in the middle of it")
+        await machine.cont(HostLedger(tmp_path).birth(machine.spec.uuid))
+        assert await machine.run_state() is RunState.RUNNING
+        assert (await machine._migration_status())[0] == "cancelled"
+    path.unlink()
 
 
 @pytest.mark.parametrize("damage", ["cut", "end", "section", "start", "foreign"])
