@@ -15,7 +15,14 @@ import pytest
 from tests.integration.hosts import MIB, World, configured
 from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec
-from tests.integration.services import DEADLINE_S, Host, descriptors, eventually, open_trackers
+from tests.integration.services import (
+    DEADLINE_S,
+    Host,
+    descriptors,
+    eventually,
+    eventually_async,
+    open_trackers,
+)
 from vmferry.machines.qemu.spec import DiskSpec
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.regions import find_mapping
@@ -200,7 +207,7 @@ async def test_a_source_that_is_killed_tracks_no_more(world: World, images: Path
         machine = await world.machine(world.a, guest)
         return machine.right == machine_pb2.MACHINE_RIGHT_OWNED and not machine.migration_id
 
-    await eventually(settled, "the machine is settled")
+    await eventually_async(settled, "the machine is settled")
     await world.assert_stays(guest, world.a, world.b)
     await world.assert_crosses(guest, world.a, world.b)
 

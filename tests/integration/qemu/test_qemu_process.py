@@ -12,7 +12,7 @@ import pytest
 
 from dest_svc.admission import refusals
 from tests.integration.qemu.conftest import QEMU
-from tests.integration.services import processes_with
+from tests.integration.services import eventually_async, processes_with
 from tests.support import require
 from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, MachineFailedError, WrongPhaseError
@@ -218,7 +218,7 @@ async def test_a_guest_that_goes_on_is_not_saved_any_more(machine: QmpMachine, t
         async def saves() -> bool:
             return (await machine._migration_status())[0] == "active"
 
-        await eventually(saves, "QEMU is in the middle of it")
+        await eventually_async(saves, "QEMU is in the middle of it")
         await machine.cont(HostLedger(tmp_path).birth(machine.spec.uuid))
         assert await machine.run_state() is RunState.RUNNING
         assert (await machine._migration_status())[0] == "cancelled"
