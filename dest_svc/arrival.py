@@ -127,9 +127,13 @@ class Arrival:
                 await self.apply(destination.GuestRan())  # it was sent on from here, so it has run here
                 return
             machine = self.machine()
-            if await machine.run_state() is not RunState.RUNNING:
-                async with self._ledger.permitted(self.machine_id) as permit:
-                    await machine.cont(permit)
+            try:
+                if await machine.run_state() is not RunState.RUNNING:
+                    async with self._ledger.permitted(self.machine_id) as permit:
+                        await machine.cont(permit)
+            except BaseException:
+                await self._let_go(machine)
+                raise
         await self.apply(destination.GuestRan())
         # The source waits for the answer with the guest's pause on its clock; the rest can follow.
         self._afterwards = asyncio.create_task(self._after_resume(machine))
@@ -207,9 +211,20 @@ class Arrival:
     async def copy_waits(self) -> bool:
         """Whether the hypervisor has a complete copy, waiting or running."""
         try:
-            return await self.machine().run_state() in {RunState.PAUSED, RunState.RUNNING}
+            machine = self.machine()
         except VmferryError:
             return False
+        try:
+            return await machine.run_state() in {RunState.PAUSED, RunState.RUNNING}
+        except VmferryError:
+            return False
+        finally:
+            await self._let_go(machine)
+
+    async def _let_go(self, machine: QmpMachine) -> None:
+        """Close a hold of the machine, unless it is the one that the open attempt works with."""
+        if self.receiver is None or machine is not self.receiver.machine:
+            await machine.close()
 
     def settle_records(self) -> None:
         """Bring the record of a prepared copy to disk in the background, so that Go need not wait for it."""

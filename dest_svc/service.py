@@ -28,6 +28,7 @@ from vmferry.errors import (
     MachineExistsError,
     PermissionDeniedError,
     ServiceStoppingError,
+    StaleAttemptError,
     TooManyMigrationsError,
     VmferryError,
     WrongPhaseError,
@@ -187,6 +188,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             response.reserved_bytes = receiver.reserved_bytes
             response.lanes.extend(receiver.acknowledgements())
         if request.preflight:
+            if response.status.state == handoff_pb2.ATTEMPT_STATE_REFUSED:
+                raise StaleAttemptError(f"the destination has closed the attempt: {response.status.refusal}")
             if receiver is None:
                 raise WrongPhaseError("no attempt is open for this machine", field="attempt")
             response.preflight_problems.extend(await receiver.preflight())

@@ -329,6 +329,7 @@ class Outgoing:
             self.reason,
             memory_intact=await self._departure.memory_intact(),
             tail_certain=self._departure.tail_certain,
+            never_sealed=isinstance(self._departure.state, source.Begun),
         )
         tells = await self._departure.apply(wanted)
         if isinstance(self._departure.state, source.Quiet):

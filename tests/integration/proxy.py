@@ -51,6 +51,8 @@ class Proxy:
         """How fast the source may send over all connections together; None: as fast as it goes."""
         self.cut = False
         """New connections are reset at once."""
+        self.refused = 0
+        """How many were."""
         self._target = target
         self._server: asyncio.Server | None = None
         self._up, self._down = asyncio.Event(), asyncio.Event()
@@ -127,6 +129,7 @@ class Proxy:
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if self.cut:
+                self.refused += 1
                 raise ConnectionRefusedError
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target())
         except OSError:

@@ -35,6 +35,7 @@ DOMAIN = "test.vmferry.example"
 READY_S = 60.0
 DEADLINE_S = 20.0
 _END_S = 15.0
+_TRACEBACK_LINES = 20
 _SOURCES = str(Path(vmferry.__file__).parents[1])
 Answer = TypeVar("Answer")
 
@@ -152,11 +153,12 @@ class Service:
         return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(field))
 
     def unexpected(self) -> list[str]:
-        """Lines of its log with a traceback; the library that talks to hypervisors logs those of theirs that die."""
+        """Tracebacks in its log; the library that talks to hypervisors logs those of theirs that die."""
+        lines = self.log_text().splitlines()
         return [
-            line
-            for line in self.log_text().splitlines()
-            if "Traceback" in line and '"logger": "qemu.qmp' not in line
+            "\n".join(lines[number : number + _TRACEBACK_LINES])
+            for number, line in enumerate(lines)
+            if "Traceback" in line and not (line.startswith("{") and "/qemu/" in line)
         ]
 
     def log_text(self) -> str:
@@ -225,7 +227,7 @@ def processes_with(text: str) -> list[int]:
 def descriptors(pid: int) -> list[str]:
     """What the open descriptors of a process are."""
     found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
+    for path in list(Path(f"/proc/{pid}/fd").iterdir()):
         with contextlib.suppress(FileNotFoundError):
             found.append(str(path.readlink()))
     return sorted(found)

@@ -17,7 +17,7 @@ import pytest
 
 from tests.integration.hosts import MIB, Guest, World, migration_options, open_world
 from tests.integration.proxy import Link, Proxy
-from tests.integration.services import DEADLINE_S, Host, descriptors, eventually
+from tests.integration.services import DEADLINE_S, Host, descriptors, eventually, open_trackers
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
@@ -31,6 +31,12 @@ SLOW = 4e6
 
 def mappings(pid: int) -> int:
     return Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").count("\n")
+
+
+def tracked(pid: int) -> bool:
+    """Whether the kernel notes writes to memory of this process for somebody."""
+    lines = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("VmFlags:") and "uw" in line.split() for line in lines)
 
 
 def traced_by(pid: int) -> int:
@@ -122,7 +128,7 @@ async def test_the_figures_of_a_crossing_fit_each_other(world: World) -> None:
 async def test_a_watcher_sees_every_change_grow_and_then_the_end(world: World, link: Proxy) -> None:
     """Revisions only grow, phases never go back, the stream ends with the migration; so does a late watcher's."""
     guest = await world.run()
-    link.up_bytes_per_s = SLOW
+    link.up_bytes_per_s = 2 * SLOW
     migration_id = await world.start(guest, world.a, world.b, address=link.address)
     async with world.source(world.a) as stub:
         request = pb.WatchMigrationRequest(id=migration_id)
@@ -192,25 +198,24 @@ async def test_a_machine_that_does_not_track_itself_crosses(world: World, tracke
 
 
 async def test_a_cancelled_attachment_leaves_nothing_in_the_guests_process(world: World, link: Proxy) -> None:
-    """During pre-copy a tracker is in the process; after a cancellation it is as before, and can be used again."""
+    """During pre-copy its writes are tracked; after a cancellation process and service are as before."""
     guest = await world.run(self_track=False)
     pid = world.a.machine_pid(guest.id)
-
-    def trackers() -> int:
-        return sum("userfaultfd" in target for target in descriptors(pid))
-
-    before, maps = descriptors(pid), mappings(pid)
-    assert trackers() == 0
+    before = descriptors(pid), mappings(pid)
+    assert not tracked(pid)
     link.up_bytes_per_s = SLOW
     migration_id = await world.start(guest, world.a, world.b, address=link.address)
-    await eventually(lambda: trackers() == 1, "the tracker is in place")
+    await eventually(lambda: tracked(pid), "writes are tracked")
+    assert any("userfaultfd" in held for held in open_trackers(world.a.source.pid))
     async with world.source(world.a) as stub:
         await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
     ended = await world.ended(world.a, migration_id)
     assert ended.outcome == pb.MIGRATION_OUTCOME_CANCELLED
     await world.assert_stays(guest, world.a, world.b)
-    await eventually(lambda: descriptors(pid) == before, "the process has what it had before")
-    assert mappings(pid) <= maps
+    assert not tracked(pid)
+    assert open_trackers(world.a.source.pid) == []
+    await eventually(lambda: descriptors(pid) == before[0], "the process has what it had before")
+    assert mappings(pid) <= before[1]
     assert traced_by(pid) == 0
     await world.assert_crosses(guest, world.a, world.b)
 
@@ -260,6 +265,12 @@ async def test_broken_connections_are_not_a_broken_migration(world: World, link:
         await eventually(partial(carries_memory, victim), "the lane carries memory")
         victim.reset()
         cuts += 1
+    refused, link.cut = link.refused, True
+    for victim in link.lanes:
+        victim.reset()
+        cuts += 1
+    await eventually(lambda: link.refused - refused > 8, "lanes are turned away")
+    link.cut = False
     link.up_bytes_per_s = None
     migration = await world.ended(world.a, migration_id)
     assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration

@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.hosts import Guest, World
 from tests.integration.proxy import Proxy
-from tests.integration.services import Host, Service, eventually, refusal
+from tests.integration.services import DEADLINE_S, Host, Service, eventually, refusal
 from vmferry.handoff import destination, source
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
@@ -70,8 +70,15 @@ async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_o
     await eventually(
         lambda: isinstance(world.a.ledger.rights(guest.id).outgoing, source.Sealed), "the state is sealed"
     )
-    link.at_call_after_next_answer(lambda: link.silence(up=not answer_only))
+    lost = asyncio.Event()
+
+    def lose() -> None:
+        link.silence(up=not answer_only)
+        lost.set()
+
+    link.at_call_after_next_answer(lose)
     waiting.send_signal(signal.SIGCONT)
+    await asyncio.wait_for(lost.wait(), DEADLINE_S)
     await eventually(
         lambda: world.a.ledger.rights(guest.id).standing is Standing.HANDED_OFF, "the right is given up"
     )
@@ -145,7 +152,7 @@ async def test_a_destination_service_killed_in_pre_copy_fails_the_migration(
     link.up_bytes_per_s = None
     migration = await world.ended(world.a, migration_id)
     assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED, migration
-    assert migration.reason.reason == "ATTEMPT_NOT_FOUND"
+    assert migration.reason.reason == "ATTEMPT_NOT_FOUND", migration.reason
     await world.assert_stays(guest, world.a, world.b)
     await world.assert_crosses(guest, world.a, world.b)
 

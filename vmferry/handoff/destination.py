@@ -159,11 +159,9 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
     if attempt is None:
         raise InvalidTransitionError(f"{record.kind.name} without an attempt in a destination's journal")
     match now, record.kind:
-        case ((Empty() | Owned() | Refused()), RecordKind.ACCEPTED) if attempt.order > _highest(state):
+        case ((Empty() | Owned() | Refused()), RecordKind.ACCEPTED) if _may_begin(state, attempt):
             burnt = state.burnt | {record.ticket_nonce}
             return DestinationState(Receiving(attempt), _with_past(state), burnt)
-        case ((Empty() | Owned() | Refused()), RecordKind.REFUSED) if attempt.order > _highest(state):
-            return replace(state, current=Refused(attempt, record.note), past=_with_past(state))
         case Receiving(attempt=open_), RecordKind.PREPARED if open_.matches(attempt):
             return replace(state, current=Prepared(open_, record.digest))
         case Prepared(attempt=open_, digest=digest), RecordKind.OWNED if open_.matches(attempt):
@@ -174,6 +172,10 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
             attempt
         ):
             return replace(state, current=Refused(open_, record.note))
+    if record.kind is RecordKind.REFUSED and _may_begin(state, attempt):
+        # Closed before it began: remembered by its own name, and no measure of what may begin.
+        tombstone = {attempt.migration_id: Answer(AttemptState.REFUSED, record.note)}
+        return replace(state, past=MappingProxyType({**state.past, **tombstone}))
     raise InvalidTransitionError(f"{record.kind.name} cannot follow {type(now).__name__}")
 
 
@@ -229,8 +231,10 @@ def _begin(state: DestinationState, event: BeginAsked) -> list[Action]:
         raise MachineExistsError(
             "this host owns the machine, or is sending it away", field="attempt.machine_id"
         )
-    if attempt.order <= _highest(state):
-        raise StaleAttemptError("a newer attempt for this machine has been seen", field="attempt.attempt")
+    if not _may_begin(state, attempt):
+        raise StaleAttemptError(
+            "the attempt was closed, or a newer one has been seen", field="attempt.attempt"
+        )
     if event.ticket_nonce in state.burnt:
         raise TicketUsedError("the ticket was used before", field="ticket")
     accept = Append(
@@ -287,13 +291,17 @@ def _close(state: DestinationState, event: CloseAsked) -> list[Action]:
 
 
 def _close_unseen(state: DestinationState, attempt: Attempt, reason: str) -> list[Action]:
+    """Close an attempt that was never begun here.
+
+    No ticket was shown for it, so this touches nothing but the attempt itself and older ones of the same source: a
+    host that makes attempts up cannot keep another one's machine out.
+    """
     if attempt.order <= _highest(state):
         return [Answer(AttemptState.REFUSED, "older than an attempt that was seen")]
     older: list[Action] = []
-    if isinstance(state.current, (Receiving, Prepared)):
-        if not _supersedes(attempt, state.current.attempt):
-            return [Wait("another source has an attempt open for this machine"), Answer(AttemptState.UNSEEN)]
-        older = _close_older(state.current.attempt)
+    now = state.current
+    if isinstance(now, (Receiving, Prepared)) and now.attempt.source == attempt.source:
+        older = _close_older(now.attempt)
     return [*older, Append(_refusal(attempt, reason)), Answer(AttemptState.REFUSED, reason)]
 
 
@@ -341,6 +349,11 @@ def _final(current: Receiving | Prepared | Owned | Refused) -> Answer:
         case Refused(note=note):
             return Answer(AttemptState.REFUSED, note)
     assert_never(current)
+
+
+def _may_begin(state: DestinationState, attempt: Attempt) -> bool:
+    """Whether the attempt is newer than all that were begun here, and was not closed before it began."""
+    return attempt.order > _highest(state) and attempt.migration_id not in state.past
 
 
 def _highest(state: DestinationState) -> tuple[int, int]:

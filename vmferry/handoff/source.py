@@ -80,6 +80,8 @@ class AbortWanted:
     """The hypervisor still has the guest's memory, and it has not run elsewhere."""
     tail_certain: bool = field(kw_only=True)
     """The journal's end is whole; a torn end may hide HANDED_OFF."""
+    never_sealed: bool = field(default=False, kw_only=True)
+    """This very process began the attempt and has not sealed it, so nobody can hold a complete copy."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
         case HandedOff():
             return [Wait("the right to run was given up; only the destination's answer can bring it back")]
         case Begun(attempt=attempt) | Sealed(attempt=attempt):
-            if not event.memory_intact:
+            nowhere_complete = isinstance(state, Begun) and event.never_sealed
+            if not event.memory_intact and not nowhere_complete:
                 # Asked, not told to close: what waits there may be the only copy.
                 return [
                     Wait("the guest's memory is gone here; the destination may hold the only copy"),
@@ -167,7 +170,8 @@ def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
                     Wait("the journal's end is torn, a hand-off may have been written; asking first"),
                     Tell("Abort"),
                 ]
-            return [_append(RecordKind.ABORTED, attempt, note=event.reason), Resume(), Tell("Abort")]
+            resume: list[Action] = [Resume()] if event.memory_intact else []
+            return [_append(RecordKind.ABORTED, attempt, note=event.reason), *resume, Tell("Abort")]
     assert_never(state)
 
 

@@ -211,23 +211,18 @@ class _Lane:
             call: Call = stub.Transfer()  # type: ignore[call-arg]  # written to step by step, without an iterator
             self._session_welcomed = asyncio.Event()
             reader = asyncio.create_task(self._read(call))
+            writer = asyncio.create_task(self._write(call))
             try:
-                with _translated():
-                    await call.write(self._opening())
-                writer = asyncio.create_task(self._write(call))
-                try:
-                    done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-                    if writer in done:
-                        writer.result()
-                    await reader
-                    await self._hang_up(call)
-                finally:
-                    writer.cancel()
-                    await asyncio.gather(writer, return_exceptions=True)
+                done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+                if writer in done:
+                    writer.result()
+                await reader
+                await self._hang_up(call)
             finally:
+                writer.cancel()
                 reader.cancel()
                 call.cancel()
-                await asyncio.gather(reader, return_exceptions=True)
+                await asyncio.gather(reader, writer, return_exceptions=True)
 
     async def _hang_up(self, call: Call) -> None:
         """Part in good order: the destination sees the end of the stream and not a cancellation."""
@@ -285,7 +280,8 @@ class _Lane:
             await self._lanes.acknowledged(sequence - before)
 
     async def _write(self, call: Call) -> None:
-        """Send again what was not acknowledged, then new frames, then the end."""
+        """Open the lane, send again what was not acknowledged, then new frames, then the end."""
+        await self._put(call, self._opening())
         # A reopened lane learns first how far the destination got, so nothing is sent twice needlessly.
         await self._session_welcomed.wait()
         for request in self._numbering.unacknowledged():

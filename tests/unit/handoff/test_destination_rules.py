@@ -109,7 +109,7 @@ def test_rule_5_an_unseen_attempt_is_not_refused_without_a_tombstone() -> None:
         assert did(actions) == TOMBSTONE
         assert isinstance(actions[0], Append)
         after = evolve(DestinationState(), actions[0].record)
-        with pytest.raises(WrongPhaseError):
+        with pytest.raises(StaleAttemptError):
             decide(after, begin(MINE))
     assert answer(DestinationState(), MINE).state is AttemptState.UNSEEN
 
@@ -211,7 +211,6 @@ def test_any_sequence_of_records_is_legal_or_refused(written: list[Record]) -> N
             state = evolve(state, entry)
         except InvalidTransitionError:
             continue
-        assert not isinstance(state.current, Empty)
         if not isinstance(before.current, Empty):
             assert state.current.attempt.order >= before.current.attempt.order
         for migration_id, said in final.items():

@@ -325,3 +325,10 @@ def test_a_record_without_an_attempt_is_refused() -> None:
     """Every record of a source is about an attempt."""
     with pytest.raises(InvalidTransitionError):
         evolve(Quiet(), Record(RecordKind.BEGUN, MINE.machine_id))
+
+
+def test_a_source_that_never_sealed_closes_alone_without_memory() -> None:
+    """Nobody can hold a complete copy of what was never sealed; after SEALED, or after a restart, it asks."""
+    lost = AbortWanted("the machine died", memory_intact=False, tail_certain=True, never_sealed=True)
+    assert did(decide(STATES["begun"], lost)) == "ABORTED* ->Abort"
+    assert did(decide(STATES["sealed"], lost)) == "wait ->GetAttempt"
