@@ -37,8 +37,11 @@ SLOW = 8 * MIB
 
 
 def left_in_process(host: Host, guest: LinuxGuest) -> list[str]:
-    """What write tracking left in a machine's process."""
-    return [what for what in descriptors(host.machine_pid(guest.id)) if "userfaultfd" in what]
+    """What write tracking left in a machine's process: descriptors, and memory whose writes the kernel notes."""
+    pid = host.machine_pid(guest.id)
+    smaps = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    noted = [line for line in smaps if line.startswith("VmFlags:") and "uw" in line.split()]
+    return noted + [what for what in descriptors(pid) if "userfaultfd" in what]
 
 
 async def arriving(world: World, guest: LinuxGuest, link: Proxy) -> str:
@@ -88,6 +91,9 @@ async def test_a_cancelled_crossing_leaves_no_trace(world: World, images: Path, 
     """No userfaultfd stays in the process or the service, the guest runs on, and the next crossing completes."""
     guest = await boot(world, linux_spec(images, writes=4))
     migration_id = await arriving(world, guest, link)
+    assert (
+        len(left_in_process(world.a, guest)) == 1
+    )  # the kernel notes writes, for a descriptor held elsewhere
     async with world.source(world.a) as stub:
         await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id), timeout=DEADLINE_S)
     ended = await world.ended(world.a, migration_id)
