@@ -1,13 +1,10 @@
-"""What this host offers to machines that would arrive, and what it never lets in."""
+"""What this host offers to machines that would arrive."""
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmferry.errors import InvalidArgumentError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
@@ -23,6 +20,7 @@ def make_offer(
     directory: MachineDirectory,
     trackers: Sequence[TrackerFinding],
     *,
+    qemu_binaries: Sequence[Path],
     available_memory_bytes: int,
     reserved_memory_bytes: int,
     incoming: int,
@@ -35,8 +33,11 @@ def make_offer(
             version=kind.version,
             oldest_state_version=kind.oldest_state_version,
             newest_state_version=kind.newest_state_version,
+            binary=kind.binary,
+            machine_types=kind.machine_types,
+            accelerators=kind.accelerators,
         )
-        for kind in host.kind_offers()
+        for kind in host.kind_offers(qemu_binaries)
     ]
     findings = [
         compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
@@ -58,20 +59,3 @@ def make_offer(
         held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
         trackers=findings,
     )
-
-
-def check_netdev(netdev: str, root: Path) -> None:
-    """Refuse a network end point that would let a source reach into this host."""
-    if not netdev:
-        return
-    target = netdev.removeprefix("dgram:")
-    if target.startswith("unix:"):
-        path = Path(target.removeprefix("unix:"))
-        if path.resolve().is_relative_to(root.resolve()):
-            return
-        raise InvalidArgumentError(f"network sockets must lie below {root}", field="spec.netdev")
-    address = target.rpartition(":")[0].strip("[]")
-    with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    raise InvalidArgumentError("a network end point must be a loopback address here", field="spec.netdev")

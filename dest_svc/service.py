@@ -15,8 +15,9 @@ from typing import Final
 
 import grpc
 
+from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
-from dest_svc.offer import check_netdev, make_offer
+from dest_svc.offer import make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
@@ -108,15 +109,27 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, request: handoff_pb2.NegotiateRequest, context: Context
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
+        spec = spec_from_message(request.spec) if request.HasField("spec") else None
         offer = await asyncio.to_thread(self._offer)
-        return handoff_pb2.NegotiateResponse(offer=offer, destination_incarnation=self._ledger.incarnation)
+        response = handoff_pb2.NegotiateResponse(
+            offer=offer, destination_incarnation=self._ledger.incarnation
+        )
+        for refusal in await asyncio.to_thread(list, refusals(spec, self._config) if spec else ()):
+            response.items.add(
+                severity=compatibility_pb2.SEVERITY_BLOCKS,
+                id=refusal.id,
+                message=refusal.message,
+                object=refusal.field,
+                remedy=refusal.remedy,
+            )
+        return response
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""
         if self._stopping:
             raise ServiceStoppingError("the destination service is stopping")
         attempt = self._attempt(request.attempt)
-        spec, ticket = self._check_begin(request, attempt)
+        spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
         return handoff_pb2.BeginResponse(
@@ -239,7 +252,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise InvalidArgumentError(
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
-        check_netdev(spec.netdev, self._config.run_dir / "net")
+        for refusal in refusals(spec, self._config):
+            raise refusal.error()
         return spec, ticket
 
     async def _admit(
@@ -385,6 +399,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._ledger,
             self._directory,
             self._host.trackers,
+            qemu_binaries=self._config.qemu_binaries,
             available_memory_bytes=max(0, self._available_bytes()),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),

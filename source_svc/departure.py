@@ -175,7 +175,7 @@ class Departure:
     async def memory_intact(self) -> bool:
         """Whether the hypervisor still has the guest's memory."""
         try:
-            machine = self.machine()
+            machine = self._directory.open(self._directory.find(self.machine_id), observe=True)
             try:
                 return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
             finally:

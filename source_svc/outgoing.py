@@ -34,7 +34,9 @@ from vmferry.errors import (
 )
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
+from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
@@ -254,6 +256,9 @@ class Outgoing:
         async with phase("device state"):
             data = await self._machine.save_device_state()
             span_attributes(bytes=len(data))
+            if self._machine.spec.kind == QEMU:
+                sections = _whole(data, self._machine.spec).sections
+                span_attributes(sections=len(sections), section_bytes=sum(len(one.data) for one in sections))
             return data
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
@@ -290,6 +295,8 @@ class Outgoing:
                 span_attributes(downtime_ms=round(downtime_s * 1e3, 3))
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.enter(pb.MIGRATION_PHASE_RELEASING)
+        # What follows takes hold of the hypervisor by itself, and QEMU serves one client at a time.
+        await self._machine.close()
 
     async def waits(self, why: str) -> None:
         """The outcome is not known yet."""
@@ -365,6 +372,14 @@ class Outgoing:
             return self._cancelled or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")
+
+
+def _whole(data: bytes, spec: MachineSpec) -> qemu_state.DeviceState:
+    """The sections of a QEMU's device state; one that is cut short never leaves this host."""
+    try:
+        return qemu_state.parse(data)
+    except qemu_state.StateFormatError as error:
+        raise MachineFailedError(f"the device state of {spec.name}: {error}", machine=spec.uuid) from error
 
 
 @contextlib.asynccontextmanager

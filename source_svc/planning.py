@@ -13,10 +13,19 @@ from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Attempt
 from vmferry.machines import host
 from vmferry.machines.port import RunState
-from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import MachineSpec
+from vmferry.machines.qmp import HypervisorFacts, QmpMachine
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.memory.probe import TrackerFinding
-from vmferry.negotiation.report import KindOffer, MachineFacts, Offer, Report, TrackerFact, compare
+from vmferry.negotiation.report import (
+    Finding,
+    KindOffer,
+    MachineFacts,
+    Offer,
+    Report,
+    Severity,
+    TrackerFact,
+    compare,
+)
 from vmferry.v1 import compatibility_pb2, handoff_pb2
 
 
@@ -42,10 +51,12 @@ class Plan:
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
         rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
-        running = False
+        running, hypervisor = False, HypervisorFacts("", ())
         if machine is not None:
             try:
                 running = await machine.run_state() is RunState.RUNNING
+                if self.spec.kind == QEMU:
+                    hypervisor = await machine.hypervisor()
             except VmferryError:
                 running = False
         return MachineFacts(
@@ -58,6 +69,9 @@ class Plan:
             running=running,
             owned=rights.owner and not rights.damaged,
             migrating=self.migrating or not isinstance(rights.outgoing, source.Quiet),
+            binary=self.spec.qemu.binary if self.spec.qemu is not None else "",
+            hypervisor_version=hypervisor.version,
+            blockers=hypervisor.blockers,
         )
 
     def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:
@@ -113,8 +127,19 @@ def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
 def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
     offer = answer.offer
     kinds = [
-        KindOffer(kind.kind, kind.version, kind.oldest_state_version, kind.newest_state_version)
+        KindOffer(
+            kind.kind,
+            kind.version,
+            kind.oldest_state_version,
+            kind.newest_state_version,
+            binary=kind.binary,
+            machine_types=tuple(kind.machine_types),
+            accelerators=tuple(kind.accelerators),
+        )
         for kind in offer.kinds
+    ]
+    refusals = [
+        Finding(Severity.BLOCKS, item.id, item.message, item.object, item.remedy) for item in answer.items
     ]
     return Offer(
         host=offer.host,
@@ -128,4 +153,5 @@ def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
         max_incoming_migrations=offer.max_incoming_migrations,
         machine_names=list(offer.machine_names),
         held_machine_ids=list(offer.held_machine_ids),
+        refusals=refusals,
     )

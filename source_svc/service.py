@@ -113,7 +113,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         host, address = self._destination(request.destination)
         self._order(request.options, b"", b"")  # refuses bad options by name
         destination = self._peer(address, host)
-        machine = self._directory.open(record) if record.alive else None
+        machine = self._directory.open(record, observe=True) if record.alive else None
         try:
             plan = self._plan(record, host)
             plan.migrating = self._migrations.open_of(record.spec.uuid) is not None
@@ -359,7 +359,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     async def _state(self, record: MachineRecord) -> machine_pb2.MachineState.ValueType:
         if not record.alive:
             return machine_pb2.MACHINE_STATE_DEAD
-        machine = self._directory.open(record)
+        machine = self._directory.open(record, observe=True)
         try:
             return _STATES[await machine.run_state()]
         except MachineDeadError:

@@ -69,6 +69,12 @@ class HostConfig:
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
     """Migrations arriving at this host at a time."""
+    qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
+    """The only binaries that a QEMU machine may name when it arrives here."""
+    image_roots: tuple[Path, ...] = (Path("/var/lib/vmferry/images"),)
+    """Kernels, firmware and disks of arriving machines must lie below one of these."""
+    taps: tuple[str, ...] = ()
+    """Tap interfaces of this host that arriving machines may use."""
     memory_headroom_mib: int = 256
     """Memory that arriving machines must leave free on this host."""
     log_level: str = "info"
@@ -137,8 +143,12 @@ def _typed(key: str, value: object, known: dict[str, type], base: Path) -> typin
         return base / value if value else Path()
     if wanted is float and type(value) is int:
         return float(value)
+    if typing.get_origin(wanted) is tuple and isinstance(value, list):
+        item = typing.get_args(wanted)[0]
+        return tuple(_typed(key, one, {key: item}, base) for one in value)
     if type(value) is not wanted:
-        raise ConfigError(f"{key} must be of type {wanted.__name__}, not {type(value).__name__}", field=key)
+        name = "array" if typing.get_origin(wanted) is tuple else wanted.__name__
+        raise ConfigError(f"{key} must be of type {name}, not {type(value).__name__}", field=key)
     return value
 
 
@@ -147,6 +157,11 @@ def render_config(config: HostConfig) -> str:
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        text = f'"{value}"' if isinstance(value, (str, Path)) else str(value)
-        lines.append(f"{field.name} = {text}")
+        lines.append(f"{field.name} = {_rendered(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _rendered(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_rendered, value))}]"
+    return f'"{value}"' if isinstance(value, (str, Path)) else str(value)

@@ -25,6 +25,7 @@ from vmferry.errors import VmferryError
 from vmferry.handoff.records import attempt_from_ref
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.microvm.spec import MicrovmSpec
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
 from vmferry.memory.digest import PageTable
@@ -66,9 +67,7 @@ async def make_model() -> Model:
             name="model",
             uuid=str(uuid.uuid4()),
             memory_mib=MEMORY_MIB,
-            program="canary",
-            params={"resident-mib": "1"},
-            mac="52:54:00:00:00:01",
+            microvm=MicrovmSpec(program="canary", params={"resident-mib": "1"}, mac="52:54:00:00:00:01"),
         )
         machine = await start_machine(spec, directory)
         try:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import reduce
 from typing import Any
 
 import grpc.aio
@@ -162,17 +163,17 @@ HOSTILE_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "a long name": ({"name": "a" * 64}, "spec.name"),
     "letters that look alike": ({"name": "vm-\u0430"}, "spec.name"),
     "another machine": ({"uuid": str(uuid.uuid4())}, "spec.uuid"),
-    "another hypervisor": ({"kind": "qemu"}, "spec.kind"),
+    "another hypervisor": ({"kind": "qemu"}, "spec.microvm"),
     "more memory": ({"memory_mib": MEMORY_MIB + 1}, "max_memory_bytes"),
     "no memory": ({"memory_mib": 0}, "spec.memory_mib"),
     "all memory": ({"memory_mib": 2**32 - 1}, "spec.memory_mib"),
     "many processors": ({"vcpus": 10**6}, "spec.vcpus"),
-    "an option as program": ({"program": "--ram-file=/etc/shadow"}, "spec.program"),
-    "a broadcast address": ({"mac": "ff:ff:ff:ff:ff:ff"}, "spec.mac"),
-    "a socket of the host": ({"netdev": "dgram:unix:/run/systemd/notify"}, "spec.netdev"),
-    "a path with dots": ({"netdev": "dgram:unix:/tmp/../run/x"}, "spec.netdev"),
-    "somebody's port": ({"netdev": "dgram:192.0.2.1:53"}, "spec.netdev"),
-    "a tap device": ({"netdev": "tap,ifname=eth0"}, "spec.netdev"),
+    "an option as program": ({"microvm.program": "--ram-file=/etc/shadow"}, "spec.microvm.program"),
+    "a broadcast address": ({"microvm.mac": "ff:ff:ff:ff:ff:ff"}, "spec.microvm.mac"),
+    "a socket of the host": ({"microvm.netdev": "dgram:unix:/run/systemd/notify"}, "spec.microvm.netdev"),
+    "a path with dots": ({"microvm.netdev": "dgram:unix:/tmp/../run/x"}, "spec.microvm.netdev"),
+    "somebody's port": ({"microvm.netdev": "dgram:192.0.2.1:53"}, "spec.microvm.netdev"),
+    "a tap device": ({"microvm.netdev": "tap,ifname=eth0"}, "spec.microvm.netdev"),
     "a future version": ({"version": 2}, "spec.version"),
 }
 
@@ -186,7 +187,8 @@ async def test_a_description_that_reaches_into_the_host_is_refused(
     async with raw_source(world, world.b, model) as source:
         spec = spec_to_message(source.spec)
         for name, value in changes.items():
-            setattr(spec, name, value)
+            *path, last = name.split(".")
+            setattr(reduce(getattr, path, spec), last, value)
         error = await refusal(source.stub.Begin(source.begin_request(spec=spec)))
         assert error.reason in {"INVALID_ARGUMENT", "TICKET_INVALID"}
         assert error.field == field
@@ -198,7 +200,7 @@ async def test_a_description_that_reaches_into_the_host_is_refused(
 async def test_params_that_no_guest_has_end_the_attempt(source: RawSource) -> None:
     """What only the hypervisor can judge is refused by it, and leaves nothing."""
     spec = spec_to_message(source.spec)
-    spec.params["no-such-parameter"] = "1"
+    spec.microvm.params["no-such-parameter"] = "1"
     error = await refusal(source.stub.Begin(source.begin_request(spec=spec)))
     assert error.reason == "MACHINE_FAILED"
     assert (await source.status()).state == REFUSED

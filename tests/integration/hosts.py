@@ -33,7 +33,8 @@ from vmferry.cli.machine import end_machine, run_machine
 from vmferry.config import HostConfig
 from vmferry.errors import VmferryError
 from vmferry.machines.microvm import verdict
-from vmferry.machines.spec import MachineSpec
+from vmferry.machines.microvm.spec import MicrovmSpec
+from vmferry.machines.spec import MachineSpec, new_mac
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.authority import init_authority, issue
 from vmferry.security.identity import Identity, Kind
@@ -69,7 +70,7 @@ class Guest:
         """It executes on this host, and finds every page and register it checks as it left them."""
         record = host.record(self.id)
         before = len(self.serial(host))
-        if self.spec.program == "canary":
+        if self.spec.microvm is not None and self.spec.microvm.program == "canary":
             machine = host.directory.open(record)
             try:
                 await machine.send_serial("v")
@@ -136,14 +137,9 @@ class World:
         """Start a machine of a fresh identity, and wait until its guest speaks."""
         host = host or self.a
         values: dict[str, Any] = {"params": {"resident-mib": "4"} if program == "canary" else {}}
-        spec = MachineSpec(
-            name=f"vm-{uuid.uuid4().hex[:8]}",
-            uuid=str(uuid.uuid4()),
-            memory_mib=memory_mib,
-            program=program,
-            mac="52:54:00:" + ":".join(f"{byte:02x}" for byte in os.urandom(3)),
-            **(values | changes),
-        )
+        part = MicrovmSpec(program=program, mac=new_mac(), **(values | changes))
+        name = f"vm-{uuid.uuid4().hex[:8]}"
+        spec = MachineSpec(name=name, uuid=str(uuid.uuid4()), memory_mib=memory_mib, microvm=part)
         guest = Guest(spec, host)
         self.guests.append(guest)
         await run_machine(spec, host.config)
@@ -157,7 +153,7 @@ class World:
             "source": here.identity,
             "destination": there.identity,
             "max_memory_bytes": guest.spec.memory_mib * MIB,
-            "max_vcpus": 1,
+            "max_vcpus": guest.spec.vcpus,
         }
         return TicketSigner.load(self.tls_dir("controller")).issue(**(values | changes))
 

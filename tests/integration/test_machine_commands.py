@@ -77,7 +77,8 @@ def test_a_machine_that_cannot_start_was_never_born(host: Path, machine: Command
     spec = host.with_name("spec.toml")
     uuid = "6d0c3f5e-7a38-4a51-9a57-0f3e6a1c9b11"
     spec.write_text(
-        f'name = "web-1"\nuuid = "{uuid}"\nmemory_mib = 16\nprogram = "canary"\nmac = "52:54:00:00:00:01"\n'
+        f'name = "web-1"\nuuid = "{uuid}"\nmemory_mib = 16\n'
+        '[microvm]\nprogram = "canary"\nmac = "52:54:00:00:00:01"\n'
     )
     config.ram_dir.mkdir(mode=0o700)
     (config.ram_dir / f"{uuid}.ram").touch()

@@ -82,7 +82,13 @@ def text_files() -> Iterator[Path]:
     folders = [path for folder in TEXT_FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
     for path in [*ROOT.iterdir(), *folders]:
         written = path.is_file() and path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts
-        if written and path != Path(__file__).resolve() and not path.is_relative_to(ROOT / "vmferry/v1"):
+        # In a worktree of git, .git is a file, and says where the repository lies.
+        if (
+            written
+            and path.name != ".git"
+            and path != Path(__file__).resolve()
+            and not path.is_relative_to(ROOT / "vmferry/v1")
+        ):
             yield path
 
 

@@ -7,6 +7,8 @@ everything that was started is ended and removed, also on failure and on a signa
 from __future__ import annotations
 
 import asyncio
+import enum
+import shutil
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ import typer
 
 from vmferry.cli import migrate
 from vmferry.cli.connection import open_source
-from vmferry.cli.demo_guest import Guest
+from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
 from vmferry.cli.demo_report import Crossing, Report
 from vmferry.cli.machine import run_machine
@@ -26,7 +28,10 @@ from vmferry.cli.output import JsonOption, console, print_document, say, size
 from vmferry.cli.progress import outcome_name, progress_view
 from vmferry.cli.watch import follow
 from vmferry.errors import InvalidArgumentError
-from vmferry.machines.spec import new_spec
+from vmferry.machines.qemu import probe
+from vmferry.machines.qemu.guest import append, initramfs, newest_kernel
+from vmferry.machines.qemu.spec import NicSpec, QemuSpec
+from vmferry.machines.spec import MAX_VCPUS, MICROVM, QEMU, new_mac, new_qemu_spec, new_spec
 from vmferry.telemetry.timeline import load_spans, render_timeline
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1.migration_pb2 import Destination
@@ -37,6 +42,10 @@ DEFAULT_WORKING_SET_MIB: Final = 16
 """Small enough to be sent within the default downtime limit by a slow computer that is both hosts."""
 PROGRAM_MIB: Final = 1
 """What the guest's own program takes."""
+LINUX_MIB: Final = 96
+"""What a Linux kernel takes to boot and run, with its initial file system."""
+LINUX_SHARE: Final = 8
+"""Unless told otherwise, a Linux guest fills one part in so many: QEMU without KVM takes its time to check it."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIGNALLED: Final = 128
 """Added to a signal's number: the exit code by which shells tell it."""
@@ -56,6 +65,9 @@ class Wishes:
     lanes: int | None
     repeat: int
     keep: Path | None
+    kind: str
+    vcpus: int
+    kernel: Path | None
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -63,8 +75,17 @@ class Wishes:
         Raises:
             InvalidArgumentError: the guest cannot have what is asked for.
             InsufficientMemoryError: this computer cannot.
+            MachineFailedError: there is no QEMU that can be asked.
         """
-        used_mib = PROGRAM_MIB + self.resident_mib + (self.working_set_mib if self.dirty_mib_per_s else 0)
+        used_mib = self.resident_mib + (
+            PROGRAM_MIB + (self.working_set_mib if self.dirty_mib_per_s else 0)
+            if self.kind == MICROVM
+            else LINUX_MIB
+        )
+        if not 1 <= self.vcpus <= MAX_VCPUS[self.kind]:
+            raise InvalidArgumentError(
+                f"a machine of kind {self.kind} has 1 to {MAX_VCPUS[self.kind]} vcpus", field="--vcpus"
+            )
         if used_mib > self.memory_mib:
             raise InvalidArgumentError(
                 f"the guest has {self.memory_mib} MiB, and its program, what it fills and what it writes to "
@@ -73,13 +94,36 @@ class Wishes:
                 remedy="Choose less of --resident-mib or --working-set-mib, or more of --memory-mib.",
             )
         require_memory(self.memory_mib * _MIB, used_mib * _MIB)
+        if self.kind == QEMU:
+            probe.probe_binary(QemuSpec.binary)
+            initramfs()
+            self._check_kernel()
+
+    def _check_kernel(self) -> None:
+        kernel = self.kernel or newest_kernel()
+        try:
+            with kernel.open("rb"):
+                pass
+        except OSError as error:
+            raise InvalidArgumentError(f"cannot read {kernel}: {error.strerror}", field="--kernel") from error
+
+
+class Kind(enum.StrEnum):
+    """What can be demonstrated."""
+
+    MICROVM = MICROVM
+    QEMU = QEMU
 
 
 def demo(
     *,
+    machine: Annotated[Kind, typer.Option("--machine", help="What runs the guest.")] = Kind.MICROVM,
     memory_mib: Annotated[int, typer.Option("--memory-mib", min=4, help="Guest memory.")] = 256,
     resident_mib: Annotated[
-        int | None, typer.Option("--resident-mib", min=1, help="How much the guest fills; default: half.")
+        int | None,
+        typer.Option(
+            "--resident-mib", min=1, help="How much the guest fills; default: half, in QEMU an eighth."
+        ),
     ] = None,
     dirty_mib_per_s: Annotated[
         int, typer.Option("--dirty-mib-per-s", min=0, help="How fast the guest writes.")
@@ -89,14 +133,30 @@ def demo(
     ] = DEFAULT_WORKING_SET_MIB,
     lanes: LanesOption = None,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Measured crossings, there and back.")] = 1,
+    vcpus: Annotated[int, typer.Option("--vcpus", min=1, help="Processors, in QEMU.")] = 1,
+    kernel: Annotated[
+        Path | None,
+        typer.Option("--kernel", metavar="PATH", help="Linux kernel for QEMU; default: the newest in /boot."),
+    ] = None,
     keep: Annotated[
         Path | None, typer.Option("--keep", metavar="DIR", help="Keep logs, traces and journals here.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Move a running guest between two hosts on this computer, and show what happened."""
-    resident = memory_mib // 2 if resident_mib is None else resident_mib
-    wishes = Wishes(memory_mib, resident, dirty_mib_per_s, working_set_mib, lanes, repeat, keep)
+    share = 2 if machine is Kind.MICROVM else LINUX_SHARE
+    wishes = Wishes(
+        memory_mib=memory_mib,
+        resident_mib=memory_mib // share if resident_mib is None else resident_mib,
+        dirty_mib_per_s=dirty_mib_per_s,
+        working_set_mib=working_set_mib,
+        lanes=lanes,
+        repeat=repeat,
+        keep=keep,
+        kind=machine.value,
+        vcpus=vcpus,
+        kernel=kernel,
+    )
     wishes.check()
     report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:
@@ -126,8 +186,8 @@ async def _demonstrate(wishes: Wishes, tell: Callable[[str], None]) -> Report:
 
 
 async def _voyage(world: TwoHosts, wishes: Wishes, tell: Callable[[str], None]) -> Report:
-    spec = new_spec("canary", wishes.memory_mib, "canary", _params(wishes))
-    guest, report = Guest(spec, wishes.resident_mib), Report(spec.name, wishes.memory_mib * _MIB)
+    guest = _guest(world, wishes)
+    spec, report = guest.spec, Report(guest.spec.name, wishes.memory_mib * _MIB)
     await run_machine(spec, world.a.host.config)
     await guest.wait_ready(world.a.host)
     tell(f"  started   {spec.name} on host a: {wishes.memory_mib} MiB, {wishes.resident_mib} of them filled")
@@ -138,15 +198,28 @@ async def _voyage(world: TwoHosts, wishes: Wishes, tell: Callable[[str], None]) 
             return report
         here, there = there, here
     await asyncio.sleep(MIN_STAY_S)
-    found = await guest.check_everything(here.host)
-    pages = found.verifies[-1].pages + found.verifies[-1].working
-    tell(
-        f"  on {here.host.name}      the guest checked its {pages} pages and its registers: {found.bad} are wrong"
-    )
+    whole, sentence = await guest.check_everything(here.host)
+    tell(f"  on {here.host.name}      {sentence}")
 
     if await _cross(world, here, there, guest, report, wishes, Verify.BYTES, tell):
-        report.guest_ok = found.ok and (await guest.latest_verdict(there.host)).ok
+        report.guest_ok = whole and await guest.well(there.host)
     return report
+
+
+def _guest(world: TwoHosts, wishes: Wishes) -> Guest:
+    if wishes.kind == MICROVM:
+        spec = new_spec("canary", wishes.memory_mib, "canary", _params(wishes))
+        return Canary(spec, wishes.resident_mib)
+    kernel, initrd = world.images / "vmlinuz", world.images / "initrd"
+    shutil.copyfile(wishes.kernel or newest_kernel(), kernel)
+    initrd.write_bytes(initramfs())
+    part = QemuSpec(
+        kernel=str(kernel),
+        initrd=str(initrd),
+        append=append(wishes.resident_mib, wishes.dirty_mib_per_s),
+        nics=(NicSpec(backend="user", mac=new_mac()),),
+    )
+    return Linux(new_qemu_spec("linux", wishes.memory_mib, wishes.vcpus, part), wishes.resident_mib)
 
 
 async def _cross(

@@ -153,6 +153,8 @@ class TwoHosts:
     b: Shore
     admin_tls: Path
     trace_dir: Path
+    images: Path
+    """Where the files of QEMU machines may lie; removed at the end."""
 
     @property
     def services(self) -> tuple[Service, ...]:
@@ -174,7 +176,9 @@ async def two_hosts(keep: Path | None, *, ports: Mapping[str, Ports] = ANY_PORTS
     """
     with _folders(keep) as (files, run, ram):
         a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports))
-        world = TwoHosts(a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces")
+        world = TwoHosts(
+            a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces", images=run / "images"
+        )
         try:
             await _start(world.services)
             yield world
@@ -219,6 +223,7 @@ def _folders(keep: Path | None) -> Iterator[tuple[Path, Path, Path]]:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-", dir=_SHARED_MEMORY))
         )
         files = run / "files" if keep is None else _empty(keep.absolute())
+        (run / "images").mkdir(mode=0o700)
         for folder in ("logs", "tls", "traces"):
             (files / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         yield files, run, ram
@@ -250,6 +255,7 @@ def _prepare(files: Path, run: Path, ram: Path, ports: Mapping[str, Ports]) -> l
             trace_dir=files / "traces",
             source_listen=f"127.0.0.1:{ports[name].source}",
             dest_listen=f"127.0.0.1:{ports[name].dest}",
+            image_roots=(run / "images",),
         )
         for folder in (config.state_dir, config.run_dir, config.ram_dir):
             folder.mkdir(mode=0o700, parents=True)

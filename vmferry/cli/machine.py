@@ -21,6 +21,7 @@ from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import start_machine, stop_machine
 from vmferry.machines.microvm.guests import PROGRAMS
 from vmferry.machines.port import RunState
+from vmferry.machines.qemu.probe import resolve
 from vmferry.machines.spec import MachineSpec, new_spec
 from vmferry.machines.wire import spec_to_message
 from vmferry.v1 import machine_pb2
@@ -49,11 +50,13 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     """Start a machine that is born on this host, and let its guest run.
 
     Raises:
-        InvalidArgumentError: there is no such guest program, or it has no such parameter.
+        InvalidArgumentError: there is no such guest program, or it has no such parameter; or this host's QEMU
+            lacks what the machine asks for.
         MachineExistsError: its name or identity is taken here.
         MachineFailedError: the hypervisor does not start.
     """
     _check_program(spec)
+    spec = await asyncio.to_thread(resolve, spec)
     directory = directory_of(config)
     ledger = HostLedger(config.journal_dir)
     machine = await start_machine(spec, directory)
@@ -115,12 +118,12 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
             f"{machine.spec.memory_mib} MiB",
-            machine.spec.program,
+            _label(machine.spec),
             machine.uuid,
         )
         for machine in machines
     ]
-    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "PROGRAM", "UUID"), rows, empty="no machines")
+    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "KIND", "UUID"), rows, empty="no machines")
 
 
 @app.command()
@@ -194,7 +197,7 @@ async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.Machi
         return machine_pb2.MACHINE_STATE_DEAD
     state = machine_pb2.MACHINE_STATE_UNSPECIFIED
     try:
-        machine = directory_of(config).open(record)
+        machine = directory_of(config).open(record, observe=True)
     except MachineDeadError:
         return machine_pb2.MACHINE_STATE_DEAD
     with contextlib.suppress(MachineDeadError, MachineFailedError):
@@ -205,12 +208,20 @@ async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.Machi
 
 def _check_program(spec: MachineSpec) -> None:
     """Refuse what the guest would refuse, before anything is started."""
-    program = PROGRAMS.get(spec.program)
+    if spec.microvm is None:
+        return
+    program = PROGRAMS.get(spec.microvm.program)
     if program is None:
         raise InvalidArgumentError(
-            f"there is no guest program {spec.program!r}; there are {', '.join(PROGRAMS)}", field="program"
+            f"there is no guest program {spec.microvm.program!r}; there are {', '.join(PROGRAMS)}",
+            field="microvm.program",
         )
-    program.slots(spec.params)
+    program.slots(spec.microvm.params)
+
+
+def _label(spec: machine_pb2.MachineSpec) -> str:
+    """What a machine is, in a few words."""
+    return f"{spec.kind} {spec.microvm.program if spec.HasField('microvm') else spec.qemu.machine}"
 
 
 def _params(texts: list[str]) -> dict[str, str]:

@@ -87,8 +87,12 @@ class MachineDirectory:
         why = f": its entry in {self.root} is damaged: {damaged[0]}" if damaged else ""
         raise MachineNotFoundError(f"no machine {name_or_uuid!r} on this host{why}", machine=name_or_uuid)
 
-    def open(self, record: MachineRecord) -> QmpMachine:
+    def open(self, record: MachineRecord, *, observe: bool = False) -> QmpMachine:
         """Take hold of a running machine; nothing is connected yet.
+
+        Args:
+            record: the machine.
+            observe: only to ask it something, beside whoever drives it.
 
         Raises:
             MachineDeadError: its process does not run.
@@ -97,7 +101,9 @@ class MachineDirectory:
             raise MachineDeadError(
                 f"machine {record.spec.name} has no running process", machine=record.spec.uuid
             )
-        return QmpMachine(record.spec, record.paths, record.process, qmp_timeout_s=self.qmp_timeout_s)
+        return QmpMachine(
+            record.spec, record.paths, record.process, qmp_timeout_s=self.qmp_timeout_s, observe=observe
+        )
 
     def forget(self, record: MachineRecord, *, remove_ram: bool) -> None:
         """Remove what is left of a machine whose process has ended.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import uuid
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from vmferry.errors import MachineFailedError
 from vmferry.machines.microvm import devicestate
+from vmferry.machines.qemu import devicestate as qemu_state
+from vmferry.machines.qemu import probe
+from vmferry.machines.qemu.spec import ACCELERATORS, QemuSpec
+from vmferry.machines.spec import MICROVM, QEMU
 from vmferry.negotiation.report import KindOffer
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -52,15 +59,33 @@ def software_version() -> str:
     return metadata.version("vmferry")
 
 
-def kind_offers() -> list[KindOffer]:
-    """The machine kinds this host can run."""
+def kind_offers(qemu_binaries: Sequence[Path]) -> list[KindOffer]:
+    """The machine kinds this host can run; the first time, the binaries of QEMU are asked and tried."""
     version = f"unicorn {metadata.version('unicorn')}"
-    return [KindOffer("microvm", version, devicestate.FORMAT, devicestate.FORMAT)]
+    offers = [KindOffer(MICROVM, version, devicestate.FORMAT, devicestate.FORMAT)]
+    for path in qemu_binaries:
+        with contextlib.suppress(MachineFailedError):
+            offers.append(_qemu_offer(probe.probe_binary(str(path))))
+    return offers
+
+
+def _qemu_offer(binary: probe.Binary) -> KindOffer:
+    return KindOffer(
+        QEMU,
+        binary.version_text,
+        qemu_state.STREAM_VERSION,
+        qemu_state.STREAM_VERSION,
+        binary=binary.path,
+        machine_types=tuple(sorted(binary.machine_types)),
+        accelerators=tuple(
+            name for name in ACCELERATORS if not probe.accelerator_problem(binary.path, name, QemuSpec.cpu)
+        ),
+    )
 
 
 def state_version(kind: str) -> int:
     """Version of the device state that machines of ``kind`` save on this host."""
-    return next(offer.newest_state_version for offer in kind_offers() if offer.kind == kind)
+    return {MICROVM: devicestate.FORMAT, QEMU: qemu_state.STREAM_VERSION}[kind]
 
 
 def is_machine_id(text: str) -> bool:

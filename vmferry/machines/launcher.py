@@ -29,12 +29,13 @@ from vmferry.errors import (
     MachineNotFoundError,
     VmferryError,
 )
+from vmferry.machines.command import render_command
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.paths import MachinePaths, write_whole
 from vmferry.machines.port import RunState
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import MachineSpec, render_command
+from vmferry.machines.spec import MachineSpec
 from vmferry.memory.regions import RamFile
 
 DEFAULT_START_TIMEOUT_S: Final = 20.0

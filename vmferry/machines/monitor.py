@@ -13,6 +13,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -41,11 +42,18 @@ class Monitor:
     """Sends commands to one machine's process, one at a time (callers take turns)."""
 
     def __init__(
-        self, spec: MachineSpec, paths: MachinePaths, process: ProcessIdentity, *, qmp_timeout_s: float
+        self,
+        spec: MachineSpec,
+        paths: MachinePaths,
+        process: ProcessIdentity,
+        address: Path,
+        *,
+        qmp_timeout_s: float,
     ) -> None:
         self._spec = spec
         self._paths = paths
         self._process = process
+        self._address = address
         self._timeout_s = qmp_timeout_s
         self._client: QMPClient | None = None
 
@@ -133,7 +141,7 @@ class Monitor:
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             link.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(link, str(self._paths.qmp))
+            await asyncio.get_running_loop().sock_connect(link, str(self._address))
             self._check_peer(link)
             client = _LineClient()
             # The client keeps every event for a listener that nobody reads here.

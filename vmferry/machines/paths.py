@@ -63,6 +63,11 @@ class MachinePaths:
         return self.home / "qmp.sock"
 
     @property
+    def observer(self) -> Path:
+        """A second such socket, for questions only: QEMU serves one client at a time on each."""
+        return self.home / "watch.sock"
+
+    @property
     def state_socket(self) -> Path:
         """The socket through which device state comes and goes; it exists only meanwhile."""
         return self.home / "device-state.sock"

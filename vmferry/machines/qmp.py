@@ -1,4 +1,4 @@
-"""The machine that speaks QMP: the micro-VM now, QEMU with the same commands.
+"""The machine that speaks QMP: the micro-VM and QEMU, with the same commands.
 
 Promise: what :class:`vmferry.machines.port.Machine` says, and beyond it: ``cont`` is sent only for a permit
 made out for this very machine; device state that was saved is what the hypervisor says it completed; one
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from vmferry.errors import (
@@ -26,7 +28,7 @@ from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
-from vmferry.machines.spec import MachineSpec
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
 from vmferry.memory.regions import Region
 
@@ -45,6 +47,7 @@ _RUN_STATES: Final = {
     "paused": RunState.PAUSED,
     "debug": RunState.PAUSED,
     "save-vm": RunState.PAUSED,
+    "restore-vm": RunState.PAUSED,
     "finish-migrate": RunState.PAUSED,
     "prelaunch": RunState.PRELAUNCH,
     "inmigrate": RunState.INMIGRATE,
@@ -56,9 +59,22 @@ _RUN_STATES: Final = {
     "watchdog": RunState.FAILED,
 }
 _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
+_SAVING: Final = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
 _ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
+
+
+_IGNORE_SHARED: Final = "x-ignore-shared"
+
+
+@dataclass(frozen=True)
+class HypervisorFacts:
+    """What a running hypervisor says about itself."""
+
+    version: str
+    blockers: Sequence[str]
+    """Why it would not let its machine go; empty if nothing stands in the way."""
 
 
 class QmpMachine(Machine):
@@ -71,10 +87,13 @@ class QmpMachine(Machine):
         process: ProcessIdentity,
         *,
         qmp_timeout_s: float = DEFAULT_QMP_TIMEOUT_S,
+        observe: bool = False,
     ) -> None:
         self._spec = spec
         self._timeout_s = qmp_timeout_s
-        self._monitor = Monitor(spec, paths, process, qmp_timeout_s=qmp_timeout_s)
+        # The micro-VM serves any number of clients at its one socket.
+        address = paths.observer if observe and spec.kind == QEMU else paths.qmp
+        self._monitor = Monitor(spec, paths, process, address, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
         self._loaded: bytes | None = None
         self.paths = paths
@@ -127,6 +146,8 @@ class QmpMachine(Machine):
             # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
             # wish and start the guest by itself as soon as the state has come.
             self._require(state, _STOPPED, "be resumed")
+            if self._loaded is None:
+                await self._end_saving()
             self._loaded = None
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
@@ -188,6 +209,22 @@ class QmpMachine(Machine):
         except (KeyError, TypeError, ValueError) as error:
             raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
 
+    async def hypervisor(self) -> HypervisorFacts:
+        """Ask for the release, and for what forbids a migration."""
+        async with self._lock:
+            release = await self._monitor.execute("query-version", repeatable=True)
+            capabilities = await self._monitor.execute("query-migrate-capabilities", repeatable=True)
+            progress = await self._monitor.execute("query-migrate", repeatable=True)
+        try:
+            numbers = release["qemu"]
+            version = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
+            blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
+            if _IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
+                blockers.append(f"it has no capability {_IGNORE_SHARED}")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._failure("query-version", f"an answer without sense: {error!r}") from error
+        return HypervisorFacts(version, tuple(blockers))
+
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
         return self.process.alive()
@@ -246,6 +283,17 @@ class QmpMachine(Machine):
         except TimeoutError as error:
             raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
 
+    async def _end_saving(self) -> None:
+        """End a save that was broken off, maybe by another process; QEMU does not go on in the middle of one."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while (await self._migration_status())[0] in _SAVING:
+                    if self._spec.kind == QEMU:
+                        await self._monitor.execute("migrate_cancel", repeatable=True)
+                    await asyncio.sleep(_POLL_S)
+        except TimeoutError as error:
+            raise self._failure("migrate_cancel", f"no end within {self._timeout_s:g} s") from error
+
     async def _load(self, data: bytes) -> None:
         await self._ignore_shared_memory()
         path = self.paths.state_socket
@@ -273,15 +321,20 @@ class QmpMachine(Machine):
 
     async def _migration_completed(self, command: str) -> bool:
         """Whether the hypervisor says it is through; raises its words if it failed."""
-        answer = await self._monitor.execute("query-migrate", repeatable=True)
-        status = answer.get("status") if isinstance(answer, dict) else None
+        status, words = await self._migration_status()
         if status in _ENDED_BADLY:
-            raise self._failure(command, str(answer.get("error-desc", status)))
+            raise self._failure(command, words or status)
         return status == "completed"
+
+    async def _migration_status(self) -> tuple[str, str]:
+        """How the hypervisor says its own migration stands, and what went wrong with it."""
+        answer = await self._monitor.execute("query-migrate", repeatable=True)
+        found = answer if isinstance(answer, dict) else {}
+        return str(found.get("status", "")), str(found.get("error-desc", ""))
 
     async def _ignore_shared_memory(self) -> None:
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
-        capability = {"capability": "x-ignore-shared", "state": True}
+        capability = {"capability": _IGNORE_SHARED, "state": True}
         await self._monitor.execute(
             "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
         )

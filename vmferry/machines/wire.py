@@ -5,26 +5,34 @@ Promise: what arrives is validated like a file would be; an error names the fiel
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 from vmferry.errors import InvalidArgumentError
+from vmferry.machines.microvm.spec import MicrovmSpec
+from vmferry.machines.qemu.spec import DiskSpec, NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec
 from vmferry.v1 import machine_pb2
 
 
 def spec_to_message(spec: MachineSpec) -> machine_pb2.MachineSpec:
     """The description as a message."""
-    return machine_pb2.MachineSpec(
+    message = machine_pb2.MachineSpec(
         version=spec.version,
         name=spec.name,
         uuid=spec.uuid,
         kind=spec.kind,
         memory_mib=spec.memory_mib,
         vcpus=spec.vcpus,
-        program=spec.program,
-        params=dict(spec.params),
-        mac=spec.mac,
-        netdev=spec.netdev,
-        self_track=spec.self_track,
     )
+    if spec.microvm is not None:
+        message.microvm.CopyFrom(machine_pb2.MicrovmSpec(**_values(spec.microvm)))
+    if spec.qemu is not None:
+        values = _values(spec.qemu)
+        values["disks"] = [machine_pb2.QemuDisk(**_values(disk)) for disk in spec.qemu.disks]
+        values["nics"] = [machine_pb2.QemuNic(**_values(nic)) for nic in spec.qemu.nics]
+        message.qemu.CopyFrom(machine_pb2.QemuSpec(**values))
+    return message
 
 
 def spec_from_message(message: machine_pb2.MachineSpec) -> MachineSpec:
@@ -41,12 +49,30 @@ def spec_from_message(message: machine_pb2.MachineSpec) -> MachineSpec:
             kind=message.kind,
             memory_mib=message.memory_mib,
             vcpus=message.vcpus,
-            program=message.program,
-            params=dict(message.params),
-            mac=message.mac,
-            netdev=message.netdev,
-            self_track=message.self_track,
+            microvm=_microvm(message.microvm) if message.HasField("microvm") else None,
+            qemu=_qemu(message.qemu) if message.HasField("qemu") else None,
         )
     except InvalidArgumentError as error:
         error.field = f"spec.{error.field}"
         raise
+
+
+def _microvm(message: machine_pb2.MicrovmSpec) -> MicrovmSpec:
+    return MicrovmSpec(**_read(MicrovmSpec, message) | {"params": dict(message.params)})
+
+
+def _qemu(message: machine_pb2.QemuSpec) -> QemuSpec:
+    parts = {
+        "disks": tuple(DiskSpec(**_read(DiskSpec, disk)) for disk in message.disks),
+        "nics": tuple(NicSpec(**_read(NicSpec, nic)) for nic in message.nics),
+    }
+    return QemuSpec(**_read(QemuSpec, message) | parts)
+
+
+def _values(record: Any) -> dict[str, Any]:
+    """The fields of a description, which have the names of the message's."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _read(cls: Any, message: Any) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in fields(cls)}

@@ -44,6 +44,9 @@ class KindOffer:
     version: str
     oldest_state_version: int
     newest_state_version: int
+    binary: str = ""
+    machine_types: Sequence[str] = ()
+    accelerators: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class MachineFacts:
     running: bool
     owned: bool
     migrating: bool
+    binary: str = ""
+    """The hypervisor that its description names, if it names one."""
+    hypervisor_version: str = ""
+    """Of its running process, for kinds whose hosts have different ones."""
+    blockers: Sequence[str] = ()
+    """Why its hypervisor would not let it go, in its own words."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class Offer:
     max_incoming_migrations: int
     machine_names: Sequence[str]
     held_machine_ids: Sequence[str]
+    refusals: Sequence[Finding] = ()
+    """What it found wrong with the machine's description."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,8 @@ def compare(
         *_about_host(machine, offer),
         *_about_trackers(tracker, trackers, insist_on_tracker),
     ]
+    told = {finding.id for finding in findings}
+    findings += [finding for finding in offer.refusals if finding.id not in told]
     findings.sort(key=lambda finding: -finding.severity)
     return Report(tuple(findings), max(common, default=0), tracker)
 
@@ -177,10 +190,19 @@ def _about_machine(machine: MachineFacts) -> Iterator[Finding]:
             machine.name,
             "Only a running machine is migrated live; start or resume it first.",
         )
+    for blocker in machine.blockers:
+        yield Finding(
+            Severity.BLOCKS,
+            "machine.not-migratable",
+            f"the hypervisor of {machine.name} says: {blocker}",
+            machine.name,
+            "Remove the device that forbids it, or shut the machine down and start it elsewhere.",
+        )
 
 
 def _about_kind(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
-    kind = next((kind for kind in offer.kinds if kind.kind == machine.kind), None)
+    same = [kind for kind in offer.kinds if kind.kind == machine.kind]
+    kind = next((kind for kind in same if kind.binary == machine.binary), None)
     if kind is None:
         yield Finding(
             Severity.BLOCKS,
@@ -198,6 +220,20 @@ def _about_kind(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
             machine.kind,
             "Update the destination first; machines move from older to newer software.",
         )
+    elif machine.hypervisor_version and _release(kind.version) < _release(machine.hypervisor_version):
+        yield Finding(
+            Severity.WARNS,
+            "hypervisor.older",
+            f"{machine.name} runs on {machine.kind} {machine.hypervisor_version}, {offer.host} has {kind.version}; "
+            "the machine type is known there, but going back a release is tested by nobody",
+            machine.kind,
+            "Update the destination first; machines move from older to newer software.",
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number, by which releases of a hypervisor compare."""
+    return tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
 
 
 def _about_host(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:

@@ -24,23 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evmferry/v1/compatibility.proto\x12\nvmferry.v1\"x\n\x11\x43ompatibilityItem\x12&\n\x08severity\x18\x01 \x01(\x0e\x32\x14.vmferry.v1.Severity\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06object\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\x82\x01\n\x13\x43ompatibilityReport\x12\x12\n\ncompatible\x18\x01 \x01(\x08\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x0f\n\x07tracker\x18\x04 \x01(\t\">\n\x0eTrackerFinding\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06usable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"m\n\x10MachineKindOffer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x14oldest_state_version\x18\x03 \x01(\r\x12\x1c\n\x14newest_state_version\x18\x04 \x01(\r\"\x93\x03\n\tHostOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x19\n\x11protocol_versions\x18\x03 \x03(\r\x12+\n\x05kinds\x18\x04 \x03(\x0b\x32\x1c.vmferry.v1.MachineKindOffer\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x05 \x01(\x04\x12\x1d\n\x15reserved_memory_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x11\n\tencodings\x18\x08 \x03(\t\x12\x1b\n\x13incoming_migrations\x18\t \x01(\r\x12\x1f\n\x17max_incoming_migrations\x18\n \x01(\r\x12\x0e\n\x06kernel\x18\x0b \x01(\t\x12\x15\n\rmachine_names\x18\x0c \x03(\t\x12\x18\n\x10held_machine_ids\x18\r \x03(\t\x12,\n\x08trackers\x18\x0e \x03(\x0b\x32\x1a.vmferry.v1.TrackerFinding*`\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x12\n\x0eSEVERITY_WARNS\x10\x02\x12\x13\n\x0fSEVERITY_BLOCKS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evmferry/v1/compatibility.proto\x12\nvmferry.v1\"x\n\x11\x43ompatibilityItem\x12&\n\x08severity\x18\x01 \x01(\x0e\x32\x14.vmferry.v1.Severity\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06object\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\x82\x01\n\x13\x43ompatibilityReport\x12\x12\n\ncompatible\x18\x01 \x01(\x08\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x0f\n\x07tracker\x18\x04 \x01(\t\">\n\x0eTrackerFinding\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06usable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xaa\x01\n\x10MachineKindOffer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x14oldest_state_version\x18\x03 \x01(\r\x12\x1c\n\x14newest_state_version\x18\x04 \x01(\r\x12\x0e\n\x06\x62inary\x18\x05 \x01(\t\x12\x15\n\rmachine_types\x18\x06 \x03(\t\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x07 \x03(\t\"\x93\x03\n\tHostOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x19\n\x11protocol_versions\x18\x03 \x03(\r\x12+\n\x05kinds\x18\x04 \x03(\x0b\x32\x1c.vmferry.v1.MachineKindOffer\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x05 \x01(\x04\x12\x1d\n\x15reserved_memory_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x11\n\tencodings\x18\x08 \x03(\t\x12\x1b\n\x13incoming_migrations\x18\t \x01(\r\x12\x1f\n\x17max_incoming_migrations\x18\n \x01(\r\x12\x0e\n\x06kernel\x18\x0b \x01(\t\x12\x15\n\rmachine_names\x18\x0c \x03(\t\x12\x18\n\x10held_machine_ids\x18\r \x03(\t\x12,\n\x08trackers\x18\x0e \x03(\x0b\x32\x1a.vmferry.v1.TrackerFinding*`\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x12\n\x0eSEVERITY_WARNS\x10\x02\x12\x13\n\x0fSEVERITY_BLOCKS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.compatibility_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEVERITY']._serialized_start=882
-  _globals['_SEVERITY']._serialized_end=978
+  _globals['_SEVERITY']._serialized_start=944
+  _globals['_SEVERITY']._serialized_end=1040
   _globals['_COMPATIBILITYITEM']._serialized_start=46
   _globals['_COMPATIBILITYITEM']._serialized_end=166
   _globals['_COMPATIBILITYREPORT']._serialized_start=169
   _globals['_COMPATIBILITYREPORT']._serialized_end=299
   _globals['_TRACKERFINDING']._serialized_start=301
   _globals['_TRACKERFINDING']._serialized_end=363
-  _globals['_MACHINEKINDOFFER']._serialized_start=365
-  _globals['_MACHINEKINDOFFER']._serialized_end=474
-  _globals['_HOSTOFFER']._serialized_start=477
-  _globals['_HOSTOFFER']._serialized_end=880
+  _globals['_MACHINEKINDOFFER']._serialized_start=366
+  _globals['_MACHINEKINDOFFER']._serialized_end=536
+  _globals['_HOSTOFFER']._serialized_start=539
+  _globals['_HOSTOFFER']._serialized_end=942
 # @@protoc_insertion_point(module_scope)

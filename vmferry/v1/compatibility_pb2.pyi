@@ -161,6 +161,9 @@ class MachineKindOffer(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     OLDEST_STATE_VERSION_FIELD_NUMBER: _builtins.int
     NEWEST_STATE_VERSION_FIELD_NUMBER: _builtins.int
+    BINARY_FIELD_NUMBER: _builtins.int
+    MACHINE_TYPES_FIELD_NUMBER: _builtins.int
+    ACCELERATORS_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """Name of the kind."""
     version: _builtins.str
@@ -169,6 +172,16 @@ class MachineKindOffer(_message.Message):
     """Oldest device-state version it can load."""
     newest_state_version: _builtins.int
     """Newest device-state version it can load."""
+    binary: _builtins.str
+    """Path of the hypervisor, for kinds that are described with one."""
+    @_builtins.property
+    def machine_types(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Machine types it has, for "qemu"."""
+
+    @_builtins.property
+    def accelerators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Accelerators that executed guest code here, for "qemu"."""
+
     def __init__(
         self,
         *,
@@ -176,10 +189,13 @@ class MachineKindOffer(_message.Message):
         version: _builtins.str = ...,
         oldest_state_version: _builtins.int = ...,
         newest_state_version: _builtins.int = ...,
+        binary: _builtins.str = ...,
+        machine_types: _abc.Iterable[_builtins.str] | None = ...,
+        accelerators: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "newest_state_version", b"newest_state_version", "oldest_state_version", b"oldest_state_version", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerators", b"accelerators", "binary", b"binary", "kind", b"kind", "machine_types", b"machine_types", "newest_state_version", b"newest_state_version", "oldest_state_version", b"oldest_state_version", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

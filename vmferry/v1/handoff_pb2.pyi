@@ -203,21 +203,27 @@ class NegotiateResponse(_message.Message):
 
     OFFER_FIELD_NUMBER: _builtins.int
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
     destination_incarnation: _builtins.str
     """Incarnation of the destination's journal."""
     @_builtins.property
     def offer(self) -> _compatibility_pb2.HostOffer:
         """The offer."""
 
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.CompatibilityItem]:
+        """What in the machine's description this host refuses."""
+
     def __init__(
         self,
         *,
         offer: _compatibility_pb2.HostOffer | None = ...,
         destination_incarnation: _builtins.str = ...,
+        items: _abc.Iterable[_compatibility_pb2.CompatibilityItem] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "offer", b"offer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "items", b"items", "offer", b"offer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

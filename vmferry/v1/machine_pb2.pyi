@@ -101,6 +101,62 @@ class MachineSpec(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MEMORY_MIB_FIELD_NUMBER: _builtins.int
+    VCPUS_FIELD_NUMBER: _builtins.int
+    MICROVM_FIELD_NUMBER: _builtins.int
+    QEMU_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of this description; 1 today."""
+    name: _builtins.str
+    """Name on its host: a lower-case DNS label."""
+    uuid: _builtins.str
+    """Identity everywhere and for ever: a lower-case UUID."""
+    kind: _builtins.str
+    """Which hypervisor runs it: "microvm" or "qemu"."""
+    memory_mib: _builtins.int
+    """Guest memory in MiB."""
+    vcpus: _builtins.int
+    """Number of virtual CPUs."""
+    @_builtins.property
+    def microvm(self) -> Global___MicrovmSpec:
+        """For kind "microvm"."""
+
+    @_builtins.property
+    def qemu(self) -> Global___QemuSpec:
+        """For kind "qemu"."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        name: _builtins.str = ...,
+        uuid: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        memory_mib: _builtins.int = ...,
+        vcpus: _builtins.int = ...,
+        microvm: Global___MicrovmSpec | None = ...,
+        qemu: Global___QemuSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor", "microvm", b"microvm", "qemu", b"qemu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor", "kind", b"kind", "memory_mib", b"memory_mib", "microvm", b"microvm", "name", b"name", "qemu", b"qemu", "uuid", b"uuid", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_hypervisor: _TypeAlias = _typing.Literal["microvm", "qemu"]  # noqa: Y015
+    _WhichOneofArgType_hypervisor: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_hypervisor) -> _WhichOneofReturnType_hypervisor | None: ...
+
+Global___MachineSpec: _TypeAlias = MachineSpec  # noqa: Y015
+
+@_typing.final
+class MicrovmSpec(_message.Message):
+    """What an embedded micro-VM is made of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
     @_typing.final
     class ParamsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
@@ -121,31 +177,13 @@ class MachineSpec(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-    VERSION_FIELD_NUMBER: _builtins.int
-    NAME_FIELD_NUMBER: _builtins.int
-    UUID_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    MEMORY_MIB_FIELD_NUMBER: _builtins.int
-    VCPUS_FIELD_NUMBER: _builtins.int
     PROGRAM_FIELD_NUMBER: _builtins.int
     PARAMS_FIELD_NUMBER: _builtins.int
     MAC_FIELD_NUMBER: _builtins.int
     NETDEV_FIELD_NUMBER: _builtins.int
     SELF_TRACK_FIELD_NUMBER: _builtins.int
-    version: _builtins.int
-    """Version of this description; 1 today."""
-    name: _builtins.str
-    """Name on its host: a lower-case DNS label."""
-    uuid: _builtins.str
-    """Identity everywhere and for ever: a lower-case UUID."""
-    kind: _builtins.str
-    """Which hypervisor runs it: "microvm"."""
-    memory_mib: _builtins.int
-    """Guest memory in MiB."""
-    vcpus: _builtins.int
-    """Number of virtual CPUs."""
     program: _builtins.str
-    """Guest program of a micro-VM: "canary" or "writer"."""
+    """Guest program: "canary" or "writer"."""
     mac: _builtins.str
     """MAC address of its network interface."""
     netdev: _builtins.str
@@ -159,12 +197,6 @@ class MachineSpec(_message.Message):
     def __init__(
         self,
         *,
-        version: _builtins.int = ...,
-        name: _builtins.str = ...,
-        uuid: _builtins.str = ...,
-        kind: _builtins.str = ...,
-        memory_mib: _builtins.int = ...,
-        vcpus: _builtins.int = ...,
         program: _builtins.str = ...,
         params: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         mac: _builtins.str = ...,
@@ -173,11 +205,145 @@ class MachineSpec(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "mac", b"mac", "memory_mib", b"memory_mib", "name", b"name", "netdev", b"netdev", "params", b"params", "program", b"program", "self_track", b"self_track", "uuid", b"uuid", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "netdev", b"netdev", "params", b"params", "program", b"program", "self_track", b"self_track"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___MachineSpec: _TypeAlias = MachineSpec  # noqa: Y015
+Global___MicrovmSpec: _TypeAlias = MicrovmSpec  # noqa: Y015
+
+@_typing.final
+class QemuSpec(_message.Message):
+    """What a QEMU machine is made of. On its way to another host every value is resolved: no alias, nothing automatic."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: _builtins.int
+    CPU_FIELD_NUMBER: _builtins.int
+    ACCELERATOR_FIELD_NUMBER: _builtins.int
+    KERNEL_FIELD_NUMBER: _builtins.int
+    INITRD_FIELD_NUMBER: _builtins.int
+    APPEND_FIELD_NUMBER: _builtins.int
+    FIRMWARE_FIELD_NUMBER: _builtins.int
+    DISKS_FIELD_NUMBER: _builtins.int
+    NICS_FIELD_NUMBER: _builtins.int
+    MEMORY_BACKING_FIELD_NUMBER: _builtins.int
+    BINARY_FIELD_NUMBER: _builtins.int
+    machine: _builtins.str
+    """Machine type, such as "pc-q35-7.2"."""
+    cpu: _builtins.str
+    """CPU model, such as "Nehalem-v1"."""
+    accelerator: _builtins.str
+    """"kvm" or "tcg"."""
+    kernel: _builtins.str
+    """Kernel to boot; empty means that firmware boots from a disk."""
+    initrd: _builtins.str
+    """Its initial file system."""
+    append: _builtins.str
+    """Its command line."""
+    firmware: _builtins.str
+    """Firmware image; empty means the one QEMU brings."""
+    memory_backing: _builtins.str
+    """Where guest memory lies: "tmpfs"."""
+    binary: _builtins.str
+    """Path of the QEMU binary."""
+    @_builtins.property
+    def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuDisk]:
+        """Disks, in the order in which the guest sees them."""
+
+    @_builtins.property
+    def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuNic]:
+        """Network interfaces, in the order in which the guest sees them."""
+
+    def __init__(
+        self,
+        *,
+        machine: _builtins.str = ...,
+        cpu: _builtins.str = ...,
+        accelerator: _builtins.str = ...,
+        kernel: _builtins.str = ...,
+        initrd: _builtins.str = ...,
+        append: _builtins.str = ...,
+        firmware: _builtins.str = ...,
+        disks: _abc.Iterable[Global___QemuDisk] | None = ...,
+        nics: _abc.Iterable[Global___QemuNic] | None = ...,
+        memory_backing: _builtins.str = ...,
+        binary: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "append", b"append", "binary", b"binary", "cpu", b"cpu", "disks", b"disks", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "machine", b"machine", "memory_backing", b"memory_backing", "nics", b"nics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QemuSpec: _TypeAlias = QemuSpec  # noqa: Y015
+
+@_typing.final
+class QemuDisk(_message.Message):
+    """A disk of a QEMU machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path of the image on the host."""
+    format: _builtins.str
+    """"raw" or "qcow2"."""
+    read_only: _builtins.bool
+    """Whether the guest may only read it."""
+    shared: _builtins.bool
+    """Whether other hosts see the same file at the same path."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        format: _builtins.str = ...,
+        read_only: _builtins.bool = ...,
+        shared: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "path", b"path", "read_only", b"read_only", "shared", b"shared"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QemuDisk: _TypeAlias = QemuDisk  # noqa: Y015
+
+@_typing.final
+class QemuNic(_message.Message):
+    """A network interface of a QEMU machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    MAC_FIELD_NUMBER: _builtins.int
+    TAP_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    backend: _builtins.str
+    """"user" or "tap"."""
+    mac: _builtins.str
+    """MAC address."""
+    tap: _builtins.str
+    """Name of the host's tap interface, for the tap backend."""
+    model: _builtins.str
+    """Device model: "virtio-net-pci"."""
+    def __init__(
+        self,
+        *,
+        backend: _builtins.str = ...,
+        mac: _builtins.str = ...,
+        tap: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "mac", b"mac", "model", b"model", "tap", b"tap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QemuNic: _TypeAlias = QemuNic  # noqa: Y015
 
 @_typing.final
 class Machine(_message.Message):

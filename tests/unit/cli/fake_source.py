@@ -66,7 +66,7 @@ class FakeSource(SourceServiceServicer):
                 kind="microvm",
                 memory_mib=64,
                 vcpus=1,
-                program="canary",
+                microvm=machine_pb2.MicrovmSpec(program="canary"),
             ),
             state=machine_pb2.MACHINE_STATE_RUNNING,
             right=machine_pb2.MACHINE_RIGHT_OWNED,

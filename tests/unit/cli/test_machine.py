@@ -13,6 +13,8 @@ SPEC = """
 name = "web-1"
 uuid = "6d0c3f5e-7a38-4a51-9a57-0f3e6a1c9b11"
 memory_mib = 16
+
+[microvm]
 program = "canary"
 mac = "52:54:00:00:00:01"
 """
@@ -61,7 +63,7 @@ def test_a_machine_that_cannot_be_is_refused(
         (SPEC.replace("memory_mib = 16\n", ""), "memory_mib"),
         (SPEC.replace("6d0c3f5e", "6D0C3F5E"), "uuid"),
         (SPEC.replace("canary", "doom"), "doom"),
-        (SPEC + '[params]\nspeed = "1"\n', "speed"),
+        (SPEC + '[microvm.params]\nspeed = "1"\n', "speed"),
     ],
 )
 def test_a_wrong_description_is_refused(run: Run, config: Path, text: str, culprit: str) -> None:

@@ -42,7 +42,9 @@ def test_documents_are_read_back_by_protobuf(
     message.progress.sent_bytes = sent
     message.options.lanes = lanes
     message.timings[0].elapsed.FromNanoseconds(nanos)
-    machine = machine_pb2.Machine(epoch=pages, spec=machine_pb2.MachineSpec(params=params))
+    machine = machine_pb2.Machine(
+        epoch=pages, spec=machine_pb2.MachineSpec(microvm=machine_pb2.MicrovmSpec(params=params))
+    )
 
     document = json.loads(json.dumps(as_document(message)))
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vmferry.negotiation.report import (
+    Finding,
     KindOffer,
     MachineFacts,
     Offer,
@@ -46,6 +47,11 @@ TRACKERS = [
     TrackerFact("hash", usable=True, reason="compares contents"),
 ]
 
+QEMU = replace(MACHINE, kind="qemu", state_version=3, binary="/usr/bin/qemu", hypervisor_version="8.2.1")
+QEMU_KIND = KindOffer("qemu", "8.2.0", 3, 3, "/usr/bin/qemu", ("pc-q35-8.2",), ("tcg",))
+QEMU_OFFER = replace(OFFER, kinds=(*OFFER.kinds, QEMU_KIND))
+REFUSAL = Finding(Severity.BLOCKS, "disk.not-shared", "the disk is local", "qemu.disks[0].path", "share it")
+
 BLOCKING = {
     "protocol.no-common-version": (MACHINE, replace(OFFER, protocol_versions=(7, 8))),
     "memory.page-size": (MACHINE, replace(OFFER, page_size_bytes=65536)),
@@ -58,6 +64,8 @@ BLOCKING = {
     "memory.insufficient": (MACHINE, replace(OFFER, available_memory_bytes=GIB - 1)),
     "machine.already-there": (MACHINE, replace(OFFER, held_machine_ids=(MACHINE.machine_id,))),
     "machine.name-taken": (MACHINE, replace(OFFER, machine_names=("web",))),
+    "machine.not-migratable": (replace(QEMU, blockers=("VFIO device",)), QEMU_OFFER),
+    "disk.not-shared": (QEMU, replace(QEMU_OFFER, refusals=(REFUSAL,))),
     "host.full": (MACHINE, replace(OFFER, incoming_migrations=2)),
 }
 
@@ -81,6 +89,25 @@ def test_each_mismatch_blocks_by_its_own_name(expected: str) -> None:
     assert blocking[0].remedy
     assert blocking[0].object
     assert blocking[0].message
+
+
+@pytest.mark.parametrize(
+    ("there", "told"),
+    [("8.2.0", []), ("9.0.0", []), ("8.1.5", ["hypervisor.older"]), ("7.2.22", ["hypervisor.older"])],
+)
+def test_an_older_hypervisor_is_told(there: str, told: list[str]) -> None:
+    """A release that is older by its first two numbers warns; a newer one, or another patch of the same, does not."""
+    offer = replace(OFFER, kinds=(replace(QEMU_KIND, version=there),))
+    report = compare(QEMU, offer, TRACKERS)
+    assert report.blocking == []
+    assert [found.id for found in report.findings if found.severity is Severity.WARNS] == told
+
+
+def test_another_binary_of_the_same_kind_is_not_the_machines() -> None:
+    """A machine that names a binary needs that one; the destination's own words about it are not repeated."""
+    refusal = replace(REFUSAL, id="machine.kind-unsupported")
+    offer = replace(OFFER, kinds=(replace(QEMU_KIND, binary="/opt/qemu"),), refusals=(refusal,))
+    assert [found.id for found in compare(QEMU, offer, TRACKERS).blocking] == ["machine.kind-unsupported"]
 
 
 def test_all_mismatches_are_named_at_once() -> None:

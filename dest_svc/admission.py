@@ -1,0 +1,151 @@
+"""What this host never lets in: paths, interfaces and hypervisors that a description must not reach.
+
+Promise: every file of this host that a description names is looked up with all symbolic links followed, and lies
+below a folder that the host's configuration opens for machines; what is refused is told by the name of its field.
+The same list is told to a source that asks beforehand and enforced when it begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vmferry.config import HostConfig
+from vmferry.errors import InvalidArgumentError, MachineFailedError
+from vmferry.machines.qemu import probe
+from vmferry.machines.qemu.spec import NicSpec, QemuSpec
+from vmferry.machines.spec import MachineSpec
+
+_INTERFACES: Final = Path("/sys/class/net")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One reason for which a machine cannot run on this host."""
+
+    id: str
+    """The id of the finding in a compatibility report."""
+    field: str
+    """The field of the description."""
+    message: str
+    remedy: str
+
+    def error(self) -> InvalidArgumentError:
+        """The same for a caller that begins all the same."""
+        return InvalidArgumentError(self.message, field=f"spec.{self.field}", remedy=self.remedy)
+
+
+def refusals(spec: MachineSpec, config: HostConfig) -> Iterator[Refusal]:
+    """Everything in a description that this host refuses; asks and tries the hypervisor, which takes a moment."""
+    if spec.microvm is not None:
+        yield from _about_netdev(spec.microvm.netdev, config.run_dir / "net")
+    if spec.qemu is not None:
+        yield from _about_hypervisor(spec.qemu, config)
+        for field, path in spec.qemu.host_files().items():
+            yield from _about_file(field, Path(path), config)
+        for number, nic in enumerate(spec.qemu.nics):
+            yield from _about_nic(f"qemu.nics[{number}].tap", nic, config)
+        yield from _about_disks(spec.qemu)
+
+
+def _about_netdev(netdev: str, root: Path) -> Iterator[Refusal]:
+    """A network end point must not let a source reach into this host."""
+    target = netdev.removeprefix("dgram:")
+    remedy = "Give the machine another network end point."
+    if target.startswith("unix:"):
+        path = Path(target.removeprefix("unix:"))
+        if not path.resolve().is_relative_to(root.resolve()):
+            message = f"network sockets must lie below {root}"
+            yield Refusal("network.not-allowed", "microvm.netdev", message, remedy)
+    elif target:
+        address = target.rpartition(":")[0].strip("[]")
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(address).is_loopback:
+                return
+        message = "a network end point must be a loopback address here"
+        yield Refusal("network.not-allowed", "microvm.netdev", message, remedy)
+
+
+def _about_hypervisor(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
+    if Path(part.binary) not in config.qemu_binaries:
+        message = f"{part.binary} is none of the binaries that machines may name here"
+        remedy = "Add it to qemu_binaries in the destination's configuration, if it is meant to be used."
+        yield Refusal("hypervisor.not-allowed", "qemu.binary", message, remedy)
+        return
+    if not part.resolved:
+        message = (
+            f"the machine type {part.machine} with accelerator {part.accelerator} differs from host to host"
+        )
+        yield Refusal("machine.unresolved", "qemu.machine", message, "Run it with 'vmferry machine run'.")
+        return
+    try:
+        binary = probe.probe_binary(part.binary)
+    except MachineFailedError as error:
+        yield Refusal("machine.kind-unsupported", "qemu.binary", error.message, error.instance_remedy)
+        return
+    if part.machine not in binary.machine_types:
+        message = f"QEMU {binary.version_text} has no machine type {part.machine}"
+        remedy = "Install a QEMU on the destination that is at least as new as the source's."
+        yield Refusal("machine.type-unsupported", "qemu.machine", message, remedy)
+    problem = probe.accelerator_problem(part.binary, part.accelerator, part.cpu)
+    if problem:
+        message = f"{part.accelerator} cannot run a CPU of model {part.cpu} here: {problem}"
+        remedy = (
+            "Choose a destination with the same accelerator and CPU features, or a more modest CPU model."
+        )
+        yield Refusal("accelerator.unavailable", "qemu.accelerator", message, remedy)
+
+
+def _about_file(field: str, path: Path, config: HostConfig) -> Iterator[Refusal]:
+    roots = " and ".join(map(str, config.image_roots)) or "nowhere"
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        # Whether it exists outside of the roots is nobody's business.
+        if not any(path.is_relative_to(root) for root in config.image_roots):
+            yield _outside(field, path, roots)
+            return
+        message = f"{path} cannot be found: {getattr(error, 'strerror', None) or error}"
+        yield Refusal("file.missing", field, message, "Put the same file there, at the same path.")
+        return
+    if not any(real.is_relative_to(root.resolve()) for root in config.image_roots):
+        yield _outside(field, path, roots)
+    elif not stat.S_ISREG(real.stat().st_mode):
+        yield Refusal("file.not-regular", field, f"{path} is not a regular file", "Name a regular file.")
+
+
+def _outside(field: str, path: Path, roots: str) -> Refusal:
+    message = f"{path} does not lie where files of machines may lie on this host: {roots}"
+    remedy = (
+        "Put it there on both hosts, or add its folder to image_roots in the destination's configuration."
+    )
+    return Refusal("file.outside-roots", field, message, remedy)
+
+
+def _about_nic(field: str, nic: NicSpec, config: HostConfig) -> Iterator[Refusal]:
+    if nic.backend != "tap":
+        return
+    if nic.tap not in config.taps:
+        remedy = "Add it to taps in the destination's configuration, if machines are to use it."
+        yield Refusal("network.not-allowed", field, f"machines may not use {nic.tap} here", remedy)
+    elif not (_INTERFACES / nic.tap / "tun_flags").exists():
+        yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", "Make it first.")
+
+
+def _about_disks(part: QemuSpec) -> Iterator[Refusal]:
+    for number, disk in enumerate(part.disks):
+        field = f"qemu.disks[{number}].path"
+        if not disk.shared:
+            message = f"the disk {disk.path} is local to the source, and disks are not moved"
+            remedy = "Put it on storage that both hosts share, or run the machine without it."
+            yield Refusal("disk.not-shared", field, message, remedy)
+        else:
+            message = f"this release cannot prove yet that {disk.path} is the same disk on both hosts"
+            yield Refusal(
+                "disk.identity", field, message, "Run the machine without it, or wait for a release."
+            )

@@ -1,0 +1,101 @@
+"""Real QEMU machines with a Linux guest that checks itself, on the hosts that all integration tests use."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.integration.hosts import Guest, World, open_world
+from tests.integration.services import Host, eventually
+from tests.support import require
+from vmferry.cli.machine import run_machine
+from vmferry.machines.qemu import guest
+from vmferry.machines.qemu.guest import verdict
+from vmferry.machines.qemu.spec import NicSpec, QemuSpec
+from vmferry.machines.spec import MachineSpec, new_mac, new_qemu_spec
+
+QEMU = Path(QemuSpec.binary)
+BOOT_S = 60.0
+SPEAKS_S = 30.0
+
+
+@dataclass
+class LinuxGuest(Guest):
+    """A Linux guest of a test, wherever it is."""
+
+    last_tick: int = 0
+    """The last sign of life that was seen anywhere."""
+
+    def verdict(self, host: Host) -> verdict.Verdict:
+        """What it said on a host."""
+        return verdict.verdict(self.serial(host))
+
+    async def wait_ticks(self, host: Host, count: int = 3) -> None:
+        """Wait for so many more signs of life."""
+        seen = len(self.verdict(host).ticks)
+        await eventually(
+            lambda: len(self.verdict(host).ticks) >= seen + count, "the guest ticks", seconds=SPEAKS_S
+        )
+
+    async def assert_clean(self, host: Host) -> None:
+        """It counts on from where it was, without a hole, and all its files are what they were."""
+        await self.wait_ticks(host)
+        now = self.verdict(host).ticks[-1].number
+        assert now > self.last_tick
+        await eventually(
+            lambda: self.verdict(host).checked_after(now), "the guest reads all its files", seconds=SPEAKS_S
+        )
+        found = self.verdict(host)
+        assert found.ok, (found.faults, self.serial(host)[-2000:])
+        self.last_tick = found.ticks[-1].number
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a kernel and an initial file system; the tests are left out where they cannot be had."""
+    require(QEMU.exists(), f"no {QEMU} (apt install qemu-system-x86)")
+    kernels = [path for path in Path("/boot").glob("vmlinuz*") if os.access(path, os.R_OK)]
+    require(kernels, "no kernel in /boot that can be read (apt install linux-image-cloud-amd64)")
+    require(guest.BUSYBOX.exists(), f"no {guest.BUSYBOX} (apt install busybox-static)")
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "vmlinuz").write_bytes(guest.newest_kernel().read_bytes())
+    (folder / "initrd").write_bytes(guest.initramfs())
+    return folder
+
+
+@pytest.fixture(scope="package")
+async def world(images: Path) -> AsyncIterator[World]:
+    """Hosts a and b for all tests with QEMU, which let in what lies in the folder of images."""
+    async with open_world(image_roots=(images,), downtime_limit_ms=1000) as opened:
+        yield opened
+
+
+def linux_spec(
+    images: Path, *, vcpus: int = 1, files: int = 8, writes: int = 0, nics: int = 0, memory_mib: int = 128
+) -> MachineSpec:
+    """A description of the self-checking guest."""
+    part = QemuSpec(
+        accelerator="tcg",
+        kernel=str(images / "vmlinuz"),
+        initrd=str(images / "initrd"),
+        append=guest.append(files, writes),
+        nics=tuple(NicSpec(backend="user", mac=new_mac()) for _ in range(nics)),
+    )
+    return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"lin-{uuid.uuid4().hex[:8]}")
+
+
+async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> LinuxGuest:
+    """Run a machine, and wait until its guest is ready and speaks."""
+    host = host or world.a
+    record = await run_machine(spec, host.config)
+    linux = LinuxGuest(record.spec, host)
+    world.guests.append(linux)
+    await eventually(lambda: len(linux.verdict(host).ticks) > 2, "the guest has booted", seconds=BOOT_S)
+    assert linux.verdict(host).ready
+    linux.last_tick = linux.verdict(host).ticks[-1].number
+    return linux

@@ -1,0 +1,38 @@
+"""The configuration of a host: it is read as it was written, and a wrong list is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vmferry.config import HostConfig, load_config, render_config
+from vmferry.errors import ConfigError
+
+
+def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
+    """Lists of paths and of names are read back, empty ones too."""
+    file = tmp_path / "host.toml"
+    for config in (
+        HostConfig(),
+        HostConfig(image_roots=(Path("/a"), Path("/b c")), qemu_binaries=(), taps=("tap0", "tap1")),
+    ):
+        file.write_text(render_config(config), encoding="utf-8")
+        assert load_config(file) == config
+
+
+def test_relative_roots_are_beside_the_file(tmp_path: Path) -> None:
+    """A path in a list means what a single path means."""
+    file = tmp_path / "host.toml"
+    file.write_text('image_roots = ["images", "/srv"]\n', encoding="utf-8")
+    assert load_config(file).image_roots == (tmp_path / "images", Path("/srv"))
+
+
+@pytest.mark.parametrize("value", ['"/srv"', "[1]", '[["/srv"]]', "true"])
+def test_a_list_of_something_else_is_refused(tmp_path: Path, value: str) -> None:
+    """The error names the setting."""
+    file = tmp_path / "host.toml"
+    file.write_text(f"image_roots = {value}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="image_roots") as caught:
+        load_config(file)
+    assert caught.value.field == "image_roots"

@@ -1,0 +1,131 @@
+"""Typed tables: how a description is read from TOML, checked field by field, and written again.
+
+Promise: what is unknown, missing, of the wrong type or out of range is refused by the full name of its field, with
+what would be right; nothing is converted silently.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
+
+from vmferry.errors import InvalidArgumentError
+
+SCALARS: Final = (int, str, bool)
+
+Record = TypeVar("Record")
+
+
+def invalid(key: str, fault: str, remedy: str) -> InvalidArgumentError:
+    """The error for a wrong field."""
+    return InvalidArgumentError(
+        f"machine spec: {key}: {fault}", field=key, remedy=f"Correct {key!r}: {remedy}."
+    )
+
+
+def check_types(record: Any, prefix: str = "") -> None:
+    """Check that every field of a dataclass holds what its annotation says."""
+    for key, wanted in _hints(type(record)).items():
+        _check_type(prefix + key, getattr(record, key), wanted)
+
+
+def check_number(key: str, value: int, low: int, high: int) -> None:
+    """Refuse a number that is out of range."""
+    if not low <= value <= high:
+        span = str(low) if low == high else f"between {low} and {high}"
+        raise invalid(key, f"{value} is out of range", f"it must be {span}")
+
+
+def check_pattern(key: str, value: str, pattern: re.Pattern[str], form: str) -> None:
+    """Refuse a text that does not match as a whole."""
+    if not pattern.fullmatch(value):
+        raise invalid(key, f"{value!r} has the wrong form", f"it must be {form}")
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is not one of a few."""
+    if value not in choices:
+        raise invalid(key, f"{value!r} is not supported", f"use {' or '.join(map(repr, choices))}")
+
+
+def read_table(cls: type[Record], values: Mapping[str, object], prefix: str = "") -> Record:
+    """Make a dataclass from a table of TOML; its own ``__post_init__`` checks what the values mean."""
+    hints = _hints(cls)
+    for key in values:
+        if key not in hints:
+            raise invalid(prefix + key, "unknown key", f"known keys are {', '.join(hints)}")
+    for field in fields(cls):  # type: ignore[arg-type]  # the callers pass dataclasses
+        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise invalid(prefix + field.name, "missing", "every description needs it")
+    return cls(**{key: _read(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def write_table(record: Any, prefix: str = "") -> Iterator[str]:
+    """The lines of TOML that :func:`read_table` reads back."""
+    values = {key: getattr(record, key) for key in _hints(type(record))}
+    for key, value in values.items():
+        if isinstance(value, SCALARS):
+            yield f"{key} = {_quote(value)}"
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ("", f"[{prefix}{key}]", *(f"{name} = {_quote(text)}" for name, text in value.items()))
+        elif isinstance(value, tuple):
+            for item in value:
+                yield from ("", f"[[{prefix}{key}]]", *write_table(item, f"{prefix}{key}."))
+        elif is_dataclass(value):
+            yield from ("", f"[{prefix}{key}]", *write_table(value, f"{prefix}{key}."))
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _part(hint: Any) -> Any:
+    """The dataclass in ``X | None`` or ``tuple[X, ...]``; ``None`` if the annotation is something else."""
+    if get_origin(hint) in (types.UnionType, tuple):
+        return next((item for item in get_args(hint) if is_dataclass(item)), None)
+    return None
+
+
+def _read(hint: Any, value: object, key: str) -> object:
+    part = _part(hint)
+    if part is None:
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise invalid(key, f"must be an array of tables, not {type(value).__name__}", f"use [[{key}]]")
+        return tuple(_read_part(part, item, key) for item in value)
+    return _read_part(part, value, key)
+
+
+def _read_part(part: Any, value: object, key: str) -> object:
+    if not isinstance(value, Mapping):
+        raise invalid(key, f"must be a table, not {type(value).__name__}", f"use [{key}]")
+    return read_table(part, value, f"{key}.")
+
+
+def _check_type(key: str, value: object, wanted: Any) -> None:
+    if wanted in SCALARS:
+        if type(value) is not wanted:
+            fault = f"must be of type {wanted.__name__}, not {type(value).__name__}"
+            raise invalid(key, fault, f"give a value of type {wanted.__name__}")
+        return
+    part = _part(wanted)
+    if part is None:
+        if not isinstance(value, Mapping):
+            raise invalid(key, f"must be a table, not {type(value).__name__}", "give a table of strings")
+    elif get_origin(wanted) is tuple:
+        if not isinstance(value, tuple) or not all(isinstance(item, part) for item in value):
+            raise invalid(key, "must be an array of tables", f"use [[{key}]]")
+    elif value is not None and not isinstance(value, part):
+        raise invalid(key, f"must be a table, not {type(value).__name__}", f"use [{key}]")
+
+
+def _quote(value: object) -> str:
+    # JSON spells numbers, booleans and printable strings as TOML does, unless it escapes to ASCII.
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,79 @@
+#!/bin/busybox sh
+# The first process of the Linux guest that demonstrations and tests move: it checks itself, and says so on ttyS0.
+#
+# Parameters, on the kernel's command line:
+#   vf.files=N    files of 1 MiB with random content, checked again and again against the sums taken at first
+#   vf.writes=N   how many MiB a second another process copies and compares, and so rewrites in memory
+# What it says, one line each:
+#   ready files=N              the files are made
+#   tick n=N up=S.CC gap=CC wall=S bad=N
+#                              ten times a second; gap: centiseconds since the last tick, bad: all faults so far
+#   check n=N begun=T bad=N    all files were read once more, begun after tick T
+#   BAD ...                    a fault, by name
+export PATH=/bin
+/bin/busybox mkdir -p /bin /proc /data /state
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t tmpfs -o size=80% tmpfs /data
+mount -t tmpfs tmpfs /state
+files=8 writes=0
+for word in $(cat /proc/cmdline); do
+  case $word in
+    vf.files=*) files=${word#*=} ;;
+    vf.writes=*) writes=${word#*=} ;;
+  esac
+done
+touch /state/bad
+n=0
+echo $n >/state/tick
+
+fault() {
+  echo "BAD $*"
+  echo "$*" >>/state/bad
+}
+
+i=0
+while [ $i -lt "$files" ]; do
+  dd if=/dev/urandom of=/data/$i bs=64k count=16 2>/dev/null
+  i=$((i + 1))
+done
+cd /data && md5sum * >/state/sums
+echo "ready files=$files"
+
+check() {
+  k=0
+  while :; do
+    read -r begun </state/tick
+    md5sum -c /state/sums >/state/found 2>&1 || fault "files: $(grep -v ': OK' /state/found | tr '\n' ' ')"
+    k=$((k + 1))
+    echo "check n=$k begun=$begun bad=$(wc -l </state/bad)"
+    sleep 1
+  done
+}
+
+write() {
+  k=0
+  pause=$((1000000 / writes))
+  while :; do
+    cp /data/$((k % files)) /state/copy$((k % 4))
+    usleep $pause
+    cmp -s /data/$((k % files)) /state/copy$((k % 4)) || fault "copy $k"
+    k=$((k + 1))
+  done
+}
+
+check &
+[ "$writes" -gt 0 ] && write &
+
+read -r up rest </proc/uptime
+last=${up%.*}${up#*.}
+while :; do
+  usleep 100000
+  read -r up rest </proc/uptime
+  now=${up%.*}${up#*.}
+  [ "$now" -ge "$last" ] || fault "time went back from $last to $now"
+  n=$((n + 1))
+  echo $n >/state/tick
+  echo "tick n=$n up=$up gap=$((now - last)) wall=$(date +%s) bad=$(wc -l </state/bad)"
+  last=$now
+done

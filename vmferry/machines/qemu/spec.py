@@ -1,0 +1,140 @@
+"""What a QEMU machine is made of, beyond what every machine has.
+
+Promise: only what is typed here reaches a command line. What would differ between two hosts, or could not be
+migrated, is refused by name: CPU models that mean "whatever this host has", memory that is no shared file.
+
+The default CPU model is ``Nehalem-v1``: the baseline x86-64-v2 that today's distributions ask for, which TCG and
+every KVM host can offer in full. The version is part of its name, so it means the same CPU with any machine type,
+and it is started with ``enforce``: a host that lacks one of its features refuses to start it, instead of letting the
+guest find out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import ClassVar, Final
+
+from vmferry.machines.fields import check_choice, check_pattern, check_types, invalid
+from vmferry.machines.microvm.spec import MAC_FORM, UNICAST_MAC
+
+AUTO: Final = "auto"
+ACCELERATORS: Final = ("kvm", "tcg")
+MACHINE_ALIASES: Final = ("q35", "pc")
+"""Names that mean another machine type with every release; resolved when a machine is first run."""
+MAX_PATH_CHARS: Final = 1024
+MAX_APPEND_CHARS: Final = 2048
+
+_MACHINE = re.compile(r"q35|pc|pc-(q35|i440fx)-[0-9]{1,2}\.[0-9]{1,2}")
+_CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_TAP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}")
+_HOSTS_OWN_CPU: Final = frozenset({"host", "max", "base"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSpec:
+    """One of ``[[qemu.disks]]``, a virtio block device."""
+
+    TABLE: ClassVar[str] = "qemu.disks."
+
+    path: str
+    format: str
+    """``raw`` or ``qcow2``; never guessed from the content, which the guest controls."""
+    read_only: bool = False
+    shared: bool = False
+    """Whether other hosts see the same file at the same path."""
+
+    def __post_init__(self) -> None:
+        check_types(self, self.TABLE)
+        check_path(self.TABLE + "path", self.path)
+        check_choice(self.TABLE + "format", self.format, ("raw", "qcow2"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NicSpec:
+    """One of ``[[qemu.nics]]``."""
+
+    TABLE: ClassVar[str] = "qemu.nics."
+
+    backend: str
+    """``user``: QEMU's own network stack; ``tap``: the host's interface named by ``tap``."""
+    mac: str
+    tap: str = ""
+    model: str = "virtio-net-pci"
+
+    def __post_init__(self) -> None:
+        check_types(self, self.TABLE)
+        check_choice(self.TABLE + "backend", self.backend, ("user", "tap"))
+        check_pattern(self.TABLE + "mac", self.mac, UNICAST_MAC, MAC_FORM)
+        check_choice(self.TABLE + "model", self.model, ("virtio-net-pci",))
+        if self.backend == "tap":
+            check_pattern(self.TABLE + "tap", self.tap, _TAP, "the name of a tap interface")
+        elif self.tap:
+            raise invalid(self.TABLE + "tap", "is for the tap backend only", "remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuSpec:
+    """The ``[qemu]`` table; invalid values raise InvalidArgumentError naming the field."""
+
+    TABLE: ClassVar[str] = "qemu."
+
+    machine: str = "q35"
+    """Machine type. An alias becomes the versioned name when the machine is first run, and stays that."""
+    cpu: str = "Nehalem-v1"
+    accelerator: str = AUTO
+    """``kvm``, ``tcg``, or ``auto``: the best that works where the machine is first run, and stays that."""
+    kernel: str = ""
+    initrd: str = ""
+    append: str = ""
+    firmware: str = ""
+    """Firmware image; empty: the one that QEMU brings."""
+    disks: tuple[DiskSpec, ...] = ()
+    nics: tuple[NicSpec, ...] = ()
+    memory_backing: str = "tmpfs"
+    """Where guest memory lies: a file in the host's ram_dir."""
+    binary: str = "/usr/bin/qemu-system-x86_64"
+
+    def __post_init__(self) -> None:
+        check_types(self, self.TABLE)
+        check_pattern(self.TABLE + "machine", self.machine, _MACHINE, "such as q35 or pc-q35-7.2")
+        check_pattern(self.TABLE + "cpu", self.cpu, _CPU, "the name of a CPU model, without options")
+        if self.cpu in _HOSTS_OWN_CPU:
+            fault = f"{self.cpu!r} means another CPU on every host, so the machine could not leave this one"
+            raise invalid(self.TABLE + "cpu", fault, "name a model, such as Nehalem-v1")
+        check_choice(self.TABLE + "accelerator", self.accelerator, (AUTO, *ACCELERATORS))
+        check_choice(self.TABLE + "memory_backing", self.memory_backing, ("tmpfs",))
+        for key, value in self.host_files().items():
+            check_path(key, value)
+        check_path(self.TABLE + "binary", self.binary)
+        self._check_boot()
+
+    def _check_boot(self) -> None:
+        for key in ("initrd", "append"):
+            if getattr(self, key) and not self.kernel:
+                raise invalid(f"{self.TABLE}{key}", "is of no use without a kernel", "name the kernel too")
+        if len(self.append) > MAX_APPEND_CHARS or not self.append.isprintable():
+            remedy = f"at most {MAX_APPEND_CHARS} printable characters"
+            raise invalid(self.TABLE + "append", "too long or not printable", remedy)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether it means the same on every host."""
+        return self.accelerator != AUTO and self.machine not in MACHINE_ALIASES
+
+    def host_files(self) -> dict[str, str]:
+        """The files of the host that the guest is given, by the names of the fields that name them."""
+        named = {key: getattr(self, key) for key in ("kernel", "initrd", "firmware")}
+        found = {self.TABLE + key: path for key, path in named.items() if path}
+        return found | {
+            f"{self.TABLE}disks[{number}].path": disk.path for number, disk in enumerate(self.disks)
+        }
+
+
+def check_path(key: str, value: str) -> None:
+    """Refuse a path that is not absolute and plain."""
+    path = PurePosixPath(value)
+    plain = value.isprintable() and len(value) <= MAX_PATH_CHARS and str(path) == value
+    if not plain or not path.is_absolute() or ".." in path.parts:
+        raise invalid(key, f"{value!r} has the wrong form", "it must be an absolute path without '..'")
