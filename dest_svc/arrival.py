@@ -12,8 +12,14 @@ from collections.abc import Callable
 from typing import Final, assert_never
 
 from dest_svc.receiver import Receiver
-from vmferry.errors import JournalDamagedError, MachineDeadError, MachineNotFoundError, VmferryError
-from vmferry.handoff import destination, source
+from vmferry.errors import (
+    JournalDamagedError,
+    MachineDeadError,
+    MachineNotFoundError,
+    MachineNotOwnedError,
+    VmferryError,
+)
+from vmferry.handoff import destination
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
 from vmferry.machines.directory import MachineDirectory
@@ -122,15 +128,15 @@ class Arrival:
     async def resume(self) -> None:
         """Let the guest run here, record that it did, and tell the network."""
         async with phase("resume"):
-            rights = await asyncio.to_thread(self._ledger.rights, self.machine_id)
-            if not rights.owner or not isinstance(rights.outgoing, source.Quiet):
-                await self.apply(destination.GuestRan())  # it was sent on from here, so it has run here
-                return
             machine = self.machine()
             try:
-                if await machine.run_state() is not RunState.RUNNING:
-                    async with self._ledger.permitted(self.machine_id) as permit:
-                        await machine.cont(permit)
+                async with self._ledger.permitted(self.machine_id) as permit:
+                    await machine.cont(permit)
+            except MachineNotOwnedError:
+                # It was sent on from here since, so it has run here.
+                await self._let_go(machine)
+                await self.apply(destination.GuestRan())
+                return
             except BaseException:
                 await self._let_go(machine)
                 raise

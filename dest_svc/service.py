@@ -47,7 +47,7 @@ from vmferry.security.identity import Kind
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
-from vmferry.transfer.together import to_the_end
+from vmferry.together import to_the_end
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
 from vmferry.v1.handoff_pb2 import DESCRIPTOR
 

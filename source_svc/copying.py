@@ -21,10 +21,10 @@ from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.together import together
 from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
-from vmferry.transfer.together import together
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""

@@ -23,7 +23,7 @@ from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
-from vmferry.transfer.together import to_the_end
+from vmferry.together import to_the_end
 
 _LOG: Final = get_logger(__name__)
 

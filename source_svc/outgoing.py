@@ -40,8 +40,8 @@ from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.together import to_the_end, together
 from vmferry.transfer.seal import seal_digest
-from vmferry.transfer.together import to_the_end, together
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
@@ -239,7 +239,8 @@ class Outgoing:
                 await self._machine.stop()
             # Saving takes a while and hardly touches memory, so it goes on beside the last round.
             _, device_state = await together(self._last_round(), self._save_device_state())
-            await self._copy.leftovers()
+            if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
+                await self._copy.leftovers()
             await self._copy.send_device_state(device_state)
             if self._order.compare_bytes:
                 async with phase("compare"):

@@ -41,6 +41,7 @@ from vmferry.handoff import destination, gate, journal, records, source
 from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.rights import Epochs, Rights
 from vmferry.handoff.states import Append, InvalidTransitionError, Record, RecordKind
+from vmferry.together import to_the_end
 
 FIRST_EPOCH = 1
 
@@ -145,18 +146,23 @@ class HostLedger:
     @contextlib.asynccontextmanager
     async def locked(self, machine_id: str) -> AsyncIterator[None]:
         """:meth:`machine_lock` for coroutines: waiting for another process stops nobody else."""
-        lock = self.machine_lock(machine_id)
-        await asyncio.to_thread(lock.__enter__)
-        try:
+        with contextlib.ExitStack() as stack:
+            # To its end: a lock that is taken after its taker was cancelled would never be given back.
+            await to_the_end(asyncio.to_thread(stack.enter_context, self.machine_lock(machine_id)))
             yield
-        finally:
-            lock.__exit__(None, None, None)
 
     @contextlib.asynccontextmanager
     async def permitted(self, machine_id: str) -> AsyncIterator[ResumePermit]:
         """A permit that cannot go stale while it is used: until then nobody can begin to send the machine away."""
-        async with self.locked(machine_id):
-            yield await asyncio.to_thread(self.permit, machine_id)
+        stack = contextlib.ExitStack()
+
+        def lock_and_mint() -> ResumePermit:
+            stack.enter_context(self.machine_lock(machine_id))
+            return self.permit(machine_id)
+
+        with stack:
+            # One hop to a thread, since a guest's pause waits for it.
+            yield await to_the_end(asyncio.to_thread(lock_and_mint))
 
     def lock_role(self, role: Role) -> RoleLock:
         """Become the one writer of a role's journals until the process ends.

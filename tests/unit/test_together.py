@@ -1,39 +1,13 @@
-"""The seal covers everything that is handed over; work done together fails together."""
+"""Work done together fails together, and what must not stop halfway goes to its end."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import pytest
 
 from vmferry.errors import StreamBrokenError
-from vmferry.handoff.states import Attempt
-from vmferry.transfer.seal import seal_digest
-from vmferry.transfer.together import to_the_end, together
-
-ATTEMPT = Attempt("m", b"i" * 16, 1, 1, "s", "d", "x", "y")
-PARTS = {"memory_root": b"r" * 16, "device_state": b"state", "spec_digest": b"p" * 32}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_the_seal_depends_on_every_part(part: str) -> None:
-    """No part may differ unnoticed."""
-    assert seal_digest(ATTEMPT, **PARTS) != seal_digest(ATTEMPT, **(PARTS | {part: PARTS[part] + b"!"}))
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        replace(ATTEMPT, machine_id="n"),
-        replace(ATTEMPT, migration_id=b"j" * 16),
-        replace(ATTEMPT, number=2),
-        replace(ATTEMPT, epoch_from=2),
-    ],
-)
-def test_the_seal_is_of_one_attempt(other: Attempt) -> None:
-    """The same memory sealed for another attempt has another digest."""
-    assert seal_digest(ATTEMPT, **PARTS) != seal_digest(other, **PARTS)
+from vmferry.together import to_the_end, together
 
 
 async def test_results_come_in_order() -> None:
