@@ -33,6 +33,7 @@ from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
+from vmferry.together import together
 from vmferry.transfer.frames import Intake
 from vmferry.transfer.seal import seal_digest
 from vmferry.v1 import transfer_pb2
@@ -80,6 +81,7 @@ class Receiver:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
             self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            await self.machine.get_ready()
             region = self.machine.ram
             self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
             self._intake = Intake(self._ram, PageTable(region.page_count))
@@ -143,13 +145,17 @@ class Receiver:
             if different:
                 raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
             device_state = self._device_state.whole()
-            root = await asyncio.to_thread(self._intake.table.root)
-        async with phase("load", device_state_bytes=len(device_state)):
-            if await self.machine.run_state() is RunState.INMIGRATE:
-                await self.machine.load_device_state(device_state)
+        # Hashing needs a core and no memory of the hypervisor's, so both go on at once.
+        root, _ = await together(asyncio.to_thread(self._intake.table.root), self._load(device_state))
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
         )
+
+    async def _load(self, device_state: bytes) -> None:
+        assert self.machine is not None
+        async with phase("load", device_state_bytes=len(device_state)):
+            if await self.machine.run_state() is RunState.INMIGRATE:
+                await self.machine.load_device_state(device_state)
 
     async def _until_ended(self) -> None:
         """Wait a moment for the ends of the lanes, which may be overtaken by the call that seals."""

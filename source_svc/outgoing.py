@@ -204,6 +204,7 @@ class Outgoing:
         )
         self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
+        await self._machine.get_ready()
         self._reserved_at = time.monotonic()
 
     async def _preflight(self) -> bool:

@@ -7,9 +7,10 @@ one place; a file with an unknown key, a wrong type or a value out of range is r
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmferry.errors import ConfigError
@@ -41,8 +42,8 @@ class HostConfig:
     dest_admin_listen: str = "unix:dest-admin.sock"
     """The same for the destination service."""
 
-    lanes: int = 4
-    """Connections per migration."""
+    lanes: int = field(default_factory=lambda: max(2, min(4, os.cpu_count() or 2)))
+    """Connections per migration; by default as many as the host has cores, from 2 to 4: more only cost time."""
     window_bytes: int = 16 * _MIB
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
     chunk_bytes: int = _MIB
@@ -155,9 +156,9 @@ def _typed(key: str, value: object, known: dict[str, type], base: Path) -> typin
 def render_config(config: HostConfig) -> str:
     """The configuration as a TOML file that :func:`load_config` reads back."""
     lines = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        lines.append(f"{field.name} = {_rendered(value)}")
+    for setting in dataclasses.fields(config):
+        value = getattr(config, setting.name)
+        lines.append(f"{setting.name} = {_rendered(value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -76,6 +76,9 @@ class Machine(Protocol):
             WrongPhaseError: the machine is in no state to go on from, e.g. still waiting for device state.
         """
 
+    async def get_ready(self) -> None:
+        """Do beforehand what saving and loading need, so that the guest's pause is shorter."""
+
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM.
 

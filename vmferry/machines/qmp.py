@@ -95,6 +95,7 @@ class QmpMachine(Machine):
         address = paths.observer if observe and spec.kind == QEMU else paths.qmp
         self._monitor = Monitor(spec, paths, process, address, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
+        self._ignoring_shared = False
         self._loaded: bytes | None = None
         self.paths = paths
         self.process = process
@@ -152,6 +153,11 @@ class QmpMachine(Machine):
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
                 raise self._failure("cont", "the guest still does not run")
+
+    async def get_ready(self) -> None:
+        """Do beforehand what saving and loading need, so that the guest's pause is shorter."""
+        async with self._lock:
+            await self._ignore_shared_memory()
 
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM, asked for anew by each call."""
@@ -334,10 +340,13 @@ class QmpMachine(Machine):
 
     async def _ignore_shared_memory(self) -> None:
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
+        if self._ignoring_shared:
+            return
         capability = {"capability": _IGNORE_SHARED, "state": True}
         await self._monitor.execute(
             "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
         )
+        self._ignoring_shared = True  # for as long as the process lives
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:
