@@ -138,6 +138,7 @@ class Outgoing:
                     await to_the_end(self._give_back(self._translated(error)))
         finally:
             await self._tidy_up()
+            await self._destination.close()
             self._departure.close()
 
     async def _work(self) -> None:

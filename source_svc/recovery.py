@@ -85,6 +85,7 @@ class Recovered:
                 self.migration.message.trace_id = current_trace_id()
                 await self._settle()
         finally:
+            await self._destination.close()
             self._departure.close()
 
     async def _settle(self) -> None:

@@ -256,7 +256,7 @@ async def test_broken_connections_are_not_a_broken_migration(world: World, link:
     link.up_bytes_per_s = SLOW
     link.begin_migration()
     migration_id = await world.start(
-        guest, world.a, world.b, address=link.address, verify=pb.VERIFY_MODE_BYTES
+        guest, world.a, world.b, address=link.address, verify=pb.VERIFY_MODE_BYTES, lanes=4
     )
     cuts = 0
     for number in range(6):
