@@ -7,6 +7,7 @@ starts a second one; what happens afterwards is told by the ``Migration`` resour
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -300,6 +301,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
         self._running.pop(migration_id, None)
+        # gRPC's ended calls are tied in circles and keep their channels until those are collected.
+        asyncio.get_running_loop().call_soon(gc.collect)
         if task.cancelled() or isinstance(error := task.exception(), ServiceStoppingError):
             return
         if error is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -11,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hosts import Guest, World, open_world
-from tests.integration.services import Host, eventually
+from tests.integration.services import Host
 from tests.support import require
-from vmferry.cli.machine import run_machine
+from vmferry.cli.machine import end_machine, run_machine
 from vmferry.machines.qemu import guest
 from vmferry.machines.qemu.guest import verdict
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
@@ -92,10 +94,26 @@ def linux_spec(
 async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> LinuxGuest:
     """Run a machine, and wait until its guest is ready and speaks."""
     host = host or world.a
-    record = await run_machine(spec, host.config)
-    linux = LinuxGuest(record.spec, host)
-    world.guests.append(linux)
-    await eventually(lambda: len(linux.verdict(host).ticks) > 2, "the guest has booted", seconds=BOOT_S)
+    linux = await _boot_once(world, spec, host)
+    if linux is None:
+        # An emulated kernel with four CPUs on two cores was once seen to stand still before vmferry had touched it.
+        linux = await _boot_once(world, replace(spec, name=f"{spec.name}-2", uuid=str(uuid.uuid4())), host)
+    assert linux is not None, "the guest has not booted, twice"
     assert linux.verdict(host).ready
     linux.last_tick = linux.verdict(host).ticks[-1].number
     return linux
+
+
+async def _boot_once(world: World, spec: MachineSpec, host: Host) -> LinuxGuest | None:
+    record = await run_machine(spec, host.config)
+    linux = LinuxGuest(record.spec, host)
+    world.guests.append(linux)
+    deadline = time.monotonic() + BOOT_S
+    while time.monotonic() < deadline:
+        if len(linux.verdict(host).ticks) > 2:
+            return linux
+        await asyncio.sleep(0.02)
+    print(f"{spec.name} did not boot; it said:", record.paths.serial.read_text(errors="replace")[-2000:])
+    world.guests.remove(linux)
+    await end_machine(spec.name, host.config)
+    return None
