@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hosts import Guest, World, open_world
-from tests.integration.services import Host
+from tests.integration.services import Host, eventually
 from tests.support import require
 from vmferry.cli.machine import end_machine, run_machine
 from vmferry.machines.qemu import guest
