@@ -204,12 +204,13 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             options=request.options,
             owner=self._own.uri,
         )
+        machine, peer = self._directory.open(record), self._peer(address, host)
         outgoing = Outgoing(
             order,
             Migration(message),
-            self._departure(record.spec.uuid),
-            self._directory.open(record),
-            self._peer(address, host),
+            self._departure(record.spec.uuid),  # last: what fails before it leaves no journal open
+            machine,
+            peer,
             self._config,
             self._host.tls.load(),
             self._plan(record, host),

@@ -59,7 +59,6 @@ class _View:
     """One journal, folded."""
 
     records: tuple[Record, ...] = ()
-    boot_ids: tuple[str, ...] = ()
     torn_tail: bool = False
     damage: str = ""
 
@@ -224,7 +223,7 @@ def _decoded(contents: journal.Contents) -> _View:
     except ValueError as error:
         return _View(damage=f"a record cannot be read: {error}")
     found = tuple(record for record, _ in decoded)
-    return _View(found, tuple(boot for _, boot in decoded), contents.torn_tail, contents.damage)
+    return _View(found, contents.torn_tail, contents.damage)
 
 
 class RoleLock:
@@ -271,7 +270,6 @@ class MachineJournal(Generic[State]):
         self._journal = journal.Journal(path, label)
         view = _decoded(self._journal.contents)
         self.torn_tail = view.torn_tail
-        self.last_boot_id = view.boot_ids[-1] if view.boot_ids else ""
         try:
             self.state: State = _folded(view, initial, evolve)
         except InvalidTransitionError as error:

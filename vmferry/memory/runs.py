@@ -29,16 +29,6 @@ class PageRuns:
         """All pages of a region of ``page_count`` pages."""
         return cls([(0, page_count)] if page_count else [])
 
-    @classmethod
-    def frombytes(cls, data: bytes) -> PageRuns:
-        """The set that :meth:`tobytes` wrote."""
-        numbers = array("Q", data)
-        return cls(zip(numbers[::2], numbers[1::2], strict=True))
-
-    def tobytes(self) -> bytes:
-        """The runs as native 64-bit numbers, first page and count in turn."""
-        return self._flat.tobytes()
-
     def add(self, first_page: int, count: int) -> None:
         """Append a run that lies behind everything added so far; a run that touches the last one joins it."""
         self.extend([(first_page, count)])
