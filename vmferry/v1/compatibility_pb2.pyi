@@ -5,7 +5,9 @@ What a host can offer, and what stands between a machine and that host."""
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -95,15 +97,26 @@ class CompatibilityReport(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     TRACKER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PATH_REASON_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     compatible: _builtins.bool
     """True if nothing blocks."""
     protocol_version: _builtins.int
     """Protocol version the two hosts would speak; 0 if there is none in common."""
     tracker: _builtins.str
     """Write tracker that the source would use: "pagemap-scan", "soft-dirty" or "hash"."""
+    path: _builtins.str
+    """How memory would travel: "direct" (read and written by vmferry) or "stream" (the hypervisor's own migration)."""
+    path_reason: _builtins.str
+    """Why that path, as a sentence."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompatibilityItem]:
         """Every finding, the blocking ones first."""
+
+    @_builtins.property
+    def prediction(self) -> Global___Prediction:
+        """How long it would take; absent if it was not asked for, or could not be measured."""
 
     def __init__(
         self,
@@ -112,14 +125,121 @@ class CompatibilityReport(_message.Message):
         items: _abc.Iterable[Global___CompatibilityItem] | None = ...,
         protocol_version: _builtins.int = ...,
         tracker: _builtins.str = ...,
+        path: _builtins.str = ...,
+        path_reason: _builtins.str = ...,
+        prediction: Global___Prediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatible", b"compatible", "items", b"items", "protocol_version", b"protocol_version", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatible", b"compatible", "items", b"items", "path", b"path", "path_reason", b"path_reason", "prediction", b"prediction", "protocol_version", b"protocol_version", "tracker", b"tracker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompatibilityReport: _TypeAlias = CompatibilityReport  # noqa: Y015
+
+@_typing.final
+class PredictedTime(_message.Message):
+    """A length of time as predicted, and the bounds between which it will lie more likely than not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def expected(self) -> _duration_pb2.Duration:
+        """The most likely value."""
+
+    @_builtins.property
+    def low(self) -> _duration_pb2.Duration:
+        """If all that was measured errs on the good side."""
+
+    @_builtins.property
+    def high(self) -> _duration_pb2.Duration:
+        """If all that was measured errs on the bad side."""
+
+    def __init__(
+        self,
+        *,
+        expected: _duration_pb2.Duration | None = ...,
+        low: _duration_pb2.Duration | None = ...,
+        high: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "high", b"high", "low", b"low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected", b"expected", "high", b"high", "low", b"low"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictedTime: _TypeAlias = PredictedTime  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """How a migration would go, by what was measured just now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    DOWNTIME_FIELD_NUMBER: _builtins.int
+    CONVERGES_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    DIRTY_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    DIRTY_ERROR_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LINK_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LINK_ERROR_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    RESERVE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    converges: _builtins.bool
+    """Whether the rest would come to fit the downtime limit."""
+    rounds: _builtins.int
+    """Rounds of copying before the pause."""
+    dirty_bytes_per_second: _builtins.float
+    """Rate at which the guest writes memory, bytes per second, over the whole sample."""
+    dirty_error_bytes_per_second: _builtins.float
+    """Standard error of that rate."""
+    link_bytes_per_second: _builtins.float
+    """Rate at which the destination takes in pages of this machine, over the lanes that would be used."""
+    link_error_bytes_per_second: _builtins.float
+    """Standard error of that rate."""
+    reserve_bytes_per_second: _builtins.float
+    """Rate at which the destination takes memory for a newcomer, bytes per second."""
+    resident_bytes: _builtins.int
+    """Memory that holds data, in bytes."""
+    @_builtins.property
+    def total(self) -> Global___PredictedTime:
+        """From acceptance to the end."""
+
+    @_builtins.property
+    def downtime(self) -> Global___PredictedTime:
+        """The guest's pause."""
+
+    @_builtins.property
+    def sampled(self) -> _duration_pb2.Duration:
+        """How long was measured."""
+
+    def __init__(
+        self,
+        *,
+        total: Global___PredictedTime | None = ...,
+        downtime: Global___PredictedTime | None = ...,
+        converges: _builtins.bool = ...,
+        rounds: _builtins.int = ...,
+        dirty_bytes_per_second: _builtins.float = ...,
+        dirty_error_bytes_per_second: _builtins.float = ...,
+        link_bytes_per_second: _builtins.float = ...,
+        link_error_bytes_per_second: _builtins.float = ...,
+        reserve_bytes_per_second: _builtins.float = ...,
+        resident_bytes: _builtins.int = ...,
+        sampled: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime", b"downtime", "sampled", b"sampled", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["converges", b"converges", "dirty_bytes_per_second", b"dirty_bytes_per_second", "dirty_error_bytes_per_second", b"dirty_error_bytes_per_second", "downtime", b"downtime", "link_bytes_per_second", b"link_bytes_per_second", "link_error_bytes_per_second", b"link_error_bytes_per_second", "reserve_bytes_per_second", b"reserve_bytes_per_second", "resident_bytes", b"resident_bytes", "rounds", b"rounds", "sampled", b"sampled", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
 
 @_typing.final
 class TrackerFinding(_message.Message):
@@ -221,6 +341,13 @@ class HostOffer(_message.Message):
     MACHINE_NAMES_FIELD_NUMBER: _builtins.int
     HELD_MACHINE_IDS_FIELD_NUMBER: _builtins.int
     TRACKERS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    CLOCK_SOURCE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    MEMORY_BACKINGS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """SPIFFE identity of the host."""
     software_version: _builtins.str
@@ -237,6 +364,12 @@ class HostOffer(_message.Message):
     """Arriving migrations it accepts at a time."""
     kernel: _builtins.str
     """Release of its kernel."""
+    draining: _builtins.bool
+    """Whether it takes no newcomers because it is being emptied."""
+    cpus: _builtins.int
+    """Its processors; 0 if it does not say."""
+    clock_source: _builtins.str
+    """Clock source of its kernel, such as "tsc"."""
     @_builtins.property
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions it speaks."""
@@ -261,6 +394,22 @@ class HostOffer(_message.Message):
     def trackers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrackerFinding]:
         """Write trackers of this host, for the way back."""
 
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Its wall clock when it answered."""
+
+    @_builtins.property
+    def certificate_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When its certificate expires."""
+
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ways for memory to travel that it can receive: "direct", "stream". Empty means "direct"."""
+
+    @_builtins.property
+    def memory_backings(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryBackingOffer]:
+        """Kinds of guest memory it can make; empty means "tmpfs" with pages of page_size_bytes."""
+
     def __init__(
         self,
         *,
@@ -278,11 +427,166 @@ class HostOffer(_message.Message):
         machine_names: _abc.Iterable[_builtins.str] | None = ...,
         held_machine_ids: _abc.Iterable[_builtins.str] | None = ...,
         trackers: _abc.Iterable[Global___TrackerFinding] | None = ...,
+        draining: _builtins.bool = ...,
+        cpus: _builtins.int = ...,
+        clock_source: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        certificate_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+        memory_backings: _abc.Iterable[Global___MemoryBackingOffer] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["certificate_expire_time", b"certificate_expire_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "encodings", b"encodings", "held_machine_ids", b"held_machine_ids", "host", b"host", "incoming_migrations", b"incoming_migrations", "kernel", b"kernel", "kinds", b"kinds", "machine_names", b"machine_names", "max_incoming_migrations", b"max_incoming_migrations", "page_size_bytes", b"page_size_bytes", "protocol_versions", b"protocol_versions", "reserved_memory_bytes", b"reserved_memory_bytes", "software_version", b"software_version", "trackers", b"trackers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "certificate_expire_time", b"certificate_expire_time", "clock_source", b"clock_source", "cpus", b"cpus", "draining", b"draining", "encodings", b"encodings", "held_machine_ids", b"held_machine_ids", "host", b"host", "incoming_migrations", b"incoming_migrations", "kernel", b"kernel", "kinds", b"kinds", "machine_names", b"machine_names", "max_incoming_migrations", b"max_incoming_migrations", "memory_backings", b"memory_backings", "page_size_bytes", b"page_size_bytes", "paths", b"paths", "protocol_versions", b"protocol_versions", "reserved_memory_bytes", b"reserved_memory_bytes", "software_version", b"software_version", "time", b"time", "trackers", b"trackers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostOffer: _TypeAlias = HostOffer  # noqa: Y015
+
+@_typing.final
+class MemoryBackingOffer(_message.Message):
+    """A kind of guest memory that a host can make."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name as in QemuSpec.memory_backing."""
+    page_size_bytes: _builtins.int
+    """Size of its pages in bytes."""
+    available_bytes: _builtins.int
+    """How much of it a newcomer may take now, in bytes."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_bytes", b"available_bytes", "name", b"name", "page_size_bytes", b"page_size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryBackingOffer: _TypeAlias = MemoryBackingOffer  # noqa: Y015
+
+@_typing.final
+class FileIdentity(_message.Message):
+    """A file of a machine as one host sees it, for another host to compare."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    BOOT_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    BEACON_FIELD_NUMBER: _builtins.int
+    BEACON_SHA256_FIELD_NUMBER: _builtins.int
+    WWID_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Field of the machine's description that names it, such as "qemu.disks[0].path"."""
+    size_bytes: _builtins.int
+    """Its size in bytes."""
+    sha256: _builtins.bytes
+    """SHA-256 of its content, for files that are only read; empty for others."""
+    boot_id: _builtins.str
+    """Boot of the kernel that the next two belong to."""
+    device: _builtins.int
+    """Number of the device it lies on, or that it is."""
+    inode: _builtins.int
+    """Its number on that device."""
+    beacon: _builtins.str
+    """Name of a file beside it that the asking host made just now, for disks that are written to."""
+    beacon_sha256: _builtins.bytes
+    """SHA-256 of that file's content."""
+    wwid: _builtins.str
+    """Worldwide name of the block device, if it is one."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.bytes = ...,
+        boot_id: _builtins.str = ...,
+        device: _builtins.int = ...,
+        inode: _builtins.int = ...,
+        beacon: _builtins.str = ...,
+        beacon_sha256: _builtins.bytes = ...,
+        wwid: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beacon", b"beacon", "beacon_sha256", b"beacon_sha256", "boot_id", b"boot_id", "device", b"device", "field", b"field", "inode", b"inode", "sha256", b"sha256", "size_bytes", b"size_bytes", "wwid", b"wwid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FileIdentity: _TypeAlias = FileIdentity  # noqa: Y015
+
+@_typing.final
+class NetworkIdentity(_message.Message):
+    """A network interface of a machine as one host sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAP_FIELD_NUMBER: _builtins.int
+    BRIDGE_FIELD_NUMBER: _builtins.int
+    MTU_BYTES_FIELD_NUMBER: _builtins.int
+    tap: _builtins.str
+    """Name of the host's tap interface."""
+    bridge: _builtins.str
+    """Bridge that it is plugged into; empty if none."""
+    mtu_bytes: _builtins.int
+    """Largest packet it carries, in bytes."""
+    def __init__(
+        self,
+        *,
+        tap: _builtins.str = ...,
+        bridge: _builtins.str = ...,
+        mtu_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bridge", b"bridge", "mtu_bytes", b"mtu_bytes", "tap", b"tap"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NetworkIdentity: _TypeAlias = NetworkIdentity  # noqa: Y015
+
+@_typing.final
+class CpuidWord(_message.Message):
+    """One word of what a guest sees when it executes CPUID."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEAF_FIELD_NUMBER: _builtins.int
+    SUBLEAF_FIELD_NUMBER: _builtins.int
+    REGISTER_FIELD_NUMBER: _builtins.int
+    BITS_FIELD_NUMBER: _builtins.int
+    leaf: _builtins.int
+    """Leaf."""
+    subleaf: _builtins.int
+    """Sub-leaf, for leaves that have them."""
+    register: _builtins.str
+    """"EAX", "EBX", "ECX" or "EDX"."""
+    bits: _builtins.int
+    """The bits."""
+    def __init__(
+        self,
+        *,
+        leaf: _builtins.int = ...,
+        subleaf: _builtins.int = ...,
+        register: _builtins.str = ...,
+        bits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bits", b"bits", "leaf", b"leaf", "register", b"register", "subleaf", b"subleaf"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CpuidWord: _TypeAlias = CpuidWord  # noqa: Y015

@@ -16,6 +16,7 @@ The API of the endpoint that a machine arrives at; called by a source.
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -173,6 +174,8 @@ class NegotiateRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSIONS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    NETWORKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def spec(self) -> _machine_pb2.MachineSpec:
         """Machine that would arrive; the offer may depend on it."""
@@ -181,15 +184,25 @@ class NegotiateRequest(_message.Message):
     def protocol_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Protocol versions the source speaks."""
 
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.FileIdentity]:
+        """The machine's files as the source sees them."""
+
+    @_builtins.property
+    def networks(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.NetworkIdentity]:
+        """Its network interfaces as the source sees them."""
+
     def __init__(
         self,
         *,
         spec: _machine_pb2.MachineSpec | None = ...,
         protocol_versions: _abc.Iterable[_builtins.int] | None = ...,
+        files: _abc.Iterable[_compatibility_pb2.FileIdentity] | None = ...,
+        networks: _abc.Iterable[_compatibility_pb2.NetworkIdentity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol_versions", b"protocol_versions", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "networks", b"networks", "protocol_versions", b"protocol_versions", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -204,6 +217,7 @@ class NegotiateResponse(_message.Message):
     OFFER_FIELD_NUMBER: _builtins.int
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
     ITEMS_FIELD_NUMBER: _builtins.int
+    CPUID_FIELD_NUMBER: _builtins.int
     destination_incarnation: _builtins.str
     """Incarnation of the destination's journal."""
     @_builtins.property
@@ -214,20 +228,81 @@ class NegotiateResponse(_message.Message):
     def items(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.CompatibilityItem]:
         """What in the machine's description this host refuses."""
 
+    @_builtins.property
+    def cpuid(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.CpuidWord]:
+        """What a guest of this description would see of its processor here; empty if that is not known."""
+
     def __init__(
         self,
         *,
         offer: _compatibility_pb2.HostOffer | None = ...,
         destination_incarnation: _builtins.str = ...,
         items: _abc.Iterable[_compatibility_pb2.CompatibilityItem] | None = ...,
+        cpuid: _abc.Iterable[_compatibility_pb2.CpuidWord] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["offer", b"offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "items", b"items", "offer", b"offer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpuid", b"cpuid", "destination_incarnation", b"destination_incarnation", "items", b"items", "offer", b"offer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NegotiateResponse: _TypeAlias = NegotiateResponse  # noqa: Y015
+
+@_typing.final
+class MeasureRequest(_message.Message):
+    """Pages to be measured with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chunk(self) -> _transfer_pb2.Chunk:
+        """Pages; they are decoded and checked as in a migration, and not kept."""
+
+    def __init__(
+        self,
+        *,
+        chunk: _transfer_pb2.Chunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureRequest: _TypeAlias = MeasureRequest  # noqa: Y015
+
+@_typing.final
+class MeasureResponse(_message.Message):
+    """What was measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_BYTES_FIELD_NUMBER: _builtins.int
+    ELAPSED_FIELD_NUMBER: _builtins.int
+    RESERVE_BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    data_bytes: _builtins.int
+    """Bytes of page contents that came."""
+    reserve_bytes_per_second: _builtins.float
+    """Rate at which memory for a newcomer can be taken here, bytes per second, tried on a small file."""
+    @_builtins.property
+    def elapsed(self) -> _duration_pb2.Duration:
+        """From the first chunk to the last, at the destination."""
+
+    def __init__(
+        self,
+        *,
+        data_bytes: _builtins.int = ...,
+        elapsed: _duration_pb2.Duration | None = ...,
+        reserve_bytes_per_second: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_bytes", b"data_bytes", "elapsed", b"elapsed", "reserve_bytes_per_second", b"reserve_bytes_per_second"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureResponse: _TypeAlias = MeasureResponse  # noqa: Y015
 
 @_typing.final
 class RegionLayout(_message.Message):
@@ -267,12 +342,16 @@ class BeginRequest(_message.Message):
     REGIONS_FIELD_NUMBER: _builtins.int
     LANES_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Serialized SignedTicket that allows it."""
     lanes: _builtins.int
     """Number of lanes the source wants to open."""
     protocol_version: _builtins.int
     """Protocol version chosen from the offer."""
+    path: _builtins.str
+    """How memory will travel: "direct" (also if empty) or "stream"."""
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
         """The attempt."""
@@ -285,6 +364,10 @@ class BeginRequest(_message.Message):
     def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegionLayout]:
         """Its memory."""
 
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.FileIdentity]:
+        """The machine's files as the source sees them."""
+
     def __init__(
         self,
         *,
@@ -294,10 +377,12 @@ class BeginRequest(_message.Message):
         regions: _abc.Iterable[Global___RegionLayout] | None = ...,
         lanes: _builtins.int = ...,
         protocol_version: _builtins.int = ...,
+        path: _builtins.str = ...,
+        files: _abc.Iterable[_compatibility_pb2.FileIdentity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "lanes", b"lanes", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,11 @@ class DestinationServiceStub:
                 request_serializer=vmferry_dot_v1_dot_handoff__pb2.NegotiateRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_handoff__pb2.NegotiateResponse.FromString,
                 _registered_method=True)
+        self.Measure = channel.stream_unary(
+                '/vmferry.v1.DestinationService/Measure',
+                request_serializer=vmferry_dot_v1_dot_handoff__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_handoff__pb2.MeasureResponse.FromString,
+                _registered_method=True)
         self.Begin = channel.unary_unary(
                 '/vmferry.v1.DestinationService/Begin',
                 request_serializer=vmferry_dot_v1_dot_handoff__pb2.BeginRequest.SerializeToString,
@@ -79,6 +84,13 @@ class DestinationServiceServicer:
 
     def Negotiate(self, request, context):
         """Says what this host can offer; changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request_iterator, context):
+        """Takes pages in, checks and forgets them, so that a source can measure what a migration would get.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +145,11 @@ def add_DestinationServiceServicer_to_server(servicer, server):
                     servicer.Negotiate,
                     request_deserializer=vmferry_dot_v1_dot_handoff__pb2.NegotiateRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_handoff__pb2.NegotiateResponse.SerializeToString,
+            ),
+            'Measure': grpc.stream_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=vmferry_dot_v1_dot_handoff__pb2.MeasureRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_handoff__pb2.MeasureResponse.SerializeToString,
             ),
             'Begin': grpc.unary_unary_rpc_method_handler(
                     servicer.Begin,
@@ -193,6 +210,33 @@ class DestinationService:
             '/vmferry.v1.DestinationService/Negotiate',
             vmferry_dot_v1_dot_handoff__pb2.NegotiateRequest.SerializeToString,
             vmferry_dot_v1_dot_handoff__pb2.NegotiateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/vmferry.v1.DestinationService/Measure',
+            vmferry_dot_v1_dot_handoff__pb2.MeasureRequest.SerializeToString,
+            vmferry_dot_v1_dot_handoff__pb2.MeasureResponse.FromString,
             options,
             channel_credentials,
             insecure,

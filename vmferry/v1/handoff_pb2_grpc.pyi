@@ -47,6 +47,8 @@ class DestinationServiceStub:
     def __new__(cls, channel: _aio.Channel) -> DestinationServiceAsyncStub: ...
     Negotiate: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.NegotiateRequest, _handoff_pb2.NegotiateResponse]
     """Says what this host can offer; changes nothing."""
+    Measure: _grpc.StreamUnaryMultiCallable[_handoff_pb2.MeasureRequest, _handoff_pb2.MeasureResponse]
+    """Takes pages in, checks and forgets them, so that a source can measure what a migration would get."""
     Begin: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.BeginRequest, _handoff_pb2.BeginResponse]
     """Burns the ticket, promises memory and starts an empty, paused copy; idempotent per attempt."""
     Transfer: _grpc.StreamStreamMultiCallable[_transfer_pb2.TransferRequest, _transfer_pb2.TransferResponse]
@@ -67,6 +69,8 @@ class DestinationServiceAsyncStub(DestinationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Negotiate: _aio.UnaryUnaryMultiCallable[_handoff_pb2.NegotiateRequest, _handoff_pb2.NegotiateResponse]  # type: ignore[assignment]
     """Says what this host can offer; changes nothing."""
+    Measure: _aio.StreamUnaryMultiCallable[_handoff_pb2.MeasureRequest, _handoff_pb2.MeasureResponse]  # type: ignore[assignment]
+    """Takes pages in, checks and forgets them, so that a source can measure what a migration would get."""
     Begin: _aio.UnaryUnaryMultiCallable[_handoff_pb2.BeginRequest, _handoff_pb2.BeginResponse]  # type: ignore[assignment]
     """Burns the ticket, promises memory and starts an empty, paused copy; idempotent per attempt."""
     Transfer: _aio.StreamStreamMultiCallable[_transfer_pb2.TransferRequest, _transfer_pb2.TransferResponse]  # type: ignore[assignment]
@@ -90,6 +94,14 @@ class DestinationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_handoff_pb2.NegotiateResponse, _abc.Awaitable[_handoff_pb2.NegotiateResponse]]:
         """Says what this host can offer; changes nothing."""
+
+    @_abc_1.abstractmethod
+    def Measure(
+        self,
+        request_iterator: _MaybeAsyncIterator[_handoff_pb2.MeasureRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.MeasureResponse, _abc.Awaitable[_handoff_pb2.MeasureResponse]]:
+        """Takes pages in, checks and forgets them, so that a source can measure what a migration would get."""
 
     @_abc_1.abstractmethod
     def Begin(

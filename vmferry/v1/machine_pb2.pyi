@@ -110,7 +110,7 @@ class MachineSpec(_message.Message):
     MICROVM_FIELD_NUMBER: _builtins.int
     QEMU_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """Version of this description; 1 today."""
+    """Version of this description: 1, or 2 if it says anything that version 1 could not."""
     name: _builtins.str
     """Name on its host: a lower-case DNS label."""
     uuid: _builtins.str
@@ -228,6 +228,8 @@ class QemuSpec(_message.Message):
     NICS_FIELD_NUMBER: _builtins.int
     MEMORY_BACKING_FIELD_NUMBER: _builtins.int
     BINARY_FIELD_NUMBER: _builtins.int
+    SERIAL_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """Machine type, such as "pc-q35-7.2"."""
     cpu: _builtins.str
@@ -243,9 +245,11 @@ class QemuSpec(_message.Message):
     firmware: _builtins.str
     """Firmware image; empty means the one QEMU brings."""
     memory_backing: _builtins.str
-    """Where guest memory lies: "tmpfs"."""
+    """What guest memory is: "tmpfs", "hugetlbfs", "memfd" or "anonymous"."""
     binary: _builtins.str
     """Path of the QEMU binary."""
+    serial: _builtins.str
+    """Where the first serial port leads: "file" (also if empty) or "socket"."""
     @_builtins.property
     def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuDisk]:
         """Disks, in the order in which the guest sees them."""
@@ -253,6 +257,10 @@ class QemuSpec(_message.Message):
     @_builtins.property
     def nics(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuNic]:
         """Network interfaces, in the order in which the guest sees them."""
+
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuDevice]:
+        """Further devices, in the order in which the guest sees them."""
 
     def __init__(
         self,
@@ -268,14 +276,38 @@ class QemuSpec(_message.Message):
         nics: _abc.Iterable[Global___QemuNic] | None = ...,
         memory_backing: _builtins.str = ...,
         binary: _builtins.str = ...,
+        serial: _builtins.str = ...,
+        devices: _abc.Iterable[Global___QemuDevice] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "append", b"append", "binary", b"binary", "cpu", b"cpu", "disks", b"disks", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "machine", b"machine", "memory_backing", b"memory_backing", "nics", b"nics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "append", b"append", "binary", b"binary", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "machine", b"machine", "memory_backing", b"memory_backing", "nics", b"nics", "serial", b"serial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___QemuSpec: _TypeAlias = QemuSpec  # noqa: Y015
+
+@_typing.final
+class QemuDevice(_message.Message):
+    """A device of a QEMU machine that needs nothing of its host."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Device model, such as "virtio-rng-pci"."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QemuDevice: _TypeAlias = QemuDevice  # noqa: Y015
 
 @_typing.final
 class QemuDisk(_message.Message):
@@ -287,6 +319,7 @@ class QemuDisk(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     READ_ONLY_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
+    BUS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Path of the image on the host."""
     format: _builtins.str
@@ -295,6 +328,8 @@ class QemuDisk(_message.Message):
     """Whether the guest may only read it."""
     shared: _builtins.bool
     """Whether other hosts see the same file at the same path."""
+    bus: _builtins.str
+    """How the guest sees it: "virtio" (also if empty), "scsi" or "sata"."""
     def __init__(
         self,
         *,
@@ -302,10 +337,11 @@ class QemuDisk(_message.Message):
         format: _builtins.str = ...,
         read_only: _builtins.bool = ...,
         shared: _builtins.bool = ...,
+        bus: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "path", b"path", "read_only", b"read_only", "shared", b"shared"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bus", b"bus", "format", b"format", "path", b"path", "read_only", b"read_only", "shared", b"shared"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -158,12 +158,15 @@ class MigrationOptions(_message.Message):
     RESERVE_TIMEOUT_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     TRACKER_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
     """Additional checks."""
     tracker: _builtins.str
     """Insist on this tracker instead of the best one found."""
+    path: _builtins.str
+    """Insist on the way memory travels, "direct" or "stream", instead of the better one that works."""
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """Longest pause the guest may see; pre-copy goes on until the rest fits."""
@@ -190,10 +193,11 @@ class MigrationOptions(_message.Message):
         reserve_timeout: _duration_pb2.Duration | None = ...,
         verify: Global___VerifyMode.ValueType = ...,
         tracker: _builtins.str = ...,
+        path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "lanes", b"lanes", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "lanes", b"lanes", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -377,6 +381,9 @@ class Migration(_message.Message):
     VERIFICATION_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PATH_REASON_FIELD_NUMBER: _builtins.int
+    PREDICTION_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: 32 hexadecimal digits."""
     machine: _builtins.str
@@ -397,6 +404,10 @@ class Migration(_message.Message):
     """SPIFFE identity of the host that owns the machine, as far as this host knows; empty while unknown."""
     revision: _builtins.int
     """Grows with every change, so that a watcher can tell old from new."""
+    path: _builtins.str
+    """How memory travels: "direct" or "stream"."""
+    path_reason: _builtins.str
+    """Why that way, as a sentence."""
     @_builtins.property
     def destination(self) -> Global___Destination:
         """Where it goes."""
@@ -439,6 +450,10 @@ class Migration(_message.Message):
     def verification(self) -> Global___Verification:
         """Result of the byte-for-byte comparison, if asked for."""
 
+    @_builtins.property
+    def prediction(self) -> _compatibility_pb2.Prediction:
+        """What was predicted before it began."""
+
     def __init__(
         self,
         *,
@@ -462,10 +477,13 @@ class Migration(_message.Message):
         verification: Global___Verification | None = ...,
         owner: _builtins.str = ...,
         revision: _builtins.int = ...,
+        path: _builtins.str = ...,
+        path_reason: _builtins.str = ...,
+        prediction: _compatibility_pb2.Prediction | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "progress", b"progress", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "phase", b"phase", "progress", b"progress", "reason", b"reason", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -480,8 +498,11 @@ class PlanMigrationRequest(_message.Message):
     MACHINE_FIELD_NUMBER: _builtins.int
     DESTINATION_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    WITHOUT_PREDICTION_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """Name or UUID of the machine."""
+    without_prediction: _builtins.bool
+    """Compare only, and measure nothing."""
     @_builtins.property
     def destination(self) -> Global___Destination:
         """Where it would go."""
@@ -496,10 +517,11 @@ class PlanMigrationRequest(_message.Message):
         machine: _builtins.str = ...,
         destination: Global___Destination | None = ...,
         options: Global___MigrationOptions | None = ...,
+        without_prediction: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "machine", b"machine", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "machine", b"machine", "options", b"options", "without_prediction", b"without_prediction"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

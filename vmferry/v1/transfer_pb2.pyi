@@ -4,7 +4,7 @@ isort:skip_file
 What flows on a lane: numbered chunks one way, acknowledgements and credits the other way.
 
 A lane is one bidirectional stream on its own connection. Its first message is LaneOpen, answered by LaneWelcome;
-numbered frames follow (Chunk, DeviceState), each answered by a cumulative Ack; LaneEnd closes it. The end of the
+numbered frames follow (Chunk, DeviceState, StreamPiece), each answered by a cumulative Ack; LaneEnd closes it. The end of the
 stream by itself never means success.
 """
 
@@ -219,6 +219,42 @@ class DeviceState(_message.Message):
 Global___DeviceState: _TypeAlias = DeviceState  # noqa: Y015
 
 @_typing.final
+class StreamPiece(_message.Message):
+    """A piece of the hypervisor's own migration stream, for machines whose memory travels in it. Pieces are numbered over
+    all lanes by their offset; the destination hands them to its hypervisor in that order.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Number of this frame on its lane."""
+    offset: _builtins.int
+    """Position of data in the whole stream."""
+    data: _builtins.bytes
+    """The bytes; empty only in the last piece."""
+    last: _builtins.bool
+    """Whether the stream ends after this piece."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "last", b"last", "offset", b"offset", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamPiece: _TypeAlias = StreamPiece  # noqa: Y015
+
+@_typing.final
 class LaneEnd(_message.Message):
     """Last message of the source on a lane: it was whole."""
 
@@ -232,7 +268,9 @@ class LaneEnd(_message.Message):
     data_bytes: _builtins.int
     """Sum of data bytes in those frames."""
     digest: _builtins.bytes
-    """Hash (XXH3, 128 bits) over the data hashes of all chunks of this lane, in order."""
+    """Hash (XXH3, 128 bits) over the data hashes of all chunks of this lane, in order. Stream pieces count with the
+    hash of their data.
+    """
     def __init__(
         self,
         *,
@@ -306,6 +344,7 @@ class TransferRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     DEVICE_STATE_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    STREAM_PIECE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___LaneOpen:
         """Opens or reopens the lane."""
@@ -322,6 +361,10 @@ class TransferRequest(_message.Message):
     def end(self) -> Global___LaneEnd:
         """Ends the lane."""
 
+    @_builtins.property
+    def stream_piece(self) -> Global___StreamPiece:
+        """A piece of the hypervisor's own stream."""
+
     def __init__(
         self,
         *,
@@ -329,12 +372,13 @@ class TransferRequest(_message.Message):
         chunk: Global___Chunk | None = ...,
         device_state: Global___DeviceState | None = ...,
         end: Global___LaneEnd | None = ...,
+        stream_piece: Global___StreamPiece | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "device_state", b"device_state", "end", b"end", "message", b"message", "open", b"open"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "device_state", b"device_state", "end", b"end", "message", b"message", "open", b"open", "stream_piece", b"stream_piece"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "device_state", b"device_state", "end", b"end", "message", b"message", "open", b"open"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "device_state", b"device_state", "end", b"end", "message", b"message", "open", b"open", "stream_piece", b"stream_piece"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "chunk", "device_state", "end"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "chunk", "device_state", "end", "stream_piece"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
