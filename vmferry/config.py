@@ -70,6 +70,8 @@ class HostConfig:
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
     """Migrations arriving at this host at a time."""
+    draining: bool = False
+    """Take no newcomers, because this host is being emptied; machines may leave."""
     qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
     """The only binaries that a QEMU machine may name when it arrives here."""
     image_roots: tuple[Path, ...] = (Path("/var/lib/vmferry/images"),)
@@ -163,6 +165,8 @@ def render_config(config: HostConfig) -> str:
 
 
 def _rendered(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_rendered, value))}]"
     return f'"{value}"' if isinstance(value, (str, Path)) else str(value)
