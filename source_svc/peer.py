@@ -54,7 +54,7 @@ class Destination:
         await self._channel.close(None)
 
     async def negotiate(
-        self, spec: MachineSpec, networks: Sequence[Network] = ()
+        self, spec: MachineSpec, networks: Sequence[Network], *, timeout_s: float
     ) -> handoff_pb2.NegotiateResponse:
         """What the host offers for this machine, whose interfaces are plugged in here like this."""
         request = handoff_pb2.NegotiateRequest(
@@ -65,7 +65,7 @@ class Destination:
                 for one in networks
             ],
         )
-        return await self._ask(self._stub.Negotiate(request, timeout=self._timeout_s))
+        return await self._ask(self._stub.Negotiate(request, timeout=timeout_s))
 
     async def begin(
         self,

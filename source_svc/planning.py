@@ -43,6 +43,7 @@ class Plan:
     destination: str
     certificate_expires_at_s: float
     switch_timeout_s: float
+    negotiate_timeout_s: float
     migrating: bool = False
     destination_incarnation: str = ""
 
@@ -51,7 +52,7 @@ class Plan:
         facts = await self._facts(machine)
         networks = await asyncio.to_thread(self._networks)
         asked_at_s = time.time()
-        answer = await destination.negotiate(self.spec, networks)
+        answer = await destination.negotiate(self.spec, networks, timeout_s=self.negotiate_timeout_s)
         here = HostFacts(
             host=self.own,
             software_version=host.software_version(),

@@ -352,6 +352,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             host.uri,
             self._host.tls.load().not_after.timestamp(),
             self._config.switch_timeout_s,
+            self._config.negotiate_timeout_s,
         )
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
