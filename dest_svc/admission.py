@@ -21,8 +21,8 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec
 from vmferry.negotiation.about_network import about_network
-from vmferry.negotiation.catalogue import FINDINGS, Finding, Severity
 from vmferry.negotiation.facts import Network
+from vmferry.negotiation.findings import FINDINGS, Finding, Severity
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
-from vmferry.negotiation.catalogue import Severity
+from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key

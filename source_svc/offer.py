@@ -10,8 +10,8 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from vmferry.negotiation.catalogue import Finding, Severity
 from vmferry.negotiation.facts import BackingOffer, KindOffer, Offer, TrackerFact
+from vmferry.negotiation.findings import Finding, Severity
 from vmferry.v1 import compatibility_pb2, handoff_pb2
 
 # Older destinations send only what blocks.

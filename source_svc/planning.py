@@ -149,9 +149,14 @@ class Plan:
 
 
 def _page_bytes(machine: QmpMachine, backing: str) -> int:
-    """The size of the pages that guest memory is made of."""
-    # A file of huge pages is read and written in whole ones, and says so.
-    return machine.paths.ram.stat().st_blksize if backing == HUGETLBFS else PAGE_SIZE_BYTES
+    """The size of the pages that guest memory is made of; 0 if it is not known."""
+    if backing != HUGETLBFS:
+        return PAGE_SIZE_BYTES
+    try:
+        # A file of huge pages is read and written in whole ones, and says so.
+        return machine.ram.path.stat().st_blksize
+    except OSError:
+        return 0
 
 
 def incompatible(report: Report) -> IncompatibleError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from vmferry.negotiation.catalogue import Finding, finding
 from vmferry.negotiation.facts import CpuidKey, MachineFacts, Offer
+from vmferry.negotiation.findings import Finding, finding
 
 MOST_NAMED: Final = 16
 """Bits that a message names; of more it gives the number."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vmferry.negotiation.about_machine import release
-from vmferry.negotiation.catalogue import Finding, Severity, finding
-from vmferry.negotiation.facts import HUGETLBFS, TMPFS, HostFacts, MachineFacts, Offer
+from vmferry.negotiation.facts import TMPFS, HostFacts, MachineFacts, Offer
+from vmferry.negotiation.findings import Finding, Severity, finding
 
 CLOCK_TOLERANCE_S = 1.0
 SHORTEST_MIGRATION_S = 60.0
@@ -63,7 +63,7 @@ def about_memory(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
     """Whether the destination can make the same kind of memory, and has enough of it after its promises."""
     wanted = machine.memory_bytes // _MIB
     kinds = [backing for backing in offer.backings if backing.name == machine.memory_backing]
-    fitting = [backing for backing in kinds if backing.page_size_bytes == machine.memory_page_bytes]
+    fitting = [backing for backing in kinds if machine.memory_page_bytes in (0, backing.page_size_bytes)]
     if not kinds:
         yield finding(
             "memory.backing",
@@ -89,8 +89,8 @@ def about_memory(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
             machine.memory_backing,
             "Make more of it there, or choose another destination.",
         )
-    # Huge pages were set aside beforehand: what is free otherwise is of no use to them, and not needed.
-    if machine.memory_backing != HUGETLBFS and machine.memory_bytes > offer.available_memory_bytes:
+    # Other kinds have room of their own, huge pages for instance what was set aside for them.
+    if machine.memory_backing == TMPFS and machine.memory_bytes > offer.available_memory_bytes:
         yield finding(
             "memory.insufficient",
             f"{machine.name} needs {wanted} MiB, {offer.host} has {offer.available_memory_bytes // _MIB} MiB to "

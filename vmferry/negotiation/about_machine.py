@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmferry.negotiation.catalogue import Finding, finding
 from vmferry.negotiation.facts import KindOffer, MachineFacts, Offer
+from vmferry.negotiation.findings import Finding, finding
 
 OLDEST_HYPERVISOR = {"qemu": (7, 2)}
 """The oldest releases, of kinds that hosts have in different ones."""

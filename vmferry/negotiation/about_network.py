@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vmferry.negotiation.catalogue import Finding, finding
 from vmferry.negotiation.facts import Network
+from vmferry.negotiation.findings import Finding, finding
 
 
 def about_network(field: str, here: Network | None, there: Network) -> Iterator[Finding]:

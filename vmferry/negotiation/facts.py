@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vmferry.negotiation.catalogue import Finding
+from vmferry.negotiation.findings import Finding
 
 PAGE_SIZE_BYTES = 4096
 TMPFS = "tmpfs"
@@ -88,6 +88,7 @@ class MachineFacts:
     accelerator: str = ""
     memory_backing: str = TMPFS
     memory_page_bytes: int = PAGE_SIZE_BYTES
+    """Size of the pages that its memory is made of."""
     described_devices: Sequence[str] = ()
     """The devices that its description asks for."""
     found_devices: Sequence[Device] | None = None

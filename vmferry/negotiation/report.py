@@ -19,8 +19,15 @@ from vmferry.negotiation.about_host import (
     about_software,
 )
 from vmferry.negotiation.about_machine import about_kind, about_parts, about_state
-from vmferry.negotiation.catalogue import Finding, Severity, finding
-from vmferry.negotiation.facts import PAGE_SIZE_BYTES, HostFacts, MachineFacts, Offer, TrackerFact
+from vmferry.negotiation.facts import (
+    PAGE_SIZE_BYTES,
+    HostFacts,
+    KindOffer,
+    MachineFacts,
+    Offer,
+    TrackerFact,
+)
+from vmferry.negotiation.findings import Finding, Severity, finding
 
 PROTOCOL_VERSIONS = (1,)
 """What this release speaks, newest first."""
@@ -33,7 +40,14 @@ __all__ = [
     "ENCODINGS",
     "PAGE_SIZE_BYTES",
     "PROTOCOL_VERSIONS",
+    "Finding",
+    "HostFacts",
+    "KindOffer",
+    "MachineFacts",
+    "Offer",
     "Report",
+    "Severity",
+    "TrackerFact",
     "compare",
 ]
 

@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,7 +72,7 @@ def warns(name: str, about: str) -> tuple[str, str, str]:
     return ("warns", name, about)
 
 
-async def told(world: World, guest: Guest, **how: str) -> Told:
+async def told(world: World, guest: Guest, **how: Any) -> Told:
     """Everything that a plan from a to b says beyond notes."""
     return beyond_notes(await plan(world, guest, **how))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vmferry.negotiation.catalogue import FINDINGS, Severity, finding
+from vmferry.negotiation.findings import FINDINGS, Severity, finding
 
 DOCS = Path(__file__).parents[3] / "docs" / "compatibility.md"
 ROW = re.compile(r"^\| `([a-z.-]+)` \| ([a-z, ]+) \| ([^|]+) \|([^|]*)\|$", re.MULTILINE)

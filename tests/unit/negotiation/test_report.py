@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.negotiation.samples import GIB, MACHINE, OFFER, QEMU, QEMU_KIND, QEMU_OFFER, TRACKERS
-from vmferry.negotiation.catalogue import Finding, Severity
+from vmferry.negotiation.findings import Finding, Severity
 from vmferry.negotiation.report import about_protocol, compare
 
 REFUSAL = Finding(Severity.BLOCKS, "disk.not-shared", "the disk is local", "qemu.disks[0].path", "share it")

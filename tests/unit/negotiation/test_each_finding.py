@@ -20,8 +20,8 @@ from vmferry.negotiation.about_host import (
 )
 from vmferry.negotiation.about_machine import about_kind, about_parts, about_state
 from vmferry.negotiation.about_network import about_network
-from vmferry.negotiation.catalogue import Finding, Severity
 from vmferry.negotiation.facts import BackingOffer, Device, KindOffer, MachineFacts, Network, TrackerFact
+from vmferry.negotiation.findings import Finding, Severity
 
 NOTE, WARNS, BLOCKS = Severity.NOTE, Severity.WARNS, Severity.BLOCKS
 
@@ -202,6 +202,12 @@ HUGE = replace(QEMU, memory_backing="hugetlbfs", memory_page_bytes=2 << 20)
         (HUGE, [BackingOffer("hugetlbfs", 2 << 20, GIB - 1)], ["memory.backing"]),
         (HUGE, [BackingOffer("hugetlbfs", 1 << 30, 4 * GIB)], ["memory.page-size"]),
         (replace(QEMU, memory_bytes=3 * GIB), [], ["memory.insufficient"]),
+        (
+            replace(QEMU, memory_bytes=3 * GIB, memory_backing="memfd"),
+            [BackingOffer("memfd", 4096, 3 * GIB)],
+            [],
+        ),
+        (replace(HUGE, memory_page_bytes=0), [BackingOffer("hugetlbfs", 1 << 30, GIB)], []),
         (replace(HUGE, memory_bytes=3 * GIB), [BackingOffer("hugetlbfs", 2 << 20, 3 * GIB)], []),
     ],
 )
