@@ -17,11 +17,12 @@ import grpc
 
 from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
-from dest_svc.offer import make_offer
+from dest_svc.offer import judge, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
+    HostDrainingError,
     InsufficientMemoryError,
     InvalidArgumentError,
     MachineDeadError,
@@ -40,6 +41,7 @@ from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
+from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
@@ -109,25 +111,22 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, request: handoff_pb2.NegotiateRequest, context: Context
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
-        spec = spec_from_message(request.spec) if request.HasField("spec") else None
-        offer = await asyncio.to_thread(self._offer)
         response = handoff_pb2.NegotiateResponse(
-            offer=offer, destination_incarnation=self._ledger.incarnation
+            offer=await asyncio.to_thread(self._offer), destination_incarnation=self._ledger.incarnation
         )
-        for refusal in await asyncio.to_thread(list, refusals(spec, self._config) if spec else ()):
-            response.items.add(
-                severity=compatibility_pb2.SEVERITY_BLOCKS,
-                id=refusal.id,
-                message=refusal.message,
-                object=refusal.field,
-                remedy=refusal.remedy,
-            )
+        if request.HasField("spec"):
+            spec = spec_from_message(request.spec)
+            await asyncio.to_thread(judge, spec, request.networks, self._config, response)
+        # The last thing: the clocks are compared by it.
+        response.offer.time.GetCurrentTime()
         return response
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""
         if self._stopping:
             raise ServiceStoppingError("the destination service is stopping")
+        if self._config.draining:
+            raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
         attempt = self._attempt(request.attempt)
         spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
@@ -253,7 +252,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
         for refusal in refusals(spec, self._config):
-            raise refusal.error()
+            if refusal.severity is Severity.BLOCKS:
+                raise refusal.error()
         return spec, ticket
 
     async def _admit(
@@ -404,6 +404,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),
             max_incoming=self._config.max_incoming,
+            draining=self._config.draining,
+            certificate_not_after=self._host.tls.load().not_after,
         )
 
     async def _watch(self) -> None:

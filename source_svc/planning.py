@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from source_svc.offer import offer_from_message
 from source_svc.peer import Destination
-from vmferry.errors import IncompatibleError, MachineNotOwnedError, VmferryError
+from vmferry.errors import IncompatibleError, MachineDeadError, MachineNotOwnedError, VmferryError
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Attempt
-from vmferry.machines import host
+from vmferry.machines import host, network
+from vmferry.machines.command import device_ids, render_command
 from vmferry.machines.port import RunState
-from vmferry.machines.qmp import HypervisorFacts, QmpMachine
+from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.memory.probe import TrackerFinding
-from vmferry.negotiation.report import (
-    Finding,
-    KindOffer,
+from vmferry.negotiation.facts import (
+    HUGETLBFS,
+    PAGE_SIZE_BYTES,
+    TMPFS,
+    HostFacts,
     MachineFacts,
-    Offer,
-    Report,
-    Severity,
+    Network,
     TrackerFact,
-    compare,
 )
-from vmferry.v1 import compatibility_pb2, handoff_pb2
+from vmferry.negotiation.report import Report, compare
+from vmferry.v1 import compatibility_pb2
 
 
 @dataclass
@@ -38,41 +41,92 @@ class Plan:
     trackers: Sequence[TrackerFinding]
     own: str
     destination: str
+    certificate_expires_at_s: float
+    switch_timeout_s: float
+    negotiate_timeout_s: float
     migrating: bool = False
     destination_incarnation: str = ""
 
     async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
         """Ask both hosts; the destination must answer."""
-        answer = await destination.negotiate(self.spec)
-        self.destination_incarnation = answer.destination_incarnation
         facts = await self._facts(machine)
-        trackers = [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers]
-        return compare(facts, _offer(answer), trackers, insist_on_tracker=tracker)
+        networks = await asyncio.to_thread(self._networks)
+        asked_at_s = time.time()
+        answer = await destination.negotiate(self.spec, networks, timeout_s=self.negotiate_timeout_s)
+        here = HostFacts(
+            host=self.own,
+            software_version=host.software_version(),
+            kernel=host.kernel_release(),
+            clock_source=host.clock_source(),
+            certificate_expires_at_s=self.certificate_expires_at_s,
+            asked_at_s=asked_at_s,
+            answered_at_s=time.time(),
+        )
+        self.destination_incarnation = answer.destination_incarnation
+        return compare(
+            facts,
+            offer_from_message(answer),
+            [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers],
+            here=here,
+            insist_on_tracker=tracker,
+            switch_timeout_s=self.switch_timeout_s,
+        )
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
         rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
-        running, hypervisor = False, HypervisorFacts("", ())
-        if machine is not None:
-            try:
-                running = await machine.run_state() is RunState.RUNNING
-                if self.spec.kind == QEMU:
-                    hypervisor = await machine.hypervisor()
-            except VmferryError:
-                running = False
-        return MachineFacts(
+        part = self.spec.qemu
+        facts = MachineFacts(
             name=self.spec.name,
             machine_id=self.spec.uuid,
             kind=self.spec.kind,
             state_version=host.state_version(self.spec.kind),
             memory_bytes=self.spec.memory_mib * 1024 * 1024,
             vcpus=self.spec.vcpus,
-            running=running,
+            running=False,
             owned=rights.owner and not rights.damaged,
             migrating=self.migrating or not isinstance(rights.outgoing, source.Quiet),
-            binary=self.spec.qemu.binary if self.spec.qemu is not None else "",
-            hypervisor_version=hypervisor.version,
-            blockers=hypervisor.blockers,
+            alive=machine is not None,
+            binary=part.binary if part is not None else "",
+            accelerator=part.accelerator if part is not None else "",
+            memory_backing=part.memory_backing if part is not None else TMPFS,
         )
+        if machine is None:
+            return facts
+        try:
+            return await self._of_running(machine, facts)
+        except MachineDeadError:
+            return replace(facts, alive=False)
+        except VmferryError as error:
+            return replace(facts, unreachable=error.message)
+
+    async def _of_running(self, machine: QmpMachine, facts: MachineFacts) -> MachineFacts:
+        state, word = await machine.status()
+        facts = replace(
+            facts,
+            running=state is RunState.RUNNING,
+            status=word,
+            memory_page_bytes=await asyncio.to_thread(_page_bytes, machine, facts.memory_backing),
+        )
+        if self.spec.kind != QEMU:
+            return facts
+        found = await machine.inspect()
+        return replace(
+            facts,
+            hypervisor_version=found.version,
+            blockers=found.blockers,
+            described_devices=device_ids(render_command(self.spec, machine.paths, incoming=False)),
+            found_devices=found.devices,
+            foreign_backends=found.foreign_backends,
+            found_vcpus=found.vcpus,
+            found_memory_bytes=found.memory_bytes,
+            cpuid=found.cpuid,
+        )
+
+    def _networks(self) -> list[Network]:
+        """The machine's interfaces as this host has them; those that cannot be seen are left out."""
+        nics = self.spec.qemu.nics if self.spec.qemu is not None else ()
+        found = [network.tap(nic.tap) for nic in nics if nic.backend == "tap"]
+        return [one for one in found if one is not None]
 
     def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:
         """The attempt to open, by what the journals say now."""
@@ -92,6 +146,17 @@ class Plan:
             destination_incarnation=self.destination_incarnation,
             destination_address=address,
         )
+
+
+def _page_bytes(machine: QmpMachine, backing: str) -> int:
+    """The size of the pages that guest memory is made of; 0 if it is not known."""
+    if backing != HUGETLBFS:
+        return PAGE_SIZE_BYTES
+    try:
+        # A file of huge pages is read and written in whole ones, and says so.
+        return machine.ram.path.stat().st_blksize
+    except OSError:
+        return 0
 
 
 def incompatible(report: Report) -> IncompatibleError:
@@ -121,37 +186,4 @@ def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
         items=items,
         protocol_version=report.protocol_version,
         tracker=report.tracker,
-    )
-
-
-def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
-    offer = answer.offer
-    kinds = [
-        KindOffer(
-            kind.kind,
-            kind.version,
-            kind.oldest_state_version,
-            kind.newest_state_version,
-            binary=kind.binary,
-            machine_types=tuple(kind.machine_types),
-            accelerators=tuple(kind.accelerators),
-        )
-        for kind in offer.kinds
-    ]
-    refusals = [
-        Finding(Severity.BLOCKS, item.id, item.message, item.object, item.remedy) for item in answer.items
-    ]
-    return Offer(
-        host=offer.host,
-        software_version=offer.software_version,
-        protocol_versions=list(offer.protocol_versions),
-        kinds=kinds,
-        available_memory_bytes=offer.available_memory_bytes,
-        page_size_bytes=offer.page_size_bytes,
-        encodings=list(offer.encodings),
-        incoming_migrations=offer.incoming_migrations,
-        max_incoming_migrations=offer.max_incoming_migrations,
-        machine_names=list(offer.machine_names),
-        held_machine_ids=list(offer.held_machine_ids),
-        refusals=refusals,
     )

@@ -344,7 +344,16 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri)
+        return Plan(
+            record.spec,
+            self._ledger,
+            self._host.trackers,
+            self._own.uri,
+            host.uri,
+            self._host.tls.load().not_after.timestamp(),
+            self._config.switch_timeout_s,
+            self._config.negotiate_timeout_s,
+        )
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
         rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)

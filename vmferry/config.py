@@ -62,6 +62,8 @@ class HostConfig:
     """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
     rpc_timeout_s: float = 10.0
     """Limit of one control call between the services."""
+    negotiate_timeout_s: float = 20.0
+    """Limit for the destination to say what it offers; the first time, it tries its hypervisors for that."""
     handoff_retry_s: float = 0.5
     """Pause between two attempts to learn the outcome of a hand-off."""
     receive_timeout_s: float = 60.0
@@ -70,6 +72,8 @@ class HostConfig:
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
     """Migrations arriving at this host at a time."""
+    draining: bool = False
+    """Take no newcomers, because this host is being emptied; machines may leave."""
     qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
     """The only binaries that a QEMU machine may name when it arrives here."""
     image_roots: tuple[Path, ...] = (Path("/var/lib/vmferry/images"),)
@@ -84,7 +88,7 @@ class HostConfig:
     def __post_init__(self) -> None:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
-            "switch_timeout_s", "rpc_timeout_s", "handoff_retry_s", "receive_timeout_s",
+            "switch_timeout_s", "rpc_timeout_s", "negotiate_timeout_s", "handoff_retry_s", "receive_timeout_s",
             "max_outgoing", "max_incoming", "downtime_limit_ms",
         )  # fmt: skip
         for name in positive:
@@ -163,6 +167,8 @@ def render_config(config: HostConfig) -> str:
 
 
 def _rendered(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_rendered, value))}]"
     return f'"{value}"' if isinstance(value, (str, Path)) else str(value)

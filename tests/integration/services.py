@@ -78,6 +78,10 @@ class Service:
         self.port = 0
         self.log = log
         self.host = host
+        self.environment: dict[str, str] = {}
+        """What it finds in its environment beyond what the tests have."""
+        self.within: tuple[str, ...] = ()
+        """A command that runs it in other surroundings."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -100,12 +104,13 @@ class Service:
         """Start it, and return when it takes calls."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self.within,
                 *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 cwd=self.log.parent,
-                env=os.environ | {"PYTHONPATH": _SOURCES},
+                env=os.environ | {"PYTHONPATH": _SOURCES} | self.environment,
                 start_new_session=True,
             )
         assert self._process.stdout is not None

@@ -15,7 +15,9 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     file = tmp_path / "host.toml"
     for config in (
         HostConfig(),
-        HostConfig(image_roots=(Path("/a"), Path("/b c")), qemu_binaries=(), taps=("tap0", "tap1")),
+        HostConfig(
+            image_roots=(Path("/a"), Path("/b c")), qemu_binaries=(), taps=("tap0", "tap1"), draining=True
+        ),
     ):
         file.write_text(render_config(config), encoding="utf-8")
         assert load_config(file) == config

@@ -21,7 +21,8 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
-from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.cli.findings import report_lines
+from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
 from vmferry.errors import (
@@ -35,7 +36,6 @@ from vmferry.security.identity import Identity
 from vmferry.security.tickets import TicketSigner
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1 import migration_pb2
-from vmferry.v1.compatibility_pb2 import CompatibilityReport, Severity
 from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     CancelMigrationRequest,
@@ -128,7 +128,7 @@ async def plan(
     if json:
         print_document(as_document(answer.report))
     else:
-        _print_report(answer.report)
+        print("\n".join(report_lines(answer.report)))
     if not answer.report.compatible:
         raise typer.Exit(IncompatibleError.exit_code)
 
@@ -283,13 +283,3 @@ def _print_started(migration: Migration, *, json: bool) -> None:
         return
     print(migration.id)
     say(f"{migration.machine} is being migrated: vmferry watch {migration.id}")
-
-
-def _print_report(report: CompatibilityReport) -> None:
-    verdict = "could move" if report.compatible else "cannot move"
-    print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
-    rows = [
-        (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
-        for item in report.items
-    ]
-    print_table(("SEVERITY", "FINDING", "ON", "MESSAGE", "REMEDY"), rows, empty="no findings")

@@ -6,9 +6,10 @@ that the description does not say.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from vmferry.machines.microvm.spec import MicrovmSpec
@@ -31,6 +32,25 @@ def render_command(spec: MachineSpec, paths: MachinePaths, *, incoming: bool) ->
         return _microvm(spec, spec.microvm, paths, incoming=incoming)
     assert spec.qemu is not None
     return _qemu(spec, spec.qemu, paths, incoming=incoming)
+
+
+def device_ids(command: Sequence[str]) -> list[str]:
+    """The ids of all devices that a command line asks for, as QEMU knows them afterwards."""
+    found = []
+    nameless = 0
+    for option, text in itertools.pairwise(command):
+        if option != "-device":
+            continue
+        if text.startswith("{"):
+            name = json.loads(text).get("id")
+        else:
+            values = (part.removeprefix("id=") for part in text.split(",") if part.startswith("id="))
+            name = next(values, None)
+        if name is None:
+            name = f"device[{nameless}]"
+            nameless += 1
+        found.append(name)
+    return found
 
 
 def _microvm(spec: MachineSpec, part: MicrovmSpec, paths: MachinePaths, *, incoming: bool) -> list[str]:

@@ -16,9 +16,10 @@ from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import ACCELERATORS, QemuSpec
 from vmferry.machines.spec import MICROVM, QEMU
-from vmferry.negotiation.report import KindOffer
+from vmferry.negotiation.facts import KindOffer
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
 def available_memory_bytes(ram_root: Path) -> int:
@@ -52,6 +53,19 @@ def _control_group_room() -> int:
 def kernel_release() -> str:
     """Release of the running kernel."""
     return platform.release()
+
+
+def clock_source() -> str:
+    """What the kernel counts time by; empty if it does not say."""
+    try:
+        return _CLOCK_SOURCE.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def usable_cpus() -> int:
+    """Processors that this process, and the machines it starts, may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def software_version() -> str:

@@ -290,7 +290,7 @@ def test_cancel(call: Run, source: FakeSource) -> None:
 def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
     """A report that blocks is printed whole and ends with exit code 4; one that does not with 0."""
     arguments = ("plan", "web-1", *MOVE[2:])
-    assert call(*arguments).out.startswith("could move; protocol version 1, tracker pagemap-scan")
+    assert call(*arguments).out == "could move: no findings; protocol version 1, tracker pagemap-scan\n"
     source.report.compatible = False
     for name in ("memory.insufficient", "name.taken"):
         source.report.items.add(
@@ -305,6 +305,36 @@ def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
 
     assert ran.code == ExitCode.PRECONDITION
     assert [item["id"] for item in json.loads(ran.out)["items"]] == ["memory.insufficient", "name.taken"]
+
+
+def test_plan_groups_what_it_found_by_how_much_it_matters(call: Run, source: FakeSource) -> None:
+    """What blocks comes first, each with name, object, words and remedy on lines that no other host can forge."""
+    source.report.compatible = False
+    for severity, name, remedy in (
+        (compatibility_pb2.SEVERITY_NOTE, "kernel.differs", ""),
+        (compatibility_pb2.SEVERITY_WARNS, "host.cpus", "a larger one"),
+        (compatibility_pb2.SEVERITY_BLOCKS, "host.full", "wait"),
+    ):
+        message = f"about {name}\nand more\x1b[2J"
+        source.report.items.add(severity=severity, id=name, message=message, object="b", remedy=remedy)
+
+    ran = call("plan", "web-1", *MOVE[2:])
+
+    assert ran.code == ExitCode.PRECONDITION
+    assert ran.out.splitlines() == [
+        "cannot move: 1 blocks, 1 warns, 1 note; protocol version 1, tracker pagemap-scan",
+        "",
+        "blocks  host.full  (b)",
+        "    about host.full and more\N{REPLACEMENT CHARACTER}[2J",
+        "    do: wait",
+        "",
+        "warns  host.cpus  (b)",
+        "    about host.cpus and more\N{REPLACEMENT CHARACTER}[2J",
+        "    do: a larger one",
+        "",
+        "note  kernel.differs  (b)",
+        "    about kernel.differs and more\N{REPLACEMENT CHARACTER}[2J",
+    ]
 
 
 def _be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
