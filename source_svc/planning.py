@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+from source_svc.forecasts import Forecast
 from source_svc.peer import Destination
 from vmferry.errors import IncompatibleError, MachineNotOwnedError, VmferryError
 from vmferry.handoff import source
@@ -40,14 +41,37 @@ class Plan:
     destination: str
     migrating: bool = False
     destination_incarnation: str = ""
+    forecast: Forecast = field(default_factory=Forecast)
+    """How the migration is expected to go."""
 
-    async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
-        """Ask both hosts; the destination must answer."""
+    async def report(
+        self,
+        machine: QmpMachine | None,
+        destination: Destination,
+        tracker: str,
+        predict: Callable[[Report], Awaitable[Forecast]] | None = None,
+    ) -> Report:
+        """Ask both hosts; the destination must answer.
+
+        Args:
+            machine: the running machine, if it runs.
+            destination: where it would go.
+            tracker: write tracker that is insisted on, or empty.
+            predict: given what was found, fills in :attr:`forecast`, which is reported on too.
+        """
         answer = await destination.negotiate(self.spec)
         self.destination_incarnation = answer.destination_incarnation
         facts = await self._facts(machine)
         trackers = [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers]
-        return compare(facts, _offer(answer), trackers, insist_on_tracker=tracker)
+        offer = _offer(answer)
+        report = compare(facts, offer, trackers, insist_on_tracker=tracker)
+        if predict is None:
+            return report
+        self.forecast = await predict(report)
+        if self.forecast.message is None:
+            return replace(report, findings=[*report.findings, _unpredicted(self.forecast.why_not)])
+        facts = replace(facts, predicted_total_s=self.forecast.total_s)
+        return compare(facts, offer, trackers, insist_on_tracker=tracker)
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
         rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
@@ -72,6 +96,7 @@ class Plan:
             binary=self.spec.qemu.binary if self.spec.qemu is not None else "",
             hypervisor_version=hypervisor.version,
             blockers=hypervisor.blockers,
+            predicted_total_s=self.forecast.total_s,
         )
 
     def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:
@@ -104,7 +129,19 @@ def incompatible(report: Report) -> IncompatibleError:
     )
 
 
-def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
+def _unpredicted(why: str) -> Finding:
+    return Finding(
+        Severity.NOTE,
+        "prediction.unavailable",
+        f"how long it would take is not known: {why}",
+        "source host",
+        "Nothing needs to be done: the migration measures by itself while it runs.",
+    )
+
+
+def report_to_message(
+    report: Report, prediction: compatibility_pb2.Prediction | None = None
+) -> compatibility_pb2.CompatibilityReport:
     """The report as callers get it."""
     items = [
         compatibility_pb2.CompatibilityItem(
@@ -121,6 +158,7 @@ def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
         items=items,
         protocol_version=report.protocol_version,
         tracker=report.tracker,
+        prediction=prediction,
     )
 
 

@@ -22,6 +22,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
 from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.cli.prediction import prediction_lines
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
 from vmferry.errors import (
@@ -116,6 +117,10 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    prediction: Annotated[
+        bool,
+        typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
@@ -123,6 +128,7 @@ async def plan(
         machine=machine,
         destination=destination(to_host, to_address),
         options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
     if json:
@@ -288,6 +294,8 @@ def _print_started(migration: Migration, *, json: bool) -> None:
 def _print_report(report: CompatibilityReport) -> None:
     verdict = "could move" if report.compatible else "cannot move"
     print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
+    if report.HasField("prediction"):
+        print("\n".join(prediction_lines(report.prediction)))
     rows = [
         (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
         for item in report.items

@@ -68,6 +68,8 @@ class MachineFacts:
     """Of its running process, for kinds whose hosts have different ones."""
     blockers: Sequence[str] = ()
     """Why its hypervisor would not let it go, in its own words."""
+    predicted_total_s: float = 0.0
+    """How long its migration is expected to take; 0 if that is not known."""
 
 
 @dataclass(frozen=True)
