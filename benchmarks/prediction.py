@@ -1,7 +1,7 @@
 """How well predictions hold: plans machines of several sizes and loads, migrates them, and compares.
 
-Every row is the median of several crossings to and fro between two hosts on this computer, with its spread. Both hosts
-share the processors with the guest here, so rates are lower, and vary more, than between two computers.
+Every row is the median of several crossings to and fro between two hosts on this computer, with its spread. Both
+hosts share the processors with the guest here, so rates are lower, and vary more, than between two computers.
 
     python benchmarks/prediction.py [--repeat N] [--json]
 """
@@ -129,10 +129,11 @@ async def measure(repeat: int) -> list[Crossing]:
 
 def table(found: Sequence[Crossing]) -> str:
     """One row for each load and way of measuring."""
-    lines = [
+    heading = (
         f"{'guest':<34} {'measured':<10} {'n':>2}  {'total ms: predicted':>20} {'actual':>7} "
         f"{'ratio (spread)':>18} {'in':>5}  {'downtime: pred.':>15} {'actual':>7} {'ratio (spread)':>18} {'in':>5}"
-    ]
+    )
+    lines = [heading]
     for name, how in dict.fromkeys((one.load, one.how) for one in found):
         rows = [one for one in found if (one.load, one.how) == (name, how)]
         lines.append(f"{name:<34} {how:<10} {len(rows):>2}  " + _columns(rows))
@@ -174,9 +175,8 @@ def main() -> None:
         }
         print(json.dumps(document, indent=2))
     else:
-        print(
-            f"{os.cpu_count()} processors, load {load_before:.2f} before; 'ratio' is actual/predicted, 'in' within bounds"
-        )
+        print(f"{os.cpu_count()} processors, load {load_before:.2f} before")
+        print("ratio: actual/predicted; in: how many within the predicted bounds")
         print(table(found))
 
 

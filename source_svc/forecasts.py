@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -49,6 +49,7 @@ _KEPT: Final = 256
 """Predictions of plans that are remembered."""
 _LEARNT_FROM: Final = 10
 """Ended migrations that the fixed costs are learnt from."""
+_Key: TypeAlias = tuple[str, str, str, int]
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Subject:
     compare_all: bool
 
     @property
-    def key(self) -> tuple[str, str, int]:
-        """What a measurement is good for: this machine, this destination, so many lanes."""
-        return self.machine.spec.uuid, self.destination.expected.uri, self.lanes
+    def key(self) -> _Key:
+        """What a measurement is good for: this machine, this way to this destination, so many lanes."""
+        return self.machine.spec.uuid, self.destination.expected.uri, self.destination.address, self.lanes
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Forecasts:
     trackers: Sequence[TrackerFinding]
     _measuring: asyncio.Lock = field(default_factory=asyncio.Lock)
     _looks: dict[str, GuestRate] = field(default_factory=dict)
-    _plans: dict[tuple[str, str, int], tuple[float, Circumstances]] = field(default_factory=dict)
+    _plans: dict[_Key, tuple[float, Circumstances]] = field(default_factory=dict)
     _seen: dict[str, deque[Observed]] = field(default_factory=dict)
 
     async def of_plan(self, subject: Subject, tracker: str, may_look: Callable[[], bool]) -> Forecast:
