@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("tidy")
 
 
 async def test_a_plan_predicts_a_linux_guest(world: World, images: Path) -> None:
-    """The guest is looked at through an injection and goes on as if nothing had been; then it crosses as predicted."""
+    """The guest is looked at through an injection and goes on unharmed; then it crosses as predicted."""
     guest = await boot(world, linux_spec(images, writes=1))
     request = pb.PlanMigrationRequest(
         machine=guest.id,
