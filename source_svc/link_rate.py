@@ -106,16 +106,18 @@ class LinkRate:
 
     async def _slices(self, ram: RamFile, channels: Sequence[grpc.aio.Channel], effort: Effort) -> None:
         size = _FIRST_SLICE_BYTES * len(channels)
+        most = _MOST_CALL_BYTES * len(channels)
+        first = True
         while len(self.rates) < effort.slices:
             started = time.monotonic()
             rate = await self._slice(ram, channels, size)
-            whole = (
-                size >= _MOST_CALL_BYTES * len(channels) or time.monotonic() - started >= effort.slice_s / 2
-            )
-            if whole:
+            long_enough = size == most or time.monotonic() - started >= effort.slice_s / 2
+            # The first one is over before connections and threads have got going.
+            if long_enough and not first:
                 self.rates.append(rate)
+            first = False
             wanted = min(round(rate * effort.slice_s), size * _GROWTH)
-            size = min(max(wanted, PAGE_SIZE * len(channels)), _MOST_CALL_BYTES * len(channels))
+            size = min(max(wanted, PAGE_SIZE * len(channels)), most)
 
     async def _slice(self, ram: RamFile, channels: Sequence[grpc.aio.Channel], size: int) -> float:
         """Send about ``size`` bytes over all channels; the rate."""
