@@ -46,6 +46,7 @@ class Crossing:
     load: str
     how: str
     outcome: str
+    reason: str
     converges: bool
     predicted_total_ms: float
     low_total_ms: float
@@ -99,6 +100,7 @@ def compared(load: Load, how: str, migration: pb.Migration) -> Crossing:
         load.name,
         how,
         pb.MigrationOutcome.Name(migration.outcome).removeprefix("MIGRATION_OUTCOME_").lower(),
+        migration.reason.message,
         predicted.converges,
         *(round(time.ToNanoseconds() / 1e6, 1) for time in times),
     )
@@ -128,7 +130,9 @@ async def measure(repeat: int) -> list[Crossing]:
 
 
 def table(found: Sequence[Crossing]) -> str:
-    """One row for each load and way of measuring."""
+    """One row for each load and way of measuring, of the crossings that completed, and a line for each other one."""
+    others = [one for one in found if one.outcome != "completed"]
+    found = [one for one in found if one.outcome == "completed"]
     heading = (
         f"{'guest':<34} {'measured':<10} {'n':>2}  {'total ms: predicted':>20} {'actual':>7} "
         f"{'ratio (spread)':>18} {'in':>5}  {'downtime: pred.':>15} {'actual':>7} {'ratio (spread)':>18} {'in':>5}"
@@ -138,6 +142,9 @@ def table(found: Sequence[Crossing]) -> str:
         rows = [one for one in found if (one.load, one.how) == (name, how)]
         lines.append(f"{name:<34} {how:<10} {len(rows):>2}  " + _columns(rows))
     lines.append(f"{'all':<45} {len(found):>2}  " + _columns(found))
+    for one in others:
+        foreseen = "" if one.converges else ", as predicted"
+        lines.append(f"{one.load}, {one.how}: {one.outcome}{foreseen}: {one.reason}")
     return "\n".join(lines)
 
 
