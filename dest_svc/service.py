@@ -17,6 +17,7 @@ import grpc
 
 from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
+from dest_svc.measuring import Measurements
 from dest_svc.offer import judge, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
@@ -71,6 +72,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
+        self._measurements = Measurements(host.config.ram_dir)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -120,6 +122,14 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         # The last thing: the clocks are compared by it.
         response.offer.time.GetCurrentTime()
         return response
+
+    async def Measure(
+        self, request_iterator: AsyncIterator[handoff_pb2.MeasureRequest], context: Context
+    ) -> handoff_pb2.MeasureResponse:
+        """Take pages in, check and forget them."""
+        if self._stopping:
+            raise ServiceStoppingError("the destination service is stopping")
+        return await self._measurements.measure(current_caller(), request_iterator)
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""

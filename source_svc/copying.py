@@ -22,13 +22,12 @@ from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
-from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NOT_READY_S, Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
-_NOT_READY_S: Final = 0.05
 _REPORT_S: Final = 0.1
 
 
@@ -55,6 +54,8 @@ class Copy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
+        self.last_round_bytes = 0
+        """Pages of the last round, which the guest waited for."""
         self._destination = destination
         self._migration = migration
         self._settings = settings
@@ -119,7 +120,7 @@ class Copy:
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
-                await asyncio.sleep(_NOT_READY_S)
+                await asyncio.sleep(NOT_READY_S)
             runs = await asyncio.to_thread(self._tracker.scan)
 
     def _hopeless(self, decision: Decision, limits: Limits) -> NotConvergingError:
@@ -135,6 +136,7 @@ class Copy:
         self.round_number += 1
         runs = await asyncio.to_thread(self._tracker.scan)
         span_attributes(pages=runs.page_count)
+        self.last_round_bytes = runs.page_count * PAGE_SIZE
         await self._send(runs)
 
     async def leftovers(self) -> None:

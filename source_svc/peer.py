@@ -6,7 +6,7 @@ catalogue; an answer names the incarnation of the journal that gave it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -66,6 +66,13 @@ class Destination:
             ],
         )
         return await self._ask(self._stub.Negotiate(request, timeout=timeout_s))
+
+    async def measure(
+        self, channel: grpc.aio.Channel, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+    ) -> handoff_pb2.MeasureResponse:
+        """Have pages taken in and forgotten, over a channel of :meth:`new_channel`."""
+        stub = handoff_pb2_grpc.DestinationServiceStub(channel)
+        return await self._ask(stub.Measure(requests, timeout=self._timeout_s))
 
     async def begin(
         self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from source_svc.forecasts import Forecast
 from source_svc.offer import offer_from_message
 from source_svc.peer import Destination
 from vmferry.errors import IncompatibleError, MachineDeadError, MachineNotOwnedError, VmferryError
@@ -28,6 +30,7 @@ from vmferry.negotiation.facts import (
     Network,
     TrackerFact,
 )
+from vmferry.negotiation.findings import Finding, finding
 from vmferry.negotiation.report import Report, compare
 from vmferry.v1 import compatibility_pb2
 
@@ -46,14 +49,47 @@ class Plan:
     negotiate_timeout_s: float
     migrating: bool = False
     destination_incarnation: str = ""
+    forecast: Forecast = field(default_factory=Forecast)
+    """How the migration is expected to go."""
 
-    async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
-        """Ask both hosts; the destination must answer."""
+    async def report(
+        self,
+        machine: QmpMachine | None,
+        destination: Destination,
+        tracker: str,
+        predict: Callable[[Report], Awaitable[Forecast]] | None = None,
+    ) -> Report:
+        """Ask both hosts; the destination must answer.
+
+        Args:
+            machine: the running machine, if it runs.
+            destination: where it would go.
+            tracker: write tracker that is insisted on, or empty.
+            predict: given what was found, fills in :attr:`forecast`, which is reported on too.
+        """
         facts = await self._facts(machine)
         networks = await asyncio.to_thread(self._networks)
         asked_at_s = time.time()
         answer = await destination.negotiate(self.spec, networks, timeout_s=self.negotiate_timeout_s)
-        here = HostFacts(
+        self.destination_incarnation = answer.destination_incarnation
+        judge = partial(
+            compare,
+            offer=offer_from_message(answer),
+            trackers=[TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers],
+            here=self._here(asked_at_s),
+            insist_on_tracker=tracker,
+            switch_timeout_s=self.switch_timeout_s,
+        )
+        report = judge(facts)
+        if predict is None:
+            return report
+        self.forecast = await predict(report)
+        if self.forecast.message is None:
+            return replace(report, findings=[*report.findings, _unpredicted(self.forecast.why_not)])
+        return judge(replace(facts, predicted_total_s=self.forecast.total_s))
+
+    def _here(self, asked_at_s: float) -> HostFacts:
+        return HostFacts(
             host=self.own,
             software_version=host.software_version(),
             kernel=host.kernel_release(),
@@ -61,15 +97,6 @@ class Plan:
             certificate_expires_at_s=self.certificate_expires_at_s,
             asked_at_s=asked_at_s,
             answered_at_s=time.time(),
-        )
-        self.destination_incarnation = answer.destination_incarnation
-        return compare(
-            facts,
-            offer_from_message(answer),
-            [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers],
-            here=here,
-            insist_on_tracker=tracker,
-            switch_timeout_s=self.switch_timeout_s,
         )
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
@@ -89,6 +116,7 @@ class Plan:
             binary=part.binary if part is not None else "",
             accelerator=part.accelerator if part is not None else "",
             memory_backing=part.memory_backing if part is not None else TMPFS,
+            predicted_total_s=self.forecast.total_s,
         )
         if machine is None:
             return facts
@@ -163,27 +191,39 @@ def incompatible(report: Report) -> IncompatibleError:
     """The error that names everything that blocks."""
     blocking = report.blocking
     return IncompatibleError(
-        "; ".join(f"{finding.id}: {finding.message}" for finding in blocking),
-        remedy=" ".join(finding.remedy for finding in blocking),
-        findings=",".join(finding.id for finding in blocking),
+        "; ".join(f"{found.id}: {found.message}" for found in blocking),
+        remedy=" ".join(found.remedy for found in blocking),
+        findings=",".join(found.id for found in blocking),
     )
 
 
-def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
+def _unpredicted(why: str) -> Finding:
+    return finding(
+        "prediction.unavailable",
+        f"how long it would take is not known: {why}",
+        "source host",
+        "Nothing needs to be done: the migration measures by itself while it runs.",
+    )
+
+
+def report_to_message(
+    report: Report, prediction: compatibility_pb2.Prediction | None = None
+) -> compatibility_pb2.CompatibilityReport:
     """The report as callers get it."""
     items = [
         compatibility_pb2.CompatibilityItem(
-            severity=compatibility_pb2.Severity.ValueType(finding.severity.value),
-            id=finding.id,
-            message=finding.message,
-            object=finding.object,
-            remedy=finding.remedy,
+            severity=compatibility_pb2.Severity.ValueType(found.severity.value),
+            id=found.id,
+            message=found.message,
+            object=found.object,
+            remedy=found.remedy,
         )
-        for finding in report.findings
+        for found in report.findings
     ]
     return compatibility_pb2.CompatibilityReport(
         compatible=not report.blocking,
         items=items,
         protocol_version=report.protocol_version,
         tracker=report.tracker,
+        prediction=prediction,
     )

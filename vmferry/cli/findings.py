@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from vmferry.cli.output import harmless
+from vmferry.cli.prediction import prediction_lines
 from vmferry.v1 import compatibility_pb2
 from vmferry.v1.compatibility_pb2 import CompatibilityItem, CompatibilityReport
 
@@ -20,7 +21,7 @@ _WORDS: Final = {
 
 
 def report_lines(report: CompatibilityReport) -> Iterator[str]:
-    """The lines of a report."""
+    """The lines of a report, what is predicted before what was found."""
     groups: dict[str, list[CompatibilityItem]] = {word: [] for word in _WORDS.values()}
     for item in report.items:
         groups[_WORDS.get(item.severity, "note")].append(item)
@@ -28,6 +29,8 @@ def report_lines(report: CompatibilityReport) -> Iterator[str]:
     counts = ", ".join(f"{len(items)} {word}" for word, items in groups.items() if items) or "no findings"
     chosen = f"protocol version {report.protocol_version}, tracker {report.tracker or 'none'}"
     yield f"{verdict}: {counts}; {chosen}"
+    if report.HasField("prediction"):
+        yield from prediction_lines(report.prediction)
     for word, items in groups.items():
         for item in items:
             yield ""

@@ -116,6 +116,10 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    prediction: Annotated[
+        bool,
+        typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
@@ -123,6 +127,7 @@ async def plan(
         machine=machine,
         destination=destination(to_host, to_address),
         options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
     if json:

@@ -81,6 +81,7 @@ FINDINGS: Final[Mapping[str, tuple[Severity, ...]]] = {
     "network.missing": _BLOCKS,
     "network.mtu": _BLOCKS,
     "network.not-allowed": _BLOCKS,
+    "prediction.unavailable": _NOTE,
     "protocol.no-common-version": _BLOCKS,
     "protocol.old": _WARNS,
     "software.differs": _NOTE,

@@ -13,7 +13,16 @@ import pytest
 from google.protobuf import json_format
 
 from tests.unit.cli.conftest import Run
-from tests.unit.cli.fake_source import HOST_A, HOST_B, MACHINE_ID, MIB, MIGRATION_ID, FakeSource, migration
+from tests.unit.cli.fake_source import (
+    HOST_A,
+    HOST_B,
+    MACHINE_ID,
+    MIB,
+    MIGRATION_ID,
+    FakeSource,
+    migration,
+    prediction,
+)
 from vmferry.cli import watch
 from vmferry.errors import (
     CancelledByCallerError,
@@ -335,6 +344,52 @@ def test_plan_groups_what_it_found_by_how_much_it_matters(call: Run, source: Fak
         "note  kernel.differs  (b)",
         "    about kernel.differs and more\N{REPLACEMENT CHARACTER}[2J",
     ]
+
+
+def test_plan_prints_what_is_predicted(call: Run, source: FakeSource) -> None:
+    """Times with their bounds and the rates with their errors, or the whole message as a document."""
+    arguments = ("plan", "web-1", *MOVE[2:])
+    assert "total" not in call(*arguments).out
+    source.report.prediction.CopyFrom(prediction())
+
+    lines = call(*arguments).out.splitlines()
+
+    assert lines[1:5] == [
+        "total      2.00 s (1.50 s to 3.00 s), in 4 rounds",
+        "downtime   40 ms (30 ms to 60 ms)",
+        "guest      writes 20.0 MiB/s \N{PLUS-MINUS SIGN} 1.0 MiB/s (over 500 ms), holds 64.0 MiB",
+        "link       takes 400.0 MiB/s \N{PLUS-MINUS SIGN} 10.0 MiB/s; memory is made at 2.0 GiB/s",
+    ]
+    document = json.loads(call(*arguments, "--json").out)
+    assert json_format.ParseDict(document, compatibility_pb2.CompatibilityReport()) == source.report
+    source.report.prediction.converges = False
+    assert "it would not converge" in call(*arguments).out
+    assert [request.without_prediction for request in source.requests] == [False] * 4
+
+
+def test_plan_can_do_without_a_prediction(call: Run, source: FakeSource) -> None:
+    """--no-prediction reaches the source."""
+    call("plan", "web-1", *MOVE[2:], "--no-prediction")
+    assert source.requests[-1].without_prediction
+
+
+def test_status_shows_what_was_predicted(call: Run, source: FakeSource) -> None:
+    """Beside what then happened, as far as it has happened."""
+    done = migration(outcome=COMPLETED)
+    done.prediction.CopyFrom(prediction())
+    done.end_time.FromJsonString("2026-11-20T10:00:02.5Z")
+    source.migrations = [done]
+
+    out = call("status", MIGRATION_ID).out
+
+    assert "predicted   total 2.00 s (1.50 s to 3.00 s); it took 2.50 s\n" in out
+    assert "            downtime 40 ms (30 ms to 60 ms); it was 12 ms\n" in out
+    done.ClearField("end_time")
+    done.ClearField("downtime")
+    done.prediction.converges = False
+    out = call("status", MIGRATION_ID).out
+    assert "total 2.00 s (1.50 s to 3.00 s), not converging\n" in out
+    assert "it was" not in out
 
 
 def _be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
