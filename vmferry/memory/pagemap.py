@@ -104,12 +104,17 @@ class PageMap:
 
     def count_written(self) -> int:
         """How many pages :meth:`take_written` would report; protects nothing."""
+        walks = ((0, WRITTEN),) if self._mapped.huge else ((0, WRITTEN), (ABSENT, ABSENT))
         with self._explained():
             return sum(
                 (sum(ends) - sum(starts)) // PAGE_SIZE
-                for inverted, mask in ((0, WRITTEN), (ABSENT, ABSENT))
+                for inverted, mask in walks
                 for starts, ends in self._walk(CHECK_WPASYNC, mask=mask, inverted=inverted)
             )
+
+    def peek_written(self) -> PageRuns:
+        """The pages that :meth:`take_written` would report, of memory in huge pages; protects nothing."""
+        return self._pages(0, mask=WRITTEN)
 
     def _pages(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
         """Walk the region; the pages whose categories match."""
