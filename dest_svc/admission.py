@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmferry.config import HostConfig
-from vmferry.errors import InvalidArgumentError, MachineFailedError
+from vmferry.errors import ConfigError, InvalidArgumentError, MachineFailedError
 from vmferry.machines import network
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory.backings import HUGETLBFS
+from vmferry.memory.hugepages import check_folder
 from vmferry.negotiation.about_network import about_network
 from vmferry.negotiation.facts import Network
 from vmferry.negotiation.findings import FINDINGS, Finding, Severity
@@ -64,6 +66,7 @@ def refusals(
         yield from _about_netdev(spec.microvm.netdev, config.run_dir / "net")
     if spec.qemu is not None:
         yield from _about_hypervisor(spec.qemu, config)
+        yield from _about_memory(spec.qemu, config)
         for field, path in spec.qemu.host_files().items():
             yield from _about_file(field, Path(path), config)
         for number, nic in enumerate(spec.qemu.nics):
@@ -117,6 +120,21 @@ def _about_hypervisor(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
             "Choose a destination with the same accelerator and CPU features, or a more modest CPU model."
         )
         yield Refusal("accelerator.unavailable", "qemu.accelerator", message, remedy)
+
+
+def _about_memory(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
+    if part.memory_backing != HUGETLBFS:
+        return
+    problem = "this host has no folder for memory in huge pages"
+    if config.huge_root is not None:
+        try:
+            check_folder(config.huge_root)
+        except ConfigError as error:
+            problem = error.message
+        else:
+            return
+    remedy = "Mount a hugetlbfs and name it as huge_dir in the destination's configuration."
+    yield Refusal("memory.backing", "qemu.memory_backing", problem, remedy)
 
 
 def _about_file(field: str, path: Path, config: HostConfig) -> Iterator[Refusal]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 from dest_svc.admission import refusals
+from dest_svc.receiver import Receiver
 from vmferry.config import HostConfig
 from vmferry.errors import MachineFailedError
 from vmferry.handoff.ledger import HostLedger
@@ -14,11 +17,28 @@ from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
 from vmferry.negotiation.facts import Network
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2, handoff_pb2
+
+_MIB: Final = 1024 * 1024
+
+
+def left_for_newcomers(config: HostConfig, receivers: Iterable[Receiver]) -> list[host.MemoryBacking]:
+    """What guest memory can be here, and how much of each kind is left after what is promised to ``receivers``."""
+    promised = sum(
+        receiver.outstanding_bytes for receiver in receivers if receiver.spec.memory_backing != HUGETLBFS
+    )
+    spoken_for = promised + config.memory_headroom_mib * _MIB
+    return [
+        backing  # the kernel itself keeps account of the huge pages that it promised
+        if backing.name == HUGETLBFS
+        else replace(backing, available_bytes=max(0, backing.available_bytes - spoken_for))
+        for backing in host.memory_backings(config.ram_dir, config.huge_root)
+    ]
 
 
 def make_offer(
@@ -28,7 +48,7 @@ def make_offer(
     trackers: Sequence[TrackerFinding],
     *,
     qemu_binaries: Sequence[Path],
-    available_memory_bytes: int,
+    backings: Sequence[host.MemoryBacking],
     reserved_memory_bytes: int,
     incoming: int,
     max_incoming: int,
@@ -57,7 +77,7 @@ def make_offer(
         software_version=host.software_version(),
         protocol_versions=PROTOCOL_VERSIONS,
         kinds=kinds,
-        available_memory_bytes=available_memory_bytes,
+        available_memory_bytes=next(found.available_bytes for found in backings if found.name == TMPFS),
         reserved_memory_bytes=reserved_memory_bytes,
         page_size_bytes=PAGE_SIZE_BYTES,
         encodings=ENCODINGS,
@@ -70,6 +90,12 @@ def make_offer(
         draining=draining,
         cpus=host.usable_cpus(),
         clock_source=host.clock_source(),
+        memory_backings=[
+            compatibility_pb2.MemoryBackingOffer(
+                name=found.name, page_size_bytes=found.page_bytes, available_bytes=found.available_bytes
+            )
+            for found in backings
+        ],
     )
     offer.certificate_expire_time.FromDatetime(certificate_not_after)
     return offer

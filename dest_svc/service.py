@@ -18,7 +18,7 @@ import grpc
 from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
 from dest_svc.measuring import Measurements
-from dest_svc.offer import judge, make_offer
+from dest_svc.offer import judge, left_for_newcomers, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
@@ -321,19 +321,18 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise MachineExistsError(
                 f"a machine named {spec.name} is on this host already", field="spec.name"
             )
-        available = self._available_bytes()
+        backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
+        available = backings.get(spec.memory_backing, 0)
         if spec.memory_mib * _MIB > available:
             raise InsufficientMemoryError(
-                f"{spec.name} needs {spec.memory_mib} MiB, this host has {max(available, 0) // _MIB} MiB to give",
+                f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
+                f"this host has {available // _MIB} MiB to give",
                 field="spec.memory_mib",
             )
 
-    def _available_bytes(self) -> int:
-        promised = sum(
-            arrival.receiver.outstanding_bytes for arrival in self._arrivals.values() if arrival.receiver
-        )
-        headroom = self._config.memory_headroom_mib * _MIB
-        return host.available_memory_bytes(self._config.ram_dir) - promised - headroom
+    def _memory_backings(self) -> list[host.MemoryBacking]:
+        receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
+        return left_for_newcomers(self._config, receivers)
 
     async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
         async with arrival.lock:
@@ -410,7 +409,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._directory,
             self._host.trackers,
             qemu_binaries=self._config.qemu_binaries,
-            available_memory_bytes=max(0, self._available_bytes()),
+            backings=self._memory_backings(),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),
             max_incoming=self._config.max_incoming,

@@ -20,6 +20,7 @@ from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
 from vmferry.transfer.convergence import NOT_READY_S, Decision, Limits, RoundReport, Verdict, decide
@@ -73,6 +74,7 @@ class Copy:
         except BaseException:
             self._ram.close()
             raise
+        self._gives_up = machine.spec.qemu is not None and machine.spec.qemu.balloon
         self._lanes: Lanes | None = None
         self._started = time.monotonic()
         self._reported = 0.0
@@ -134,17 +136,22 @@ class Copy:
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
         self.round_number += 1
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         span_attributes(pages=runs.page_count)
         self.last_round_bytes = runs.page_count * PAGE_SIZE
         await self._send(runs)
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         if runs:
             await self._open_lanes.drain()  # the same pages may be on their way in the last round
             await self._send(runs)
+
+    def _rest(self) -> PageRuns:
+        """What was written since the last scan, and what the guest gave up since it was sent: that reads as zero."""
+        runs = self._tracker.scan()
+        return runs.union(given_up(self._ram, self._table)) if self._gives_up else runs
 
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state."""

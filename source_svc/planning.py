@@ -20,16 +20,9 @@ from vmferry.machines.command import device_ids, render_command
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
-from vmferry.negotiation.facts import (
-    HUGETLBFS,
-    PAGE_SIZE_BYTES,
-    TMPFS,
-    HostFacts,
-    MachineFacts,
-    Network,
-    TrackerFact,
-)
+from vmferry.negotiation.facts import PAGE_SIZE_BYTES, HostFacts, MachineFacts, Network, TrackerFact
 from vmferry.negotiation.findings import Finding, finding
 from vmferry.negotiation.report import Report, compare
 from vmferry.v1 import compatibility_pb2

@@ -29,7 +29,9 @@ class HostConfig:
     run_dir: Path = Path("/run/vmferry")
     """Machines' sockets, process records and logs; may be lost in a reboot, as the machines are."""
     ram_dir: Path = Path("/dev/shm/vmferry")  # noqa: S108 - guest memory belongs on tmpfs; files are 0600 in a 0700 folder
-    """Where guest memory files are made; must be tmpfs or hugetlbfs."""
+    """Where guest memory files are made; must be tmpfs."""
+    huge_dir: Path = Path()
+    """Where guest memory in huge pages is made; must be on hugetlbfs. Empty string: such machines are refused."""
     trace_dir: Path = Path("/var/lib/vmferry/traces")
     """Spans as JSON lines, one file per service; empty string switches the file off."""
 
@@ -113,6 +115,11 @@ class HostConfig:
         """Where the machines of this host have their folders."""
         return self.run_dir / "machines"
 
+    @property
+    def huge_root(self) -> Path | None:
+        """``huge_dir``, if this host has one."""
+        return self.huge_dir if self.huge_dir != Path() else None
+
     def admin_target(self, role: str) -> str:
         """Address of a service's admin listener as gRPC spells it; ``role`` is ``source`` or ``dest``."""
         value = self.source_admin_listen if role == "source" else self.dest_admin_listen
@@ -171,4 +178,6 @@ def _rendered(value: object) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_rendered, value))}]"
+    if value == Path():
+        return '""'
     return f'"{value}"' if isinstance(value, (str, Path)) else str(value)

@@ -209,7 +209,9 @@ class Host:
 
     def holdings(self, machine: MachineSpec | None = None) -> list[str]:
         """Everything that a machine, or any machine, has on this host: folder, memory file, process."""
-        folders = (self.config.machines_dir, self.config.ram_dir)
+        folders = [self.config.machines_dir, self.config.ram_dir]
+        if self.config.huge_root is not None:
+            folders.append(self.config.huge_root)
         files = [path for folder in folders if folder.exists() for path in folder.iterdir()]
         processes = processes_with(str(self.config.machines_dir))
         if machine is not None:

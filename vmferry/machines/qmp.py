@@ -19,6 +19,7 @@ from vmferry.errors import (
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    TrackerUnavailableError,
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
@@ -29,6 +30,8 @@ from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
+from vmferry.memory import memfd
+from vmferry.memory.backings import MEMFD
 from vmferry.memory.regions import Region
 
 DEFAULT_QMP_TIMEOUT_S: Final = 10.0
@@ -99,8 +102,21 @@ class QmpMachine(Machine):
 
     @property
     def ram(self) -> Region:
-        """The guest's memory."""
-        return Region(name="ram", path=self.paths.ram, size_bytes=self._spec.memory_mib * _MIB)
+        """The guest's memory.
+
+        Raises:
+            TrackerUnavailableError: it cannot be reached from outside of the machine's process.
+        """
+        path = self.paths.ram
+        if self._spec.memory_backing == MEMFD:
+            path = memfd.find(self.pid, self._spec.uuid)
+        elif not self._spec.shared_memory:
+            raise TrackerUnavailableError(
+                f"the memory of {self._spec.name} is private to process {self.pid}",
+                remedy="Describe the machine with another memory_backing.",
+                pid=self.pid,
+            )
+        return Region(name="ram", path=path, size_bytes=self._spec.memory_mib * _MIB)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the process, which was just started, takes commands."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vmferry.memory.backings import TMPFS
 from vmferry.negotiation.about_machine import release
-from vmferry.negotiation.facts import TMPFS, HostFacts, MachineFacts, Offer
+from vmferry.negotiation.facts import HostFacts, MachineFacts, Offer
 from vmferry.negotiation.findings import Finding, Severity, finding
 
 CLOCK_TOLERANCE_S = 1.0

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vmferry.memory.backings import TMPFS
 from vmferry.negotiation.findings import Finding
 
 PAGE_SIZE_BYTES = 4096
-TMPFS = "tmpfs"
-HUGETLBFS = "hugetlbfs"
 
 CpuidKey = tuple[int, int, str]
 """Leaf, sub-leaf and register."""

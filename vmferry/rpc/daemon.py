@@ -112,7 +112,7 @@ async def _run(
             tls,
             tls.load().identity,
             ledger,
-            MachineDirectory(config.machines_dir, config.ram_dir),
+            MachineDirectory(config.machines_dir, config.ram_dir, config.huge_root),
             await asyncio.to_thread(probe_trackers),
             journal_broken,
         )
