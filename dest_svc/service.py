@@ -15,8 +15,9 @@ from typing import Final
 
 import grpc
 
-from dest_svc.admission import refusals
+from dest_svc.admission import Refusal, refusals
 from dest_svc.arrival import Arrival
+from dest_svc.files import file_refusals
 from dest_svc.offer import make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
@@ -38,6 +39,7 @@ from vmferry.handoff.ledger import Role
 from vmferry.handoff.records import attempt_from_ref
 from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
@@ -69,6 +71,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
+        self._contents = Contents()
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -114,14 +117,9 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         response = handoff_pb2.NegotiateResponse(
             offer=offer, destination_incarnation=self._ledger.incarnation
         )
-        for refusal in await asyncio.to_thread(list, refusals(spec, self._config) if spec else ()):
-            response.items.add(
-                severity=compatibility_pb2.SEVERITY_BLOCKS,
-                id=refusal.id,
-                message=refusal.message,
-                object=refusal.field,
-                remedy=refusal.remedy,
-            )
+        if spec is not None:
+            found = await self._refusals(spec, request.files)
+            response.items.extend(refusal.item() for refusal in found)
         return response
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
@@ -130,6 +128,9 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise ServiceStoppingError("the destination service is stopping")
         attempt = self._attempt(request.attempt)
         spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
+        for refusal in await self._refusals(spec, request.files):
+            if refusal.blocks:
+                raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
         return handoff_pb2.BeginResponse(
@@ -252,9 +253,14 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise InvalidArgumentError(
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
-        for refusal in refusals(spec, self._config):
-            raise refusal.error()
         return spec, ticket
+
+    async def _refusals(
+        self, spec: MachineSpec, files: Sequence[compatibility_pb2.FileIdentity]
+    ) -> list[Refusal]:
+        """What this host has against a machine, and against its files."""
+        found = await asyncio.to_thread(list, refusals(spec, self._config))
+        return found + await file_refusals(spec, files, self._config, self._contents)
 
     async def _admit(
         self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int

@@ -6,8 +6,8 @@ catalogue; an answer names the incarnation of the journal that gave it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,9 +24,10 @@ from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
-from vmferry.v1 import handoff_pb2, handoff_pb2_grpc
+from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
+_SLOWEST_READING_BYTES_PER_S: Final = 100e6
 
 
 class Destination:
@@ -52,12 +53,14 @@ class Destination:
         """Close the control connection."""
         await self._channel.close(None)
 
-    async def negotiate(self, spec: MachineSpec) -> handoff_pb2.NegotiateResponse:
+    async def negotiate(
+        self, spec: MachineSpec, files: Sequence[compatibility_pb2.FileIdentity] = ()
+    ) -> handoff_pb2.NegotiateResponse:
         """What the host offers for this machine."""
         request = handoff_pb2.NegotiateRequest(
-            spec=spec_to_message(spec), protocol_versions=PROTOCOL_VERSIONS
+            spec=spec_to_message(spec), protocol_versions=PROTOCOL_VERSIONS, files=files
         )
-        return await self._ask(self._stub.Negotiate(request, timeout=self._timeout_s))
+        return await self._ask(self._stub.Negotiate(request, timeout=self._timeout_s + _reading_s(files)))
 
     async def begin(
         self,
@@ -67,6 +70,7 @@ class Destination:
         spec: MachineSpec,
         lanes: int,
         protocol_version: int,
+        files: Sequence[compatibility_pb2.FileIdentity] = (),
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -78,8 +82,9 @@ class Destination:
             regions=[region],
             lanes=lanes,
             protocol_version=protocol_version,
+            files=files,
         )
-        return await self._ask(self._stub.Begin(request, timeout=timeout_s))
+        return await self._ask(self._stub.Begin(request, timeout=timeout_s + _reading_s(files)))
 
     async def preflight(self, attempt: Attempt, *, timeout_s: float) -> list[str]:
         """What stands in the destination's way of finishing the attempt now."""
@@ -119,6 +124,11 @@ class Destination:
                     f"the host at {self.address} is not {self.expected}", field="destination.host"
                 ) from error
             raise from_rpc_error(error) from error
+
+
+def _reading_s(files: Iterable[compatibility_pb2.FileIdentity]) -> float:
+    """How long the destination may take to read what it has to compare by content."""
+    return sum(file.size_bytes for file in files if file.sha256) / _SLOWEST_READING_BYTES_PER_S
 
 
 def _heard(attempt: Attempt, status: handoff_pb2.AttemptStatus) -> Heard:

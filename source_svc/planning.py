@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from source_svc.files import shown
 from source_svc.peer import Destination
 from vmferry.errors import IncompatibleError, MachineNotOwnedError, VmferryError
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Attempt
 from vmferry.machines import host
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import HypervisorFacts, QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
@@ -38,16 +40,19 @@ class Plan:
     trackers: Sequence[TrackerFinding]
     own: str
     destination: str
+    contents: Contents = field(default_factory=Contents)
+    """Hashes of files that are known already."""
     migrating: bool = False
     destination_incarnation: str = ""
 
     async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
         """Ask both hosts; the destination must answer."""
-        answer = await destination.negotiate(self.spec)
+        async with shown(self.spec, self.contents, pid=machine.pid if machine else None) as files:
+            answer = await destination.negotiate(self.spec, files.identities)
         self.destination_incarnation = answer.destination_incarnation
         facts = await self._facts(machine)
         trackers = [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers]
-        return compare(facts, _offer(answer), trackers, insist_on_tracker=tracker)
+        return compare(facts, _offer(answer, files.findings), trackers, insist_on_tracker=tracker)
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
         rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
@@ -124,7 +129,8 @@ def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
     )
 
 
-def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
+def _offer(answer: handoff_pb2.NegotiateResponse, own: Sequence[Finding]) -> Offer:
+    """The offer, with what was found out here about the machine's files, which says more about the same."""
     offer = answer.offer
     kinds = [
         KindOffer(
@@ -138,9 +144,13 @@ def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
         )
         for kind in offer.kinds
     ]
-    refusals = [
-        Finding(Severity.BLOCKS, item.id, item.message, item.object, item.remedy) for item in answer.items
-    ]
+    told = {(finding.id, finding.object) for finding in own}
+    refusals = [*own]
+    for item in answer.items:
+        if (item.id, item.object) not in told:
+            warns = item.severity == compatibility_pb2.SEVERITY_WARNS
+            severity = Severity.WARNS if warns else Severity.BLOCKS
+            refusals.append(Finding(severity, item.id, item.message, item.object, item.remedy))
     return Offer(
         host=offer.host,
         software_version=offer.software_version,

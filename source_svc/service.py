@@ -22,11 +22,12 @@ from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, settle_quiet
+from source_svc.recovery import Recovered, keep_settling, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
+    MachineFailedError,
     MachineNotOwnedError,
     ServiceStoppingError,
     TicketUsedError,
@@ -37,6 +38,7 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
 from vmferry.machines.directory import MachineRecord
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
 from vmferry.machines.wire import spec_to_message
 from vmferry.rpc.daemon import Host
@@ -75,6 +77,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._migrations = Migrations()
+        self._contents = Contents()
+        self._settling: list[asyncio.Task[None]] = []
         self._running: dict[str, Outgoing | Recovered] = {}
         self._starting = asyncio.Lock()
         self._stopping = False
@@ -91,6 +95,10 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError as error:
+                _LOG.error("owned, and not resumed yet", machine=machine_id, detail=error.message)
+                again = keep_settling(machine_id, self._ledger, self._directory, self._config.handoff_retry_s)
+                self._settling.append(asyncio.create_task(again))
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -99,6 +107,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
+        for task in self._settling:
+            task.cancel()
+        await asyncio.gather(*self._settling, return_exceptions=True)
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
 
     async def close(self) -> None:
@@ -344,7 +355,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri)
+        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri, self._contents)
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
         rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)

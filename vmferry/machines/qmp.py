@@ -66,6 +66,8 @@ _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
 
 _IGNORE_SHARED: Final = "x-ignore-shared"
+_LATE_ACTIVATE: Final = "late-block-activate"
+"""A copy that has loaded its state takes its disks, and their locks, only when it is told to run."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +227,8 @@ class QmpMachine(Machine):
             numbers = release["qemu"]
             version = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
             blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
-            if _IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
-                blockers.append(f"it has no capability {_IGNORE_SHARED}")
+            known = {capability["capability"] for capability in capabilities}
+            blockers += [f"it has no capability {name}" for name in self._capabilities() if name not in known]
         except (KeyError, TypeError, AttributeError) as error:
             raise self._failure("query-version", f"an answer without sense: {error!r}") from error
         return HypervisorFacts(version, tuple(blockers))
@@ -342,11 +344,14 @@ class QmpMachine(Machine):
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
         if self._ignoring_shared:
             return
-        capability = {"capability": _IGNORE_SHARED, "state": True}
-        await self._monitor.execute(
-            "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
-        )
+        wanted = [{"capability": name, "state": True} for name in self._capabilities()]
+        await self._monitor.execute("migrate-set-capabilities", {"capabilities": wanted}, repeatable=True)
         self._ignoring_shared = True  # for as long as the process lives
+
+    def _capabilities(self) -> list[str]:
+        """What the hypervisor must be able to do for this machine to be moved."""
+        disks = self._spec.qemu is not None and self._spec.qemu.disks
+        return [_IGNORE_SHARED, _LATE_ACTIVATE] if disks else [_IGNORE_SHARED]
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:
