@@ -78,6 +78,8 @@ class Service:
         self.port = 0
         self.log = log
         self.host = host
+        self.under: tuple[str, ...] = ()
+        """The command under which it is started; it must become the service."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -100,6 +102,7 @@ class Service:
         """Start it, and return when it takes calls."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self.under,
                 *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
