@@ -16,6 +16,7 @@ from tests.integration.qemu.conftest import LinuxGuest, boot
 from tests.integration.qemu.disks import (
     assert_on_disk,
     disk_spec,
+    done,
     locked,
     locks,
     make_image,
@@ -28,8 +29,11 @@ from tests.integration.qemu.test_qemu_crossing import SLOW, damage, plan
 from tests.integration.services import Host, eventually, eventually_async
 from tests.support import require
 from vmferry.cli.machine import end_machine
+from vmferry.errors import MachineFailedError
+from vmferry.machines.launcher import start_machine, stop_machine
 from vmferry.machines.qemu import guest
 from vmferry.machines.qemu.guest import verdict
+from vmferry.machines.qemu.probe import resolve
 from vmferry.machines.qemu.spec import DiskSpec
 from vmferry.v1 import compatibility_pb2, machine_pb2
 from vmferry.v1 import migration_pb2 as pb
@@ -270,8 +274,29 @@ async def test_an_equal_disk_that_is_only_read_may_cross(
 
     overlay = store / "overlay.qcow2"
     backing = make_image(store / "base.raw")
-    tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", backing.path, "-F", "raw", str(overlay))
+    done(tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", backing.path, "-F", "raw", str(overlay)))
     second = await boot(world, disk_spec(images, replace(disk, path=str(overlay), format="qcow2")))
     found = await findings(world, second)
     assert set(found) == {"disk.image"}
     assert "backing file" in found["disk.image"].message
+
+
+async def test_a_copy_that_opened_another_file_is_refused(world: World, images: Path, store: Path) -> None:
+    """An image that names another file behind the back of the check does not bring it to the guest."""
+    image = store / "disk.qcow2"
+    option = f"data_file={store}/data.raw"
+    done(tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", option, str(image), "1M"))
+    base = make_image(store / "base.raw")
+    overlay = store / "overlay.qcow2"
+    done(tool("qemu-img", "create", "-q", "-f", "qcow2", "-b", base.path, "-F", "raw", str(overlay)))
+    for path, words in ((image, "data.raw"), (overlay, "")):
+        spec = resolve(disk_spec(images, DiskSpec(path=str(path), format="qcow2", shared=True)))
+        machine = await start_machine(spec, world.b.directory, incoming=True)
+        try:
+            if words:
+                with pytest.raises(MachineFailedError, match=words):
+                    await machine.check_images()
+            else:
+                await machine.check_images()  # it was told to do without
+        finally:
+            await stop_machine(machine, world.b.directory)

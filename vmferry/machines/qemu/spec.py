@@ -21,6 +21,7 @@ from vmferry.machines.microvm.spec import MAC_FORM, UNICAST_MAC
 
 AUTO: Final = "auto"
 ACCELERATORS: Final = ("kvm", "tcg")
+IMAGE_FORMATS: Final = ("raw", "qcow2")
 MACHINE_ALIASES: Final = ("q35", "pc")
 """Names that mean another machine type with every release; resolved when a machine is first run."""
 MAX_PATH_CHARS: Final = 1024
@@ -48,7 +49,7 @@ class DiskSpec:
     def __post_init__(self) -> None:
         check_types(self, self.TABLE)
         check_path(self.TABLE + "path", self.path)
-        check_choice(self.TABLE + "format", self.format, ("raw", "qcow2"))
+        check_choice(self.TABLE + "format", self.format, IMAGE_FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
