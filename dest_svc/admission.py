@@ -25,6 +25,7 @@ from vmferry.memory.hugepages import check_folder
 from vmferry.negotiation.about_network import about_network
 from vmferry.negotiation.facts import Network
 from vmferry.negotiation.findings import FINDINGS, Finding, Severity
+from vmferry.v1 import compatibility_pb2
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,16 @@ class Refusal:
     def of(cls, finding: Finding) -> Refusal:
         """A finding about a field of the description."""
         return cls(finding.id, finding.object, finding.message, finding.remedy, finding.severity)
+
+    def item(self) -> compatibility_pb2.CompatibilityItem:
+        """As a caller that asks beforehand gets it."""
+        return compatibility_pb2.CompatibilityItem(
+            severity=compatibility_pb2.Severity.ValueType(self.severity.value),
+            id=self.id,
+            message=self.message,
+            object=self.field,
+            remedy=self.remedy,
+        )
 
     def error(self) -> InvalidArgumentError:
         """The same for a caller that begins all the same."""
@@ -71,7 +82,6 @@ def refusals(
             yield from _about_file(field, Path(path), config)
         for number, nic in enumerate(spec.qemu.nics):
             yield from _about_nic(f"qemu.nics[{number}].tap", nic, config, (networks or {}).get(nic.tap))
-        yield from _about_disks(spec.qemu)
 
 
 def _about_netdev(netdev: str, root: Path) -> Iterator[Refusal]:
@@ -138,21 +148,28 @@ def _about_memory(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
 
 
 def _about_file(field: str, path: Path, config: HostConfig) -> Iterator[Refusal]:
+    found = resolved_file(field, path, config)
+    if isinstance(found, Refusal):
+        yield found
+
+
+def resolved_file(field: str, path: Path, config: HostConfig) -> Path | Refusal:
+    """A file with all links followed, or why no machine may use it here."""
     roots = " and ".join(map(str, config.image_roots)) or "nowhere"
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         # Whether it exists outside of the roots is nobody's business.
         if not any(path.is_relative_to(root) for root in config.image_roots):
-            yield _outside(field, path, roots)
-            return
+            return _outside(field, path, roots)
         message = f"{path} cannot be found: {getattr(error, 'strerror', None) or error}"
-        yield Refusal("file.missing", field, message, "Put the same file there, at the same path.")
-        return
+        return Refusal("file.missing", field, message, "Put the same file there, at the same path.")
     if not any(real.is_relative_to(root.resolve()) for root in config.image_roots):
-        yield _outside(field, path, roots)
-    elif not stat.S_ISREG(real.stat().st_mode):
-        yield Refusal("file.not-regular", field, f"{path} is not a regular file", "Name a regular file.")
+        return _outside(field, path, roots)
+    if not stat.S_ISREG(real.stat().st_mode):
+        remedy = "Name a regular file; block devices are not moved yet."
+        return Refusal("file.not-regular", field, f"{path} is not a regular file", remedy)
+    return real
 
 
 def _outside(field: str, path: Path, roots: str) -> Refusal:
@@ -176,17 +193,3 @@ def _about_nic(field: str, nic: NicSpec, config: HostConfig, at_source: Network 
         yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", remedy)
     else:
         yield from map(Refusal.of, about_network(field, at_source, here))
-
-
-def _about_disks(part: QemuSpec) -> Iterator[Refusal]:
-    for number, disk in enumerate(part.disks):
-        field = f"qemu.disks[{number}].path"
-        if not disk.shared:
-            message = f"the disk {disk.path} is local to the source, and disks are not moved"
-            remedy = "Put it on storage that both hosts share, or run the machine without it."
-            yield Refusal("disk.not-shared", field, message, remedy)
-        else:
-            message = f"this release cannot prove yet that {disk.path} is the same disk on both hosts"
-            yield Refusal(
-                "disk.identity", field, message, "Run the machine without it, or wait for a release."
-            )

@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from dest_svc.admission import refusals
 from dest_svc.receiver import Receiver
 from vmferry.config import HostConfig
 from vmferry.errors import MachineFailedError
@@ -19,10 +18,9 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
-from vmferry.negotiation.facts import Network
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
-from vmferry.v1 import compatibility_pb2, handoff_pb2
+from vmferry.v1 import compatibility_pb2
 
 _MIB: Final = 1024 * 1024
 
@@ -101,26 +99,7 @@ def make_offer(
     return offer
 
 
-def judge(
-    spec: MachineSpec,
-    networks: Iterable[compatibility_pb2.NetworkIdentity],
-    config: HostConfig,
-    response: handoff_pb2.NegotiateResponse,
-) -> None:
-    """Add what this host finds wrong with a machine, and what its guest would see here; takes a moment."""
-    at_source = {one.tap: Network(one.tap, one.bridge, one.mtu_bytes) for one in networks}
-    for refusal in refusals(spec, config, at_source):
-        response.items.add(
-            severity=compatibility_pb2.Severity.ValueType(refusal.severity.value),
-            id=refusal.id,
-            message=refusal.message,
-            object=refusal.field,
-            remedy=refusal.remedy,
-        )
-    response.cpuid.extend(_guest_cpuid(spec, config))
-
-
-def _guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2.CpuidWord]:
+def guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2.CpuidWord]:
     """What a guest of this description would see of its processor here; empty if that is not known."""
     part = spec.qemu
     # Nothing is started that the configuration does not allow.

@@ -81,6 +81,7 @@ class Receiver:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
             self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            await self.machine.check_images()
             await self.machine.get_ready()
             region = self.machine.ram
             self._ram = RamFile.open(region.path, region.size_bytes, writable=True)

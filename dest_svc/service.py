@@ -10,15 +10,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 import grpc
 
-from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
+from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
-from dest_svc.offer import judge, left_for_newcomers, make_offer
+from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
@@ -43,11 +42,10 @@ from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.findings import Severity
-from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
-from vmferry.rpc.interceptors import current_caller, current_caller_key
+from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
-from vmferry.security.tickets import VerifiedTicket, open_ticket
+from vmferry.security.tickets import VerifiedTicket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.together import to_the_end
@@ -73,6 +71,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
         self._measurements = Measurements(host.config.ram_dir)
+        self._judge = Judge(host.config)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -118,7 +117,9 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         )
         if request.HasField("spec"):
             spec = spec_from_message(request.spec)
-            await asyncio.to_thread(judge, spec, request.networks, self._config, response)
+            found = await self._judge.against(spec, request.files, request.networks)
+            response.items.extend(refusal.item() for refusal in found)
+            response.cpuid.extend(await asyncio.to_thread(guest_cpuid, spec, self._config))
         # The last thing: the clocks are compared by it.
         response.offer.time.GetCurrentTime()
         return response
@@ -138,7 +139,10 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         if self._config.draining:
             raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
         attempt = self._attempt(request.attempt)
-        spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
+        spec, ticket = await asyncio.to_thread(check_begin, request, attempt, self._host)
+        for refusal in await self._judge.against(spec, request.files):
+            if refusal.severity is Severity.BLOCKS:
+                raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
         return handoff_pb2.BeginResponse(
@@ -233,38 +237,6 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 remedy="The host lost its journal; an operator must decide (docs/handoff.md).",
             )
         return attempt
-
-    def _check_begin(
-        self, request: handoff_pb2.BeginRequest, attempt: Attempt
-    ) -> tuple[MachineSpec, VerifiedTicket]:
-        spec = spec_from_message(request.spec)
-        memory_bytes = spec.memory_mib * _MIB
-        ticket = open_ticket(request.ticket, ca_pem=self._host.tls.load().ca_pem, now=datetime.now(UTC))
-        ticket.check(
-            machine_id=attempt.machine_id,
-            source=current_caller(),
-            destination=self._own,
-            memory_bytes=memory_bytes,
-            vcpus=spec.vcpus,
-            source_key_sha256=current_caller_key(),
-            destination_key_sha256=self._host.tls.load().key_sha256,
-        )
-        if ticket.migration_id != attempt.migration_id:
-            raise InvalidArgumentError("the ticket is for another migration", field="attempt.migration_id")
-        if spec.uuid != attempt.machine_id:
-            raise InvalidArgumentError("the description is of another machine", field="spec.uuid")
-        if request.protocol_version not in PROTOCOL_VERSIONS:
-            raise InvalidArgumentError("this host does not speak that version", field="protocol_version")
-        if not 2 <= request.lanes <= 16:  # noqa: PLR2004 - the documented range
-            raise InvalidArgumentError("lanes must be between 2 and 16", field="lanes")
-        if [(region.name, region.size_bytes) for region in request.regions] != [("ram", memory_bytes)]:
-            raise InvalidArgumentError(
-                "regions must be one, 'ram', of the machine's memory size", field="regions"
-            )
-        for refusal in refusals(spec, self._config):
-            if refusal.severity is Severity.BLOCKS:
-                raise refusal.error()
-        return spec, ticket
 
     async def _admit(
         self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int

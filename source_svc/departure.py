@@ -2,7 +2,8 @@
 
 Promise: every step is decided by ``vmferry.handoff.source.decide`` and done in its order: a record is on disk before
 the effect that needs it; the guest is resumed only with a permit minted from the journals; once the right to run
-was given up, nothing but the destination's answer moves anything here.
+was given up, nothing but the destination's answer moves anything here. A resume that the hypervisor refuses is tried
+again until it works.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
 from source_svc.peer import Destination
-from vmferry.errors import JournalDamagedError, MachineBusyError, VmferryError
+from vmferry.errors import (
+    JournalDamagedError,
+    MachineBusyError,
+    MachineDeadError,
+    MachineFailedError,
+    MachineNotFoundError,
+    MachineNotOwnedError,
+    VmferryError,
+    WrongPhaseError,
+)
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
@@ -42,6 +52,9 @@ class Story(Protocol):
     async def waits(self, why: str) -> None:
         """Nothing can be done now; the destination will be asked again."""
 
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet; that will be tried again."""
+
 
 class Departure:
     """One machine's journal at this source, and the means to act on it."""
@@ -62,6 +75,7 @@ class Departure:
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
         self._release_due = False
+        self._not_resumed: MachineFailedError | None = None
 
     @property
     def state(self) -> source.SourceState:
@@ -124,7 +138,7 @@ class Departure:
                     note=action.record.note,
                 )
             case Resume():
-                await self._resume()
+                await self._try_resume()
             case Release():
                 self._release_due = True
             case Wait(why=why):
@@ -147,6 +161,18 @@ class Departure:
             self._on_broken_journal(error)
             raise
 
+    async def _try_resume(self) -> None:
+        """Resume; the rest of a decision follows even if that fails, for it may be what stands in the way."""
+        self._not_resumed = None
+        try:
+            await self._resume()
+        except MachineFailedError as error:
+            self._not_resumed = error
+            _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
+        except (MachineDeadError, MachineNotFoundError, MachineNotOwnedError, WrongPhaseError) as error:
+            # It ended, was ended by an operator, or its guest shut down or crashed: there is nothing to resume.
+            _LOG.error("not resumed", machine=self.machine_id, reason=error.reason, detail=error.message)
+
     async def _resume(self) -> None:
         async with phase("resume"):
             machine = self.machine()
@@ -155,6 +181,13 @@ class Departure:
                     await machine.cont(permit)
             finally:
                 await machine.close()
+
+    async def keep_resuming(self, story: Story) -> None:
+        """Try to resume until it works, if it was due and failed: a disk's lock may be held elsewhere for a while."""
+        while self._not_resumed is not None:
+            await story.stays_paused(self._not_resumed)
+            await asyncio.sleep(story.retry_s)
+            await self._try_resume()
 
     async def settle_records(self) -> None:
         """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""

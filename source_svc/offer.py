@@ -5,7 +5,7 @@ Promise: what an older destination does not say stays unknown; what a newer one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,9 +18,11 @@ from vmferry.v1 import compatibility_pb2, handoff_pb2
 _SEVERITIES: Final = {severity.value: severity for severity in Severity}
 
 
-def offer_from_message(answer: handoff_pb2.NegotiateResponse) -> Offer:
-    """What the destination offers, and what it found wrong."""
+def offer_from_message(answer: handoff_pb2.NegotiateResponse, own: Sequence[Finding] = ()) -> Offer:
+    """What the destination offers, and what it found wrong, behind what was found here about the machine's files."""
     offer = answer.offer
+    told = {(found.id, found.object) for found in own}
+    theirs = [_finding(item) for item in answer.items if (item.id, item.object) not in told]
     return Offer(
         host=offer.host,
         software_version=offer.software_version,
@@ -33,7 +35,7 @@ def offer_from_message(answer: handoff_pb2.NegotiateResponse) -> Offer:
         max_incoming_migrations=offer.max_incoming_migrations,
         machine_names=list(offer.machine_names),
         held_machine_ids=list(offer.held_machine_ids),
-        refusals=[_finding(item) for item in answer.items],
+        refusals=[*own, *theirs],
         draining=offer.draining,
         cpus=offer.cpus,
         kernel=offer.kernel,

@@ -17,10 +17,11 @@ from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
+from source_svc.files import incompatible, shown
 from source_svc.forecasts import Forecasts, Subject
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from source_svc.planning import Plan, incompatible
+from source_svc.planning import Plan
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -190,7 +191,7 @@ class Outgoing:
             self.migration.message.tracker = report.tracker
             span_attributes(tracker=report.tracker, findings=len(report.findings))
             if report.blocking:
-                raise incompatible(report)
+                raise incompatible(report.blocking)
             self._attempt = self._plan.attempt(
                 self._order.migration_id, self._departure.next_attempt_number(), self._destination.address
             )
@@ -206,14 +207,18 @@ class Outgoing:
             phase("reserve"),
         ):
             await self._departure.begin(attempt)
-            begun = await self._destination.begin(
-                attempt,
-                ticket=order.ticket,
-                spec=self._machine.spec,
-                lanes=order.lanes,
-                protocol_version=self._protocol_version,
-                timeout_s=order.reserve_timeout_s,
-            )
+            machine = self._machine
+            async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
+                files.check()
+                begun = await self._destination.begin(
+                    attempt,
+                    ticket=order.ticket,
+                    spec=machine.spec,
+                    lanes=order.lanes,
+                    protocol_version=self._protocol_version,
+                    files=files.identities,
+                    timeout_s=order.reserve_timeout_s,
+                )
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
@@ -332,10 +337,19 @@ class Outgoing:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet."""
+        span_event("not resumed yet", why=why.message)
+        self.migration.message.owner = self._material.identity.uri
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
+
     async def _conclude(self) -> None:
         last_round_bytes = self._copy.last_round_bytes if self._copy is not None else 0
         await self._tidy_up()
         await self._departure.release()
+        await self._departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
@@ -360,11 +374,12 @@ class Outgoing:
         )
         tells = await self._departure.apply(wanted)
         if isinstance(self._departure.state, source.Quiet):
-            if self._attempt is not None and tells:
-                await self._say_goodbye(self._attempt)
+            goodbye = [self._say_goodbye(self._attempt)] if self._attempt is not None and tells else []
+            await together(*goodbye, self._departure.keep_resuming(self))
         else:
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
+            await self._departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return

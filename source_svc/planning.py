@@ -8,15 +8,17 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from source_svc.files import shown
 from source_svc.forecasts import Forecast
 from source_svc.offer import offer_from_message
 from source_svc.peer import Destination
-from vmferry.errors import IncompatibleError, MachineDeadError, MachineNotOwnedError, VmferryError
+from vmferry.errors import MachineDeadError, MachineNotOwnedError, VmferryError
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Attempt
 from vmferry.machines import host, network
 from vmferry.machines.command import device_ids, render_command
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
@@ -40,6 +42,8 @@ class Plan:
     certificate_expires_at_s: float
     switch_timeout_s: float
     negotiate_timeout_s: float
+    contents: Contents
+    """Hashes of files that are known already."""
     migrating: bool = False
     destination_incarnation: str = ""
     forecast: Forecast = field(default_factory=Forecast)
@@ -63,11 +67,14 @@ class Plan:
         facts = await self._facts(machine)
         networks = await asyncio.to_thread(self._networks)
         asked_at_s = time.time()
-        answer = await destination.negotiate(self.spec, networks, timeout_s=self.negotiate_timeout_s)
+        async with shown(self.spec, self.contents, pid=machine.pid if machine else None) as files:
+            answer = await destination.negotiate(
+                self.spec, networks, files.identities, timeout_s=self.negotiate_timeout_s
+            )
         self.destination_incarnation = answer.destination_incarnation
         judge = partial(
             compare,
-            offer=offer_from_message(answer),
+            offer=offer_from_message(answer, files.findings),
             trackers=[TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers],
             here=self._here(asked_at_s),
             insist_on_tracker=tracker,
@@ -178,16 +185,6 @@ def _page_bytes(machine: QmpMachine, backing: str) -> int:
         return machine.ram.path.stat().st_blksize
     except OSError:
         return 0
-
-
-def incompatible(report: Report) -> IncompatibleError:
-    """The error that names everything that blocks."""
-    blocking = report.blocking
-    return IncompatibleError(
-        "; ".join(f"{found.id}: {found.message}" for found in blocking),
-        remedy=" ".join(found.remedy for found in blocking),
-        findings=",".join(found.id for found in blocking),
-    )
 
 
 def _unpredicted(why: str) -> Finding:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Final
 
 from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import (
+    MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
@@ -26,8 +28,11 @@ from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
+from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
+
+_LOG: Final = get_logger(__name__)
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -46,6 +51,23 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
                 await machine.cont(permit)
     finally:
         await machine.close()
+
+
+async def keep_settling(
+    machine_id: str, ledger: HostLedger, directory: MachineDirectory, retry_s: float
+) -> None:
+    """Try :func:`settle_quiet` until the hypervisor does as it is told: a disk's lock may be held elsewhere."""
+    while True:
+        await asyncio.sleep(retry_s)
+        try:
+            await settle_quiet(machine_id, ledger, directory)
+        except MachineFailedError as error:
+            _LOG.error("owned, and not resumed yet", machine=machine_id, detail=error.message)
+        except VmferryError as error:
+            _LOG.error("not resumed", machine=machine_id, reason=error.reason, detail=error.message)
+            return
+        else:
+            return
 
 
 class Recovered:
@@ -107,6 +129,7 @@ class Recovered:
                     await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
         await departure.settle(self._destination, tells, self)
         await departure.release()
+        await departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
@@ -123,3 +146,10 @@ class Recovered:
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
+
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet."""
+        self.migration.message.owner = self._own
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)

@@ -23,11 +23,12 @@ from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, settle_quiet
+from source_svc.recovery import Recovered, keep_settling, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
+    MachineFailedError,
     MachineNotOwnedError,
     ServiceStoppingError,
     TicketUsedError,
@@ -38,6 +39,7 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
 from vmferry.machines.directory import MachineRecord
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.wire import spec_to_message
@@ -79,6 +81,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._own = host.own
         self._migrations = Migrations()
         self._forecasts = Forecasts(host.trackers)
+        self._contents = Contents()
+        self._settling: list[asyncio.Task[None]] = []
         self._running: dict[str, Outgoing | Recovered] = {}
         self._starting = asyncio.Lock()
         self._stopping = False
@@ -95,6 +99,10 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError as error:
+                _LOG.error("owned, and not resumed yet", machine=machine_id, detail=error.message)
+                again = keep_settling(machine_id, self._ledger, self._directory, self._config.handoff_retry_s)
+                self._settling.append(asyncio.create_task(again))
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -103,6 +111,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
+        for task in self._settling:
+            task.cancel()
+        await asyncio.gather(*self._settling, return_exceptions=True)
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
 
     async def close(self) -> None:
@@ -376,6 +387,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._host.tls.load().not_after.timestamp(),
             self._config.switch_timeout_s,
             self._config.negotiate_timeout_s,
+            self._contents,
         )
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:

@@ -125,7 +125,8 @@ def _qemu(
     if part.append:
         command += ["-append", part.append]
     for number, disk in enumerate(part.disks):
-        command += _disk(number, disk, sum(other.bus == disk.bus for other in part.disks[:number]))
+        place = sum(other.bus == disk.bus for other in part.disks[:number])
+        command += _disk(number, disk, place, incoming=incoming)
     for number, nic in enumerate(part.nics):
         command += _nic(number, nic)
     command += _devices([device.model for device in part.devices])
@@ -152,13 +153,19 @@ def _serial(part: QemuSpec, paths: MachinePaths) -> str:
     return f"file,id=serial0,path={_value(paths.serial)},append=on"
 
 
-def _disk(number: int, disk: DiskSpec, place: int) -> Iterator[str]:
-    node = {
+def _disk(number: int, disk: DiskSpec, place: int, *, incoming: bool) -> Iterator[str]:
+    # Through the page cache: write tracking does not see what a disk transfers into guest memory past it. QEMU drops
+    # what is cached of an image when it takes the image over, and so sees what another host wrote.
+    file: dict[str, object] = {"driver": "file", "filename": disk.path, "locking": "on", "drop-cache": True}
+    file["cache"] = {"direct": False, "no-flush": False}
+    node: dict[str, object] = {
         "driver": disk.format,
         "node-name": f"disk{number}",
         "read-only": disk.read_only,
-        "file": {"driver": "file", "filename": disk.path, "locking": "on"},
+        "file": file,
     }
+    if incoming and disk.format == "qcow2":
+        node["backing"] = None  # whatever file of this host the image may name
     yield from ("-blockdev", json.dumps(node, sort_keys=True))
     bus = _BUSES[disk.bus]
     if bus.controller and place == 0:

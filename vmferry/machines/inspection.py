@@ -7,7 +7,7 @@ Promise: it asks and changes nothing. A question that this release does not know
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ from vmferry.negotiation.facts import CpuidKey, Device
 
 IGNORE_SHARED: Final = "x-ignore-shared"
 """The capability that keeps memory out of the device state."""
+LATE_ACTIVATE: Final = "late-block-activate"
+"""A copy that has loaded its state takes its disks, and their locks, only when it is told to run."""
 
 _FOLDERS: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 _CHILD: Final = re.compile(r"child<(.+)>")
@@ -42,8 +44,8 @@ class Inspection:
     """What its guest sees of its first processor."""
 
 
-async def inspect(monitor: Monitor) -> Inspection:
-    """Ask the QEMU behind a monitor.
+async def inspect(monitor: Monitor, needed: Iterable[str]) -> Inspection:
+    """Ask the QEMU behind a monitor, which must have the capabilities that are ``needed``.
 
     Raises:
         MachineFailedError: it cannot be asked, or gives answers without sense.
@@ -57,8 +59,8 @@ async def inspect(monitor: Monitor) -> Inspection:
     try:
         numbers = release["qemu"]
         blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
-        if IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
-            blockers.append(f"it has no capability {IGNORE_SHARED}")
+        known = {capability["capability"] for capability in capabilities}
+        blockers += [f"it has no capability {name}" for name in needed if name not in known]
         first = min(processors, key=lambda one: int(one["cpu-index"]))
         return Inspection(
             version=f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}",

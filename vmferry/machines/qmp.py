@@ -23,11 +23,12 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
-from vmferry.machines.inspection import IGNORE_SHARED, Inspection, inspect
+from vmferry.machines.inspection import Inspection, inspect
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
+from vmferry.machines.qemu.spec import IMAGE_FORMATS
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
 from vmferry.memory import memfd
@@ -165,6 +166,22 @@ class QmpMachine(Machine):
         """Do beforehand what saving and loading need, so that the guest's pause is shorter."""
         async with self._lock:
             await self._ignore_shared_memory()
+
+    async def check_images(self) -> None:
+        """Refuse a hypervisor that opened other images than its description names.
+
+        A header may name more of them, and whoever writes to an image may have changed it since it was looked at.
+        """
+        disks = self._spec.qemu.disks if self._spec.qemu is not None else ()
+        if not disks:
+            return
+        async with self._lock:
+            nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True}, repeatable=True)
+        named = {("file", disk.path) for disk in disks}
+        opened = {(str(node["drv"]), str(node["file"])) for node in nodes if node["drv"] not in IMAGE_FORMATS}
+        if opened - named:
+            words = ", ".join(f"{driver}:{file}" for driver, file in sorted(opened - named))
+            raise self._failure("query-named-block-nodes", f"it has opened what no disk names: {words}")
 
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM, asked for anew by each call."""
@@ -341,11 +358,14 @@ class QmpMachine(Machine):
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
         if self._ignoring_shared:
             return
-        capability = {"capability": IGNORE_SHARED, "state": True}
-        await self._monitor.execute(
-            "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
-        )
+        wanted = [{"capability": name, "state": True} for name in self._capabilities()]
+        await self._monitor.execute("migrate-set-capabilities", {"capabilities": wanted}, repeatable=True)
         self._ignoring_shared = True  # for as long as the process lives
+
+    def _capabilities(self) -> list[str]:
+        """What the hypervisor must be able to do for this machine to be moved."""
+        disks = self._spec.qemu is not None and self._spec.qemu.disks
+        return [_IGNORE_SHARED, _LATE_ACTIVATE] if disks else [_IGNORE_SHARED]
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:

@@ -244,14 +244,15 @@ def with_disks(spec: MachineSpec, folder: Path) -> MachineSpec:
 
 
 async def test_a_plan_names_all_that_stands_in_the_way(world: World, images: Path, tmp_path: Path) -> None:
-    """Disks and files outside of the roots block together; the machine runs on, and a start is refused."""
+    """A local disk and a file outside of the roots block together; the machine runs on, and a start is refused."""
     spec = with_disks(linux_spec(images), images)
     (tmp_path / "initrd").write_bytes((images / "initrd").read_bytes())
     assert spec.qemu is not None
     spec = replace(spec, qemu=replace(spec.qemu, initrd=str(tmp_path / "initrd")))
     guest = await boot(world, spec)
     found = await plan(world, guest)
-    assert set(found) == {"disk.not-shared", "disk.identity", "file.outside-roots"}
+    assert set(found) == {"disk.not-shared", "file.outside-roots"}
+    assert found["disk.not-shared"].object == "qemu.disks[0].path"
     assert found["file.outside-roots"].object == "qemu.initrd"
     migration = await world.migrate(guest, world.a, world.b)
     assert migration.reason.reason == "INCOMPATIBLE"

@@ -164,13 +164,15 @@ def test_the_command_line_by_example() -> None:
         *("-append", "console=ttyS0 quiet"),
         "-blockdev",
         (
-            '{"driver": "raw", "file": {"driver": "file", "filename": "/images/root,1.raw", "locking": "on"}, '
+            '{"driver": "raw", "file": {"cache": {"direct": false, "no-flush": false}, '
+            '"driver": "file", "drop-cache": true, "filename": "/images/root,1.raw", "locking": "on"}, '
             '"node-name": "disk0", "read-only": false}'
         ),
         *("-device", "virtio-blk-pci,id=virtio-disk0,drive=disk0"),
         "-blockdev",
         (
-            '{"driver": "qcow2", "file": {"driver": "file", "filename": "/images/data.qcow2", "locking": "on"}, '
+            '{"driver": "qcow2", "file": {"cache": {"direct": false, "no-flush": false}, '
+            '"driver": "file", "drop-cache": true, "filename": "/images/data.qcow2", "locking": "on"}, '
             '"node-name": "disk1", "read-only": true}'
         ),
         *("-device", "virtio-blk-pci,id=virtio-disk1,drive=disk1"),

@@ -29,6 +29,7 @@ from vmferry.memory.backings import ANONYMOUS, HUGETLBFS, MEMFD, TMPFS
 
 AUTO: Final = "auto"
 ACCELERATORS: Final = ("kvm", "tcg")
+IMAGE_FORMATS: Final = ("raw", "qcow2")
 MACHINE_ALIASES: Final = ("q35", "pc")
 """Names that mean another machine type with every release; resolved when a machine is first run."""
 MEMORY_BACKINGS: Final = (TMPFS, HUGETLBFS, MEMFD, ANONYMOUS)

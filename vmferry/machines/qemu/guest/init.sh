@@ -3,12 +3,15 @@
 #
 # Parameters, on the kernel's command line:
 #   vf.files=N    files of 1 MiB with random content, checked again and again against the sums taken at first
+#   vf.disk=NAME  a disk with a file system, such as vda, which is written to and read again without end
 #   vf.writes=N   how many MiB a second another process copies and compares, and so rewrites in memory
 # What it says, one line each:
 #   ready files=N              the files are made
 #   tick n=N up=S.CC gap=CC wall=S bad=N
 #                              ten times a second; gap: centiseconds since the last tick, bad: all faults so far
 #   check n=N begun=T bad=N    all files were read once more, begun after tick T
+#   disk n=N name=F md5=SUM bad=N
+#                              a file of the disk, written and brought to the disk before this is said; the last 16 stay
 #   BAD ...                    a fault, by name
 export PATH=/bin
 /bin/busybox mkdir -p /bin /proc /data /state
@@ -16,9 +19,13 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t tmpfs -o size=80% tmpfs /data
 mount -t tmpfs tmpfs /state
-files=8 writes=0
+for module in /modules/*.ko; do
+  [ -e "$module" ] && insmod "$module"
+done
+files=8 writes=0 disk=
 for word in $(cat /proc/cmdline); do
   case $word in
+    vf.disk=*) disk=${word#*=} ;;
     vf.files=*) files=${word#*=} ;;
     vf.writes=*) writes=${word#*=} ;;
   esac
@@ -62,7 +69,29 @@ write() {
   done
 }
 
+write_disk() {
+  mkdir -p /disk
+  mount -t devtmpfs devtmpfs /dev
+  until [ -e /dev/$disk ]; do usleep 50000; done
+  mount -t ext4 /dev/$disk /disk || fault "mount $disk"
+  k=0
+  while :; do
+    size=$((1 + k % 7))
+    rm -f /disk/f$((k - 16))
+    dd if=/dev/urandom of=/disk/f$k bs=16k count=$size conv=fsync 2>/dev/null || fault "disk write $k"
+    sync
+    sum=$(md5sum </disk/f$k)
+    echo "${sum%% *}  /disk/f$k" >/state/disk$((k % 16))
+    echo "disk n=$k name=f$k md5=${sum%% *} bad=$(wc -l </state/bad)"
+    # Read from the disk itself, not from what the guest remembers of it.
+    echo 3 >/proc/sys/vm/drop_caches
+    cat /state/disk* | md5sum -c >/state/found-disk 2>&1 || fault "disk: $(grep -v ': OK' /state/found-disk | tr '\n' ' ')"
+    k=$((k + 1))
+  done
+}
+
 check &
+[ -n "$disk" ] && write_disk &
 [ "$writes" -gt 0 ] && write &
 
 read -r up rest </proc/uptime
