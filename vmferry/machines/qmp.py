@@ -23,7 +23,7 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
-from vmferry.machines.inspection import Inspection, inspect
+from vmferry.machines.inspection import IGNORE_SHARED, LATE_ACTIVATE, Inspection, inspect
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
@@ -242,7 +242,7 @@ class QmpMachine(Machine):
     async def inspect(self) -> Inspection:
         """What QEMU says of its release, its parts, and what forbids a migration."""
         async with self._lock:
-            return await inspect(self._monitor)
+            return await inspect(self._monitor, self._capabilities())
 
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
@@ -365,7 +365,7 @@ class QmpMachine(Machine):
     def _capabilities(self) -> list[str]:
         """What the hypervisor must be able to do for this machine to be moved."""
         disks = self._spec.qemu is not None and self._spec.qemu.disks
-        return [_IGNORE_SHARED, _LATE_ACTIVATE] if disks else [_IGNORE_SHARED]
+        return [IGNORE_SHARED, LATE_ACTIVATE] if disks else [IGNORE_SHARED]
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:
