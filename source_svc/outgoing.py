@@ -20,6 +20,7 @@ from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from source_svc.planning import Plan, incompatible
+from source_svc.streaming import StreamedCopy
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -37,6 +38,7 @@ from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.negotiation.path import STREAM
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
@@ -65,6 +67,7 @@ class Order:
     reserve_timeout_s: float
     compare_bytes: bool
     tracker: str
+    path: str
 
 
 class Outgoing:
@@ -96,7 +99,7 @@ class Outgoing:
         self._cancelled: CancelledByCallerError | None = None
         self._paused_at = 0.0
         self._last_heard: AttemptState | None = None
-        self._copy: Copy | None = None
+        self._copy: Copy | StreamedCopy | None = None
         self._attempt: Attempt | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -148,7 +151,7 @@ class Outgoing:
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
-            async with phase("precopy", tracker=self._copy.tracker_kind):
+            async with phase("precopy", path=self.migration.message.path, tracker=self._copy.tracker_kind):
                 await self._copy.converge(self._preflight)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
@@ -168,9 +171,21 @@ class Outgoing:
     async def _negotiate(self) -> None:
         await self.migration.enter(pb.MIGRATION_PHASE_NEGOTIATING)
         async with phase("negotiate"):
-            report = await self._plan.report(self._machine, self._destination, self._order.tracker)
-            self.migration.message.tracker = report.tracker
-            span_attributes(tracker=report.tracker, findings=len(report.findings))
+            order = self._order
+            report = await self._plan.report(
+                self._machine,
+                self._destination,
+                order.tracker,
+                path=order.path,
+                compare_bytes=order.compare_bytes,
+            )
+            message = self.migration.message
+            message.tracker, message.path, message.path_reason = (
+                report.tracker,
+                report.path,
+                report.path_reason,
+            )
+            span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
                 raise incompatible(report)
             self._attempt = self._plan.attempt(
@@ -190,6 +205,7 @@ class Outgoing:
                 spec=self._machine.spec,
                 lanes=order.lanes,
                 protocol_version=self._protocol_version,
+                path=self.migration.message.path,
                 timeout_s=order.reserve_timeout_s,
             )
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
@@ -203,9 +219,9 @@ class Outgoing:
             self.migration.message.tracker,
             self._plan.trackers,
         )
-        self._copy = Copy(self._machine, self._destination, self.migration, settings)
+        kind = StreamedCopy if self.migration.message.path == STREAM else Copy
+        self._copy = kind(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
-        await self._machine.get_ready()
         self._reserved_at = time.monotonic()
 
     async def _preflight(self) -> bool:
@@ -236,24 +252,32 @@ class Outgoing:
         if self._order.compare_bytes:
             limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         async with _limit("switch_timeout", limit_s):
-            self._paused_at = time.monotonic()
             async with phase("pause"):
-                await self._machine.stop()
-            # Saving takes a while and hardly touches memory, so it goes on beside the last round.
-            _, device_state = await together(self._last_round(), self._save_device_state())
-            if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
-                await self._copy.leftovers()
-            await self._copy.send_device_state(device_state)
-            if self._order.compare_bytes:
-                async with phase("compare"):
-                    await self._copy.compare_all()
+                self._paused_at = await self._copy.pause()
+            if isinstance(self._copy, StreamedCopy):
+                await self._copy.rest()
+                device_state = b""  # it has gone with memory
+            else:
+                device_state = await self._rest(self._copy)
             async with phase("seal"):
                 return await self._seal(device_state, limit_s)
 
-    async def _last_round(self) -> None:
-        assert self._copy is not None
+    async def _rest(self, copy: Copy) -> bytes:
+        """Send what is left of the paused guest; returns its device state."""
+        # Saving takes a while and hardly touches memory, so it goes on beside the last round.
+        device_state: bytes
+        _, device_state = await together(self._last_round(copy), self._save_device_state())
+        if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
+            await copy.leftovers()
+        await copy.send_device_state(device_state)
+        if self._order.compare_bytes:
+            async with phase("compare"):
+                await copy.compare_all()
+        return device_state
+
+    async def _last_round(self, copy: Copy) -> None:
         async with phase("last round"):
-            await self._copy.last_round()
+            await copy.last_round()
 
     async def _save_device_state(self) -> bytes:
         async with phase("device state"):

@@ -67,6 +67,7 @@ class Destination:
         spec: MachineSpec,
         lanes: int,
         protocol_version: int,
+        path: str,
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -78,6 +79,7 @@ class Destination:
             regions=[region],
             lanes=lanes,
             protocol_version=protocol_version,
+            path=path,
         )
         return await self._ask(self._stub.Begin(request, timeout=timeout_s))
 

@@ -41,13 +41,28 @@ class Plan:
     migrating: bool = False
     destination_incarnation: str = ""
 
-    async def report(self, machine: QmpMachine | None, destination: Destination, tracker: str) -> Report:
+    async def report(
+        self,
+        machine: QmpMachine | None,
+        destination: Destination,
+        tracker: str,
+        *,
+        path: str = "",
+        compare_bytes: bool = False,
+    ) -> Report:
         """Ask both hosts; the destination must answer."""
         answer = await destination.negotiate(self.spec)
         self.destination_incarnation = answer.destination_incarnation
         facts = await self._facts(machine)
         trackers = [TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers]
-        return compare(facts, _offer(answer), trackers, insist_on_tracker=tracker)
+        return compare(
+            facts,
+            _offer(answer),
+            trackers,
+            insist_on_tracker=tracker,
+            insist_on_path=path,
+            compare_bytes=compare_bytes,
+        )
 
     async def _facts(self, machine: QmpMachine | None) -> MachineFacts:
         rights = await asyncio.to_thread(self.ledger.rights, self.spec.uuid)
@@ -72,6 +87,7 @@ class Plan:
             binary=self.spec.qemu.binary if self.spec.qemu is not None else "",
             hypervisor_version=hypervisor.version,
             blockers=hypervisor.blockers,
+            shared_memory=self.spec.shared_memory,
         )
 
     def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:
@@ -121,6 +137,8 @@ def report_to_message(report: Report) -> compatibility_pb2.CompatibilityReport:
         items=items,
         protocol_version=report.protocol_version,
         tracker=report.tracker,
+        path=report.path,
+        path_reason=report.path_reason,
     )
 
 
@@ -154,4 +172,5 @@ def _offer(answer: handoff_pb2.NegotiateResponse) -> Offer:
         machine_names=list(offer.machine_names),
         held_machine_ids=list(offer.held_machine_ids),
         refusals=refusals,
+        paths=list(offer.paths),
     )

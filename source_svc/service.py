@@ -39,6 +39,7 @@ from vmferry.handoff.rights import Rights
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.port import RunState
 from vmferry.machines.wire import spec_to_message
+from vmferry.negotiation.path import PATHS, STREAM
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity, Kind
 from vmferry.security.tickets import VerifiedTicket, open_ticket
@@ -112,13 +113,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Ask both hosts and change nothing."""
         record = self._directory.find(_required(request.machine, "machine"))
         host, address = self._destination(request.destination)
-        self._order(request.options, b"", b"")  # refuses bad options by name
+        order = self._order(request.options, b"", b"")  # refuses bad options by name
         destination = self._peer(address, host)
         machine = self._directory.open(record, observe=True) if record.alive else None
         try:
             plan = self._plan(record, host)
             plan.migrating = self._migrations.open_of(record.spec.uuid) is not None
-            report = await plan.report(machine, destination, request.options.tracker)
+            report = await plan.report(
+                machine, destination, order.tracker, path=order.path, compare_bytes=order.compare_bytes
+            )
         finally:
             await destination.close()
             if machine is not None:
@@ -265,6 +268,12 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         known = [tracker.kind for tracker in self._host.trackers]
         if options.tracker and options.tracker not in known:
             raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
+        if options.path not in ("", *PATHS):
+            raise InvalidArgumentError(f"path must be one of {', '.join(PATHS)}", field="options.path")
+        if options.path == STREAM and options.tracker:
+            raise InvalidArgumentError(
+                "a hypervisor that streams its memory tracks writes itself", field="options.tracker"
+            )
         return Order(
             migration_id=migration_id,
             ticket=ticket,
@@ -275,6 +284,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             reserve_timeout_s=_seconds(options, "reserve_timeout", config.reserve_timeout_s),
             compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
             tracker=options.tracker,
+            path=options.path,
         )
 
     def _destination(self, destination: pb.Destination) -> tuple[Identity, str]:

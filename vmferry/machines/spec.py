@@ -81,6 +81,11 @@ class MachineSpec:
                 raise invalid(kind, "missing", f"a machine of kind {kind} needs the table [{kind}]")
 
     @property
+    def shared_memory(self) -> bool:
+        """Whether guest memory is a shared mapping that can be read and written from outside of the hypervisor."""
+        return self.qemu is None or self.qemu.memory_backing != "anonymous"
+
+    @property
     def label(self) -> str:
         """What it is, in a few words for people."""
         if self.microvm is not None:

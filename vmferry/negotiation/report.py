@@ -6,34 +6,19 @@ started only if nothing blocks. Pure: facts in, findings out.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-PROTOCOL_VERSIONS = (1,)
+from vmferry.negotiation.findings import Finding, Severity
+from vmferry.negotiation.path import STREAM, PathFacts, PathWishes, choose_path
+
+__all__ = ["Finding", "KindOffer", "MachineFacts", "Offer", "Report", "Severity", "TrackerFact", "compare"]
+
+PROTOCOL_VERSIONS = (2, 1)
 """What this release speaks, newest first."""
 PAGE_SIZE_BYTES = 4096
 ENCODINGS = ("none",)
 _MIB = 1024 * 1024
-
-
-class Severity(enum.IntEnum):
-    """How much a finding matters; the values are those of ``vmferry.v1.Severity``."""
-
-    NOTE = 1
-    WARNS = 2
-    BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    severity: Severity
-    id: str
-    message: str
-    object: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +53,8 @@ class MachineFacts:
     """Of its running process, for kinds whose hosts have different ones."""
     blockers: Sequence[str] = ()
     """Why its hypervisor would not let it go, in its own words."""
+    shared_memory: bool = True
+    """Whether its memory is a shared mapping that can be read from outside of its hypervisor."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +83,8 @@ class Offer:
     held_machine_ids: Sequence[str]
     refusals: Sequence[Finding] = ()
     """What it found wrong with the machine's description."""
+    paths: Sequence[str] = ()
+    """Ways for memory to travel that it can receive; empty means the direct one."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +94,8 @@ class Report:
     findings: Sequence[Finding]
     protocol_version: int
     tracker: str
+    path: str = ""
+    path_reason: str = ""
 
     @property
     def blocking(self) -> list[Finding]:
@@ -113,22 +104,47 @@ class Report:
 
 
 def compare(
-    machine: MachineFacts, offer: Offer, trackers: Sequence[TrackerFact], *, insist_on_tracker: str = ""
+    machine: MachineFacts,
+    offer: Offer,
+    trackers: Sequence[TrackerFact],
+    *,
+    insist_on_tracker: str = "",
+    insist_on_path: str = "",
+    compare_bytes: bool = False,
 ) -> Report:
     """Everything that is to be said about moving ``machine`` to the host of ``offer``."""
     common = [version for version in PROTOCOL_VERSIONS if version in offer.protocol_versions]
     tracker = _choose(trackers, insist_on_tracker)
+    wishes = PathWishes(insist_on_path, insist_on_tracker, compare_bytes)
+    way = choose_path(_path_facts(machine, offer, trackers, tracker, max(common, default=0)), wishes)
     findings = [
         *_about_protocol(common, offer),
         *_about_machine(machine),
         *_about_kind(machine, offer),
         *_about_host(machine, offer),
-        *_about_trackers(tracker, trackers, insist_on_tracker),
+        *way.findings,
+        *(_about_trackers(tracker, trackers, insist_on_tracker) if way.path != STREAM else ()),
     ]
     told = {finding.id for finding in findings}
     findings += [finding for finding in offer.refusals if finding.id not in told]
     findings.sort(key=lambda finding: -finding.severity)
-    return Report(tuple(findings), max(common, default=0), tracker)
+    used = tracker if way.path != STREAM else ""
+    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason)
+
+
+def _path_facts(
+    machine: MachineFacts, offer: Offer, trackers: Sequence[TrackerFact], tracker: str, version: int
+) -> PathFacts:
+    return PathFacts(
+        machine=machine.name,
+        kind=machine.kind,
+        shared_memory=machine.shared_memory,
+        tracker=tracker,
+        tracker_problem="; ".join(f"{found.kind}: {found.reason}" for found in trackers if not found.usable),
+        protocol_version=version,
+        destination=offer.host,
+        receives=offer.paths,
+    )
 
 
 def _choose(trackers: Sequence[TrackerFact], insist: str) -> str:
