@@ -9,6 +9,7 @@ from vmferry.handoff.ledger import HostLedger
 from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.path import PATHS
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2
@@ -58,4 +59,5 @@ def make_offer(
         machine_names=[record.spec.name for record in directory.list()],
         held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
         trackers=findings,
+        paths=PATHS,
     )

@@ -40,6 +40,7 @@ from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
+from vmferry.negotiation.path import DIRECT, path_problem
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
@@ -131,7 +132,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         attempt = self._attempt(request.attempt)
         spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
-        receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
+        receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
         return handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
@@ -252,22 +253,24 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise InvalidArgumentError(
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
+        problem = path_problem(request.path, spec.kind, request.protocol_version, shared=spec.shared_memory)
+        if problem:
+            raise InvalidArgumentError(problem, field="path")
         for refusal in refusals(spec, self._config):
             raise refusal.error()
         return spec, ticket
 
     async def _admit(
-        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
+        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, request: handoff_pb2.BeginRequest
     ) -> Receiver:
         async with self._admission:
             self._check_room(attempt, spec)
             arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
-                return await self._accept(arrival, attempt, spec, ticket, lanes)
+                await self._accept(arrival, attempt, ticket)
+                return await self._receive(arrival, attempt, spec, request)
 
-    async def _accept(
-        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
-    ) -> Receiver:
+    async def _accept(self, arrival: Arrival, attempt: Attempt, ticket: VerifiedTicket) -> None:
         async with self._ledger.locked(attempt.machine_id):
             await arrival.apply(
                 destination.BeginAsked(
@@ -277,8 +280,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     host_holds_machine=self._holds(arrival),
                 )
             )
+
+    async def _receive(
+        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, request: handoff_pb2.BeginRequest
+    ) -> Receiver:
         if arrival.receiver is None:
-            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, lanes)
+            path = request.path or DIRECT
+            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, request.lanes, path)
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()

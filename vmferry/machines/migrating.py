@@ -84,6 +84,10 @@ class MigrationControl:
         """Send the rest, for a migration that has paused by agreement."""
         await self._monitor.execute("migrate-continue", {"state": PAUSED})
 
+    async def status(self) -> str:
+        """What the hypervisor calls its state; empty if it has never migrated."""
+        return str((await self._answer()).get("status", ""))
+
     async def completed(self, command: str) -> bool:
         """Whether the hypervisor says it is through; raises its words if it failed."""
         return self._judged(await self._answer(), command) == COMPLETED
@@ -109,8 +113,7 @@ class MigrationControl:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while True:
-                    status = (await self._answer()).get("status")
-                    if status in _GOING_ON:
+                    if await self.status() in _GOING_ON:
                         if self._qemu:
                             await self._monitor.execute("migrate_cancel", repeatable=True)
                     elif not await self._unfinished():

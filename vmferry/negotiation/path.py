@@ -79,6 +79,17 @@ def choose_path(facts: PathFacts, wishes: PathWishes) -> PathChoice:
     return PathChoice(STREAM, reason, (note, _no_comparison(facts)) if wishes.compare_bytes else (note,))
 
 
+def path_problem(path: str, kind: str, version: int, *, shared: bool) -> str:
+    """What is wrong with the way that a source has chosen; empty if nothing is."""
+    if path == STREAM:
+        if kind not in STREAMING_KINDS:
+            return f"a machine of kind {kind} has no migration stream of its own"
+        return "" if version >= STREAM_SINCE_PROTOCOL else f"version {version} knows no streams"
+    if path not in ("", DIRECT):
+        return f"path must be one of {', '.join(PATHS)}"
+    return "" if shared else "this machine's memory cannot be written from outside of its hypervisor"
+
+
 def _better(facts: PathFacts, wishes: PathWishes, problems: dict[str, str]) -> str:
     """The direct way wherever it works; the stream only instead of nothing."""
     if not problems[DIRECT] or (wishes.tracker and facts.shared_memory):

@@ -25,14 +25,20 @@ FACTS = PathFacts(
 UNSHARED = replace(FACTS, shared_memory=False)
 UNTRACKED = replace(FACTS, tracker="")
 HASHED = replace(FACTS, tracker="hash")
-OLDER = {"protocol_version": 1, "receives": ()}
+
+
+def older(facts: PathFacts) -> PathFacts:
+    """The same with a destination of the release before."""
+    return replace(facts, protocol_version=1, receives=())
+
+
 ANYTHING = PathWishes()
 BYTES = PathWishes(compare_bytes=True)
 
 # name: facts, wishes, path, words of the reason, ids of the findings
 TABLE: dict[str, tuple[PathFacts, PathWishes, str, str, list[str]]] = {
     "the better one": (FACTS, ANYTHING, DIRECT, "pagemap-scan tracks", []),
-    "an earlier release": (replace(FACTS, **OLDER), ANYTHING, DIRECT, "pagemap-scan", []),
+    "an earlier release": (older(FACTS), ANYTHING, DIRECT, "pagemap-scan", []),
     "slow tracker": (HASHED, ANYTHING, DIRECT, "comparing hashes", []),
     "slow tracker, insisted": (HASHED, PathWishes(STREAM), STREAM, "insists", ["path.stream"]),
     "no shared memory": (UNSHARED, ANYTHING, STREAM, "not shared memory", ["path.stream"]),
@@ -41,9 +47,9 @@ TABLE: dict[str, tuple[PathFacts, PathWishes, str, str, list[str]]] = {
     "direct, insisted": (FACTS, PathWishes(DIRECT), DIRECT, "the caller insists", []),
     "direct, impossible": (UNSHARED, PathWishes(DIRECT), "", "not shared memory", ["path.unavailable"]),
     "direct, no tracker": (UNTRACKED, PathWishes(DIRECT), "", "no write tracker", []),
-    "stream, older host": (replace(FACTS, **OLDER), PathWishes(STREAM), "", "take in", ["path.unavailable"]),
-    "neither": (replace(UNSHARED, **OLDER), ANYTHING, "", "take in", ["path.unavailable"]),
-    "no tracker, older host": (replace(UNTRACKED, **OLDER), ANYTHING, "", "no write tracker", []),
+    "stream, older host": (older(FACTS), PathWishes(STREAM), "", "take in", ["path.unavailable"]),
+    "neither": (older(UNSHARED), ANYTHING, "", "take in", ["path.unavailable"]),
+    "no tracker, older host": (older(UNTRACKED), ANYTHING, "", "no write tracker", []),
     "a kind without stream": (replace(FACTS, kind="microvm"), PathWishes(STREAM), "", "no migration stream",
                               ["path.unavailable"]),
     "the same, no tracker": (replace(UNTRACKED, kind="microvm"), ANYTHING, "", "no write tracker", []),
