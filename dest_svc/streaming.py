@@ -85,6 +85,8 @@ class OrderedStream:
     async def _write_now(self, data: bytes) -> None:
         if self._failure is not None:
             raise self._failure
+        if not data:  # the hypervisor may have hung up already: it has everything
+            return
         self._writing = asyncio.ensure_future(self._write(data))
         try:
             await self._writing
@@ -92,6 +94,10 @@ class OrderedStream:
             if self._failure is None:
                 raise
             raise self._failure from None
+        except VmferryError as error:
+            self._writing = None
+            await self.fail(error)
+            raise
         finally:
             self._writing = None
 
@@ -161,6 +167,4 @@ class StreamedMemory:
             await self._sink.write(data)
         except OSError as error:
             await self._machine.process.wait_ended(_DYING_S)
-            failure = self._machine.stream_refused()
-            await self._ordered.fail(failure)
-            raise failure from error
+            raise self._machine.stream_refused() from error

@@ -251,6 +251,8 @@ class Outgoing:
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
             limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+        if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
+            limit_s += self._order.downtime_limit_s
         async with _limit("switch_timeout", limit_s):
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()

@@ -88,6 +88,7 @@ class Plan:
             hypervisor_version=hypervisor.version,
             blockers=hypervisor.blockers,
             shared_memory=self.spec.shared_memory,
+            streams_live=self.spec.streams_live,
         )
 
     def attempt(self, migration_id: bytes, number: int, address: str) -> Attempt:

@@ -6,7 +6,8 @@
 
 Promise: no more of the stream is held than the window allows; the hypervisor never hands over by itself: it waits,
 paused, until it is told to send the rest; its stream counts as whole only after it said that it has completed, from
-when on it cannot resume the guest by itself. Until then nothing may be sealed.
+when on it cannot resume the guest by itself. Until then nothing may be sealed. A hypervisor that cannot be trusted to
+see every write streams nothing while its guest runs: the guest is paused first, for no longer than the limit allows.
 """
 
 from __future__ import annotations
@@ -15,29 +16,31 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final
 
 from source_svc.copying import CopySettings
 from source_svc.judging import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import MachineFailedError, VmferryError, WrongPhaseError
+from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
 from vmferry.machines.migrating import PAUSED, StreamProgress
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSource
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
-from vmferry.transfer.convergence import Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
 from vmferry.v1 import transfer_pb2
 
 _NOT_READY_S: Final = 0.05
-_SHORTEST_POLL_S: Final = 0.005
-_LONGEST_POLL_S: Final = 0.1
+_POLL_S: Final = 0.01
+"""The hypervisor may pause the guest by itself at any time, and then somebody must notice."""
 _PAUSED_POLL_S: Final = 0.002
 # QEMU learns its rate in windows of 100 ms. Before the first is over it takes an empty remainder for the end, without
 # asking what the guest wrote meanwhile.
 _FIRST_WINDOW_S: Final = 0.12
+_WHOLE_POLL_S: Final = 0.02
 _IN_FLIGHT_SHARE: Final = 0.25
 """What part of the allowed pause may go into waiting for pieces that are on their way when the guest is paused."""
 
@@ -52,6 +55,7 @@ class StreamedCopy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
+        self._live = machine.spec.streams_live
         self._machine = machine
         self._migration = migration
         self._settings = settings
@@ -91,35 +95,43 @@ class StreamedCopy:
         """
         # The hypervisor pauses the guest by itself when next to nothing is left, so both sides must be ready before.
         await _until(may_switch)
+        if not self._live:
+            return
         await self._begin()
-        limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
         history: list[RoundReport] = []
         while (report := await self._round()) is not None:
             history.append(report)
-            decision = decide(history, limits)
-            self._bytes_per_second = decision.bytes_per_second
+            decision = self._decide(history)
             show_decision(self._migration, decision)
             if decision.verdict is Verdict.GIVE_UP:
+                limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
                 raise hopeless(self.round_number, decision, limits)
             if decision.verdict is Verdict.SWITCH:
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
+        # Both sides were ready when it began, and asking again would only make the pause longer.
         span_event("paused by the hypervisor", round=self.round_number)
-        if not await may_switch():
-            raise WrongPhaseError("the destination is not ready any more, and the guest is paused already")
 
     async def pause(self) -> float:
         """Pause the guest, unless the hypervisor has; returns a moment at which it certainly still ran."""
-        await self._sample()
+        if self._live:
+            await self._sample()
+        else:
+            self._active_at = time.monotonic()
         await self._machine.stop()
+        if not self._live:
+            self.round_number = 1
+            await self._begin()
         return self._active_at
 
     async def rest(self) -> None:
         """Send what is left of the paused guest; returns when all of it is in the destination's hypervisor."""
         async with phase("last round"):
-            while (await self._sample()).status != PAUSED:
-                await self._look_again_in(_PAUSED_POLL_S)
+            while (progress := await self._sample()).status != PAUSED:
+                if not self._live:
+                    self._check_pause(progress)
+                await self._look_again_in(_PAUSED_POLL_S if self._live else _WHOLE_POLL_S)
         async with phase("device state"):
             before = self._digest.size_bytes
             await self._machine.finish_stream()
@@ -166,7 +178,8 @@ class StreamedCopy:
 
     async def _begin(self) -> None:
         self._source.listen()
-        self._began_at = self._active_at = time.monotonic()
+        self._began_at = time.monotonic()
+        self._active_at = self._active_at or self._began_at
         self._carrying = asyncio.create_task(self._carry())
         await self._machine.begin_stream(self._machine.paths.stream_socket)
         first = Sample(self._began_at, 1, 0, self._machine.ram.size_bytes)
@@ -188,17 +201,32 @@ class StreamedCopy:
                     progress.transferred_bytes,
                     progress.remaining_bytes,
                 )
-                report = self._rounds.add(sample, in_flight_bytes=self._open_lanes.in_flight_bytes)
+                report = self._rounds.add(sample)
                 if report is not None:
                     span_attributes(sent_bytes=report.sent_bytes, left_bytes=report.dirty_bytes)
                     return report
-                await self._look_again_in(self._patience(progress))
+                await self._look_again_in(_POLL_S)
 
-    def _patience(self, progress: StreamProgress) -> float:
-        """Look seldom while much is left, and often when the hypervisor may be about to pause."""
-        so_far = self._open_lanes.traffic.data_bytes / (time.monotonic() - self._began_at)
-        rate = max(self._bytes_per_second, so_far, 1.0)
-        return min(max(progress.remaining_bytes / rate / 4, _SHORTEST_POLL_S), _LONGEST_POLL_S)
+    def _decide(self, history: list[RoundReport]) -> Decision:
+        """What the policy says, with the pause that is left when what is on its way already has arrived."""
+        settings, last = self._settings, history[-1]
+        on_its_way = self._open_lanes.in_flight_bytes + self._source.waiting_bytes
+        arriving_s = on_its_way * last.seconds / last.sent_bytes if last.sent_bytes else 0.0
+        limits = Limits(max(0.0, settings.downtime_limit_s - arriving_s), settings.max_rounds)
+        found = decide(history, limits)
+        self._bytes_per_second = found.bytes_per_second
+        return replace(found, expected_downtime_s=found.expected_downtime_s + arriving_s)
+
+    def _check_pause(self, progress: StreamProgress) -> None:
+        """Give up on sending all memory in the pause when that has taken as long as the pause may be."""
+        seconds = time.monotonic() - self._active_at
+        if seconds > self._settings.downtime_limit_s:
+            raise NotConvergingError(
+                "the guest has to be paused while all its memory is sent, as its hypervisor loses track of writes; "
+                f"after {seconds:.1f} s {progress.remaining_bytes / 1e6:.0f} MB were left, the limit is "
+                f"{self._settings.downtime_limit_s * 1e3:.0f} ms",
+                rounds=self.round_number,
+            )
 
     async def _look_again_in(self, seconds: float) -> None:
         """Wait, but not beyond the stream's end, which never comes unasked unless something failed."""
@@ -213,7 +241,7 @@ class StreamedCopy:
         """Ask the hypervisor, and tell whoever watches."""
         asked_at = time.monotonic()
         found = await self._machine.stream_progress()
-        if found.status != PAUSED:
+        if self._live and found.status != PAUSED:
             self._active_at = asked_at
         traffic = self._open_lanes.traffic
         progress = self._migration.message.progress
@@ -223,13 +251,16 @@ class StreamedCopy:
         progress.wire_bytes = traffic.wire_bytes
         progress.zero_pages = found.zero_pages
         progress.remaining_bytes = found.remaining_bytes
+        if not self._bytes_per_second:  # nothing was decided yet, or will be
+            progress.bytes_per_second = traffic.data_bytes / max(asked_at - self._began_at, _POLL_S)
         await self._migration.touch()
         return found
 
     async def _carry(self) -> None:
         """Send what the hypervisor writes until it hangs up; which by itself says nothing."""
         await self._source.accept()
-        await asyncio.sleep(_FIRST_WINDOW_S)
+        if self._live:
+            await asyncio.sleep(_FIRST_WINDOW_S)
         while data := await self._source.read(self._settings.chunk_bytes):
             await self._open_lanes.drain_to(self._in_flight_limit())
             await self._send(data)

@@ -70,6 +70,13 @@ class Tracker(enum.StrEnum):
     HASH = "hash"
 
 
+class Way(enum.StrEnum):
+    """Ways for memory to travel."""
+
+    DIRECT = "direct"
+    STREAM = "stream"
+
+
 @dataclass(frozen=True)
 class Order:
     """What to move, where to, and how."""
@@ -103,6 +110,12 @@ VerifyOption = Annotated[
     Verify, typer.Option("--verify", help="'bytes' compares all memory while the guest is paused.")
 ]
 TrackerOption = Annotated[Tracker | None, typer.Option("--tracker", help="Insist on this write tracker.")]
+PathOption = Annotated[
+    Way | None,
+    typer.Option(
+        "--path", help="Insist on how memory travels: 'direct', or in the hypervisor's own 'stream'."
+    ),
+]
 
 
 @calls_source
@@ -116,13 +129,14 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
     )
     answer = await source.call(source.stub.PlanMigration, request)
     if json:
@@ -144,6 +158,7 @@ async def migrate(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -158,7 +173,7 @@ async def migrate(
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -242,10 +257,14 @@ def destination(to_host: str, to_address: str) -> Destination:
 
 
 def migration_options(
-    downtime_limit_ms: int | None, lanes: int | None, verify: Verify, tracker: Tracker | None
+    downtime_limit_ms: int | None,
+    lanes: int | None,
+    verify: Verify,
+    tracker: Tracker | None,
+    path: Way | None = None,
 ) -> MigrationOptions:
     """The options of a migration; what is not given is left to the source's configuration."""
-    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "")
+    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "", path=path or "")
     if downtime_limit_ms is not None:
         options.downtime_limit.CopyFrom(
             Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)
@@ -288,6 +307,8 @@ def _print_started(migration: Migration, *, json: bool) -> None:
 def _print_report(report: CompatibilityReport) -> None:
     verdict = "could move" if report.compatible else "cannot move"
     print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
+    if report.path_reason:
+        print(f"path {report.path or 'none'}: {report.path_reason}")
     rows = [
         (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
         for item in report.items

@@ -6,9 +6,12 @@ gone as soon as both ends have met, and always in the end.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import socket
+import termios
 from pathlib import Path
 
 
@@ -34,6 +37,15 @@ class StreamSource:
         self._link, _ = await asyncio.get_running_loop().sock_accept(self._listener)
         self._link.setblocking(False)
         self._stop_listening()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the hypervisor has sent and nobody has read yet."""
+        if self._link is None:
+            return 0
+        found = array.array("i", [0])
+        fcntl.ioctl(self._link, termios.FIONREAD, found)
+        return found[0]
 
     async def read(self, limit: int) -> bytes:
         """At least one byte, and as many up to ``limit`` as are there; none when the hypervisor has hung up."""

@@ -31,6 +31,8 @@ class PathFacts:
     kind: str
     shared_memory: bool
     """Whether guest memory is a shared mapping that can be read from outside of the hypervisor."""
+    streams_live: bool
+    """Whether its hypervisor sees every write of the guest while it streams memory."""
     tracker: str
     """The write tracker that would be used; empty if none works, or not the one that is insisted on."""
     tracker_problem: str
@@ -75,8 +77,10 @@ def choose_path(facts: PathFacts, wishes: PathWishes) -> PathChoice:
     if wanted == DIRECT:
         return PathChoice(DIRECT, _why_direct(facts, wishes))
     reason = f"{_why_stream(wishes, problems)}; {facts.kind} sends it in a stream of its own"
-    note = Finding(Severity.NOTE, "path.stream", reason, facts.machine, "")
-    return PathChoice(STREAM, reason, (note, _no_comparison(facts)) if wishes.compare_bytes else (note,))
+    findings = [Finding(Severity.NOTE, "path.stream", reason, facts.machine, "")]
+    findings += [_paused(facts)] if not facts.streams_live else []
+    findings += [_no_comparison(facts)] if wishes.compare_bytes else []
+    return PathChoice(STREAM, reason, tuple(findings))
 
 
 def path_problem(path: str, kind: str, version: int, *, shared: bool) -> str:
@@ -138,6 +142,17 @@ def _unavailable(facts: PathFacts, wanted: str, problem: str, wishes: PathWishes
         problem = f"{_against_direct(facts)}, and {problem}"
         remedy = "Update the destination, or run the machine with memory in a shared file."
     return Finding(Severity.BLOCKS, "path.unavailable", problem, wanted, remedy)
+
+
+def _paused(facts: PathFacts) -> Finding:
+    return Finding(
+        Severity.WARNS,
+        "path.not-live",
+        f"the hypervisor of {facts.machine} emulates the processor and loses track of writes while it streams; "
+        "the guest is paused while all its memory is sent",
+        facts.machine,
+        "Allow for it in downtime_limit, or run the machine with KVM, or with memory in a shared file.",
+    )
 
 
 def _no_comparison(facts: PathFacts) -> Finding:

@@ -55,6 +55,8 @@ class MachineFacts:
     """Why its hypervisor would not let it go, in its own words."""
     shared_memory: bool = True
     """Whether its memory is a shared mapping that can be read from outside of its hypervisor."""
+    streams_live: bool = True
+    """Whether its hypervisor sees every write of the guest while it streams memory."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _path_facts(
         machine=machine.name,
         kind=machine.kind,
         shared_memory=machine.shared_memory,
+        streams_live=machine.streams_live,
         tracker=tracker,
         tracker_problem="; ".join(f"{found.kind}: {found.reason}" for found in trackers if not found.usable),
         protocol_version=version,

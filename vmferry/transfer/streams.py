@@ -56,13 +56,8 @@ class Rounds:
         self._began = first
         self._sent_before = sent_bytes()
 
-    def add(self, sample: Sample, *, in_flight_bytes: int) -> RoundReport | None:
-        """The round that has ended since the sample before, if one has; several short ones count as one.
-
-        Args:
-            sample: the newest one.
-            in_flight_bytes: what left the hypervisor and has not arrived; to be waited for in a pause like the rest.
-        """
+    def add(self, sample: Sample) -> RoundReport | None:
+        """The round that has ended since the sample before, if one has; several short ones count as one."""
         before, self._last = self._last, sample
         if sample.rounds <= before.rounds:
             return None
@@ -73,7 +68,7 @@ class Rounds:
             self.number,
             sample.at_s - self._began.at_s,
             sent - self._sent_before,
-            sample.remaining_bytes + sent_of_new + in_flight_bytes,
+            sample.remaining_bytes + sent_of_new,
         )
         self.number += 1
         self._began, self._sent_before = sample, sent

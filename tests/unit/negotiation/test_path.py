@@ -16,6 +16,7 @@ FACTS = PathFacts(
     machine="web",
     kind="qemu",
     shared_memory=True,
+    streams_live=True,
     tracker="pagemap-scan",
     tracker_problem="soft-dirty: this kernel lacks it",
     protocol_version=2,
@@ -58,6 +59,9 @@ TABLE: dict[str, tuple[PathFacts, PathWishes, str, str, list[str]]] = {
     "bytes, stream": (FACTS, PathWishes(STREAM, compare_bytes=True), STREAM, "insists",
                       ["path.stream", "verify.unavailable"]),
     "a tracker, insisted": (UNTRACKED, PathWishes(tracker="soft-dirty"), "", "no write tracker", []),
+    "emulated": (
+        replace(UNSHARED, streams_live=False), ANYTHING, STREAM, "not shared", ["path.stream", "path.not-live"]
+    ),
     "only streams there": (replace(FACTS, receives=(STREAM,)), ANYTHING, STREAM, "directly", ["path.stream"]),
     "only streams there, insisted": (replace(FACTS, receives=(STREAM,)), PathWishes(DIRECT), "", "directly",
                                      ["path.unavailable"]),
