@@ -19,6 +19,7 @@ from vmferry.machines.fileidentity import Contents
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.facts import Network
+from vmferry.negotiation.path import path_problem
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
@@ -76,4 +77,7 @@ def check_begin(
         raise InvalidArgumentError(
             "regions must be one, 'ram', of the machine's memory size", field="regions"
         )
+    problem = path_problem(request.path, spec.kind, request.protocol_version, shared=spec.shared_memory)
+    if problem:
+        raise InvalidArgumentError(problem, field="path")
     return spec, ticket

@@ -18,6 +18,7 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.path import PATHS
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2
@@ -94,6 +95,7 @@ def make_offer(
             )
             for found in backings
         ],
+        paths=PATHS,
     )
     offer.certificate_expire_time.FromDatetime(certificate_not_after)
     return offer

@@ -42,6 +42,7 @@ from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.findings import Severity
+from vmferry.negotiation.path import DIRECT
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
@@ -144,7 +145,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             if refusal.severity is Severity.BLOCKS:
                 raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
-        receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
+        receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
         return handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
@@ -239,17 +240,16 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         return attempt
 
     async def _admit(
-        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
+        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, request: handoff_pb2.BeginRequest
     ) -> Receiver:
         async with self._admission:
             self._check_room(attempt, spec)
             arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
-                return await self._accept(arrival, attempt, spec, ticket, lanes)
+                await self._accept(arrival, attempt, ticket)
+                return await self._receive(arrival, attempt, spec, request)
 
-    async def _accept(
-        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
-    ) -> Receiver:
+    async def _accept(self, arrival: Arrival, attempt: Attempt, ticket: VerifiedTicket) -> None:
         async with self._ledger.locked(attempt.machine_id):
             await arrival.apply(
                 destination.BeginAsked(
@@ -259,8 +259,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     host_holds_machine=self._holds(arrival),
                 )
             )
+
+    async def _receive(
+        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, request: handoff_pb2.BeginRequest
+    ) -> Receiver:
         if arrival.receiver is None:
-            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, lanes)
+            path = request.path or DIRECT
+            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, request.lanes, path)
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()

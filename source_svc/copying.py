@@ -12,9 +12,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from source_svc.judging import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import HashMismatchError, NotConvergingError
+from vmferry.errors import HashMismatchError
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
@@ -23,7 +24,7 @@ from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
-from vmferry.transfer.convergence import NOT_READY_S, Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
@@ -57,6 +58,7 @@ class Copy:
         self.round_number = 0
         self.last_round_bytes = 0
         """Pages of the last round, which the guest waited for."""
+        self._machine = machine
         self._destination = destination
         self._migration = migration
         self._settings = settings
@@ -102,6 +104,7 @@ class Copy:
         )
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
+        await self._machine.get_ready()
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -115,9 +118,9 @@ class Copy:
         while True:
             history.append(await self._round(runs))
             decision = decide(history, limits)
-            self._show(decision)
+            show_decision(self._migration, decision)
             if decision.verdict is Verdict.GIVE_UP:
-                raise self._hopeless(decision, limits)
+                raise hopeless(self.round_number, decision, limits)
             if decision.verdict is Verdict.SWITCH:
                 if await may_switch():
                     return
@@ -125,13 +128,11 @@ class Copy:
                 await asyncio.sleep(NOT_READY_S)
             runs = await asyncio.to_thread(self._tracker.scan)
 
-    def _hopeless(self, decision: Decision, limits: Limits) -> NotConvergingError:
-        return NotConvergingError(
-            f"after {self.round_number} rounds the guest writes {decision.dirty_bytes_per_second / 1e6:.0f} MB/s and "
-            f"{decision.bytes_per_second / 1e6:.0f} MB/s can be sent; the pause would be "
-            f"{decision.expected_downtime_s * 1e3:.0f} ms, the limit is {limits.downtime_s * 1e3:.0f} ms",
-            rounds=self.round_number,
-        )
+    async def pause(self) -> float:
+        """Pause the guest; returns a moment at which it certainly still ran."""
+        before = time.monotonic()
+        await self._machine.stop()
+        return before
 
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
@@ -239,22 +240,6 @@ class Copy:
                 await self._report()
 
         await together(*(read() for _ in range(_READERS)))
-
-    def _show(self, decision: Decision) -> None:
-        progress = self._migration.message.progress
-        progress.bytes_per_second = decision.bytes_per_second
-        progress.dirty_bytes_per_second = decision.dirty_bytes_per_second
-        progress.expected_downtime.FromNanoseconds(int(decision.expected_downtime_s * 1e9))
-        progress.ClearField("eta")
-        if decision.eta_s is not None:
-            progress.eta.FromNanoseconds(int(decision.eta_s * 1e9))
-        span_event(
-            "decision",
-            verdict=decision.verdict.name.lower(),
-            bytes_per_second=round(decision.bytes_per_second),
-            dirty_bytes_per_second=round(decision.dirty_bytes_per_second),
-            expected_downtime_ms=round(decision.expected_downtime_s * 1e3, 3),
-        )
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""

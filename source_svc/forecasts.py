@@ -172,7 +172,8 @@ class Forecasts:
         """
         forecast = self.planned(subject)
         measured = self._measurement(subject, tracker)
-        task = None if forecast.message else asyncio.create_task(self._hurry(subject, measured))
+        known = forecast.message is not None or not tracker  # a hypervisor's own stream is not predicted
+        task = None if known else asyncio.create_task(self._hurry(subject, measured))
         try:
             yield
         finally:

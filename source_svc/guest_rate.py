@@ -83,9 +83,13 @@ class GuestRate:
         # Only this tracker ever looks into the table, and it costs sixteen bytes for each page.
         table = PageTable(region.page_count if self._kind == SOFT_DIRTY_KIND else 0)
         with RamFile.open(region.path, region.size_bytes) as ram:
-            tracker = choose_tracker(
-                find_mapping(self._pid, region), ram, table, self._kind, findings=self._findings
-            )
+            mapped = find_mapping(self._pid, region)
+            if mapped.huge:
+                raise TrackerUnavailableError(
+                    "which pages of huge pages are written is found by comparing with what was sent, and nothing "
+                    "was sent yet"
+                )
+            tracker = choose_tracker(mapped, ram, table, self._kind, findings=self._findings)
             try:
                 tracker.arm()
                 for window in windows:

@@ -44,6 +44,7 @@ def offer_from_message(answer: handoff_pb2.NegotiateResponse, own: Sequence[Find
         certificate_expires_at_s=_seconds(offer.certificate_expire_time),
         trackers=[TrackerFact(found.kind, found.usable, found.reason) for found in offer.trackers],
         memory_backings=_backings(offer.memory_backings),
+        paths=list(offer.paths),
         cpuid={(word.leaf, word.subleaf, word.register): word.bits for word in answer.cpuid} or None,
     )
 

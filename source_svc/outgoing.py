@@ -11,17 +11,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
 from source_svc.files import incompatible, shown
-from source_svc.forecasts import Forecasts, Subject
+from source_svc.forecasts import Forecasts
 from source_svc.migrations import Migration
+from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
+from source_svc.streaming import StreamedCopy
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -39,11 +41,11 @@ from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.negotiation.path import STREAM
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
-from vmferry.transfer.convergence import Limits
 from vmferry.transfer.seal import seal_digest
 from vmferry.v1 import migration_pb2 as pb
 
@@ -53,32 +55,6 @@ _PREFLIGHT_S: Final = 1.0
 _ABORT_TRIES: Final = 3
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a caller asked for, with the configuration's values where they were silent."""
-
-    migration_id: bytes
-    ticket: bytes
-    lanes: int
-    downtime_limit_s: float
-    total_timeout_s: float
-    stall_timeout_s: float
-    reserve_timeout_s: float
-    compare_bytes: bool
-    tracker: str
-
-    def subject(self, machine: QmpMachine, destination: Destination, config: HostConfig) -> Subject:
-        """What is to be predicted."""
-        return Subject(
-            machine,
-            destination,
-            self.lanes,
-            config.chunk_bytes,
-            Limits(self.downtime_limit_s, config.max_rounds),
-            self.compare_bytes,
-        )
 
 
 class Outgoing:
@@ -114,7 +90,7 @@ class Outgoing:
         self._cancelled: CancelledByCallerError | None = None
         self._paused_at = 0.0
         self._last_heard: AttemptState | None = None
-        self._copy: Copy | None = None
+        self._copy: Copy | StreamedCopy | None = None
         self._attempt: Attempt | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -166,7 +142,7 @@ class Outgoing:
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
-            async with phase("precopy", tracker=self._copy.tracker_kind):
+            async with phase("precopy", path=self.migration.message.path, tracker=self._copy.tracker_kind):
                 await self._copy.converge(self._preflight)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
@@ -186,10 +162,22 @@ class Outgoing:
     async def _negotiate(self) -> None:
         await self.migration.enter(pb.MIGRATION_PHASE_NEGOTIATING)
         async with phase("negotiate"):
+            order = self._order
             self._plan.forecast = self._forecasts.planned(self._subject)
-            report = await self._plan.report(self._machine, self._destination, self._order.tracker)
-            self.migration.message.tracker = report.tracker
-            span_attributes(tracker=report.tracker, findings=len(report.findings))
+            report = await self._plan.report(
+                self._machine,
+                self._destination,
+                order.tracker,
+                path=order.path,
+                compare_bytes=order.compare_bytes,
+            )
+            message = self.migration.message
+            message.tracker, message.path, message.path_reason = (
+                report.tracker,
+                report.path,
+                report.path_reason,
+            )
+            span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
                 raise incompatible(report.blocking)
             self._attempt = self._plan.attempt(
@@ -217,6 +205,7 @@ class Outgoing:
                     lanes=order.lanes,
                     protocol_version=self._protocol_version,
                     files=files.identities,
+                    path=self.migration.message.path,
                     timeout_s=order.reserve_timeout_s,
                 )
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
@@ -224,16 +213,24 @@ class Outgoing:
             order.lanes,
             min(self._config.window_bytes, begun.window_bytes),
             self._config.chunk_bytes,
-            order.downtime_limit_s,
+            self._downtime_limit_s,
             self._config.max_rounds,
             order.stall_timeout_s,
             tracker,
             self._plan.trackers,
         )
-        self._copy = Copy(self._machine, self._destination, self.migration, settings)
+        if self.migration.message.path == STREAM:
+            self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
+        else:
+            self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
-        await self._machine.get_ready()
         self._reserved_at = time.monotonic()
+
+    @property
+    def _downtime_limit_s(self) -> float:
+        """Longest pause the guest may see in the way that was chosen."""
+        live = self.migration.message.path != STREAM or self._machine.spec.streams_live
+        return self._order.downtime_limit_s if live else self._order.standstill_limit_s
 
     async def _preflight(self) -> bool:
         """Whether both sides could finish now; checked before the guest is paused."""
@@ -262,25 +259,35 @@ class Outgoing:
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
             limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+        if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
+            limit_s += self._downtime_limit_s
         async with _limit("switch_timeout", limit_s):
-            self._paused_at = time.monotonic()
             async with phase("pause"):
-                await self._machine.stop()
-            # Saving takes a while and hardly touches memory, so it goes on beside the last round.
-            _, device_state = await together(self._last_round(), self._save_device_state())
-            if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
-                await self._copy.leftovers()
-            await self._copy.send_device_state(device_state)
-            if self._order.compare_bytes:
-                async with phase("compare"):
-                    await self._copy.compare_all()
+                self._paused_at = await self._copy.pause()
+            if isinstance(self._copy, StreamedCopy):
+                await self._copy.rest()
+                device_state = b""  # it has gone with memory
+            else:
+                device_state = await self._rest(self._copy)
             async with phase("seal"):
                 return await self._seal(device_state, limit_s)
 
-    async def _last_round(self) -> None:
-        assert self._copy is not None
+    async def _rest(self, copy: Copy) -> bytes:
+        """Send what is left of the paused guest; returns its device state."""
+        # Saving takes a while and hardly touches memory, so it goes on beside the last round.
+        device_state: bytes
+        _, device_state = await together(self._last_round(copy), self._save_device_state())
+        if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
+            await copy.leftovers()
+        await copy.send_device_state(device_state)
+        if self._order.compare_bytes:
+            async with phase("compare"):
+                await copy.compare_all()
+        return device_state
+
+    async def _last_round(self, copy: Copy) -> None:
         async with phase("last round"):
-            await self._copy.last_round()
+            await copy.last_round()
 
     async def _save_device_state(self) -> bytes:
         async with phase("device state"):
@@ -346,7 +353,7 @@ class Outgoing:
         await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
 
     async def _conclude(self) -> None:
-        last_round_bytes = self._copy.last_round_bytes if self._copy is not None else 0
+        last_round_bytes = self._copy.last_round_bytes if isinstance(self._copy, Copy) else 0
         await self._tidy_up()
         await self._departure.release()
         await self._departure.keep_resuming(self)

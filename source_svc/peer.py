@@ -90,6 +90,7 @@ class Destination:
         lanes: int,
         protocol_version: int,
         files: Sequence[compatibility_pb2.FileIdentity] = (),
+        path: str,
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -102,6 +103,7 @@ class Destination:
             lanes=lanes,
             protocol_version=protocol_version,
             files=files,
+            path=path,
         )
         return await self._ask(self._stub.Begin(request, timeout=timeout_s + _reading_s(files)))
 

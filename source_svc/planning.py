@@ -54,6 +54,9 @@ class Plan:
         machine: QmpMachine | None,
         destination: Destination,
         tracker: str,
+        *,
+        path: str = "",
+        compare_bytes: bool = False,
         predict: Callable[[Report], Awaitable[Forecast]] | None = None,
     ) -> Report:
         """Ask both hosts; the destination must answer.
@@ -62,6 +65,8 @@ class Plan:
             machine: the running machine, if it runs.
             destination: where it would go.
             tracker: write tracker that is insisted on, or empty.
+            path: way of memory that is insisted on, or empty.
+            compare_bytes: whether all memory is to be compared byte for byte.
             predict: given what was found, fills in :attr:`forecast`, which is reported on too.
         """
         facts = await self._facts(machine)
@@ -78,6 +83,8 @@ class Plan:
             trackers=[TrackerFact(found.kind, found.usable, found.reason) for found in self.trackers],
             here=self._here(asked_at_s),
             insist_on_tracker=tracker,
+            insist_on_path=path,
+            compare_bytes=compare_bytes,
             switch_timeout_s=self.switch_timeout_s,
         )
         report = judge(facts)
@@ -117,6 +124,8 @@ class Plan:
             accelerator=part.accelerator if part is not None else "",
             memory_backing=part.memory_backing if part is not None else TMPFS,
             predicted_total_s=self.forecast.total_s,
+            shared_memory=self.spec.shared_memory,
+            streams_live=self.spec.streams_live,
         )
         if machine is None:
             return facts
@@ -216,4 +225,6 @@ def report_to_message(
         protocol_version=report.protocol_version,
         tracker=report.tracker,
         prediction=prediction,
+        path=report.path,
+        path_reason=report.path_reason,
     )

@@ -52,6 +52,8 @@ class HostConfig:
     """Page contents per message."""
     downtime_limit_ms: int = 300
     """Longest pause a guest may see; pre-copy goes on until the rest fits."""
+    standstill_limit_s: float = 60.0
+    """The same for a guest whose memory can only be sent while it stands still, unless a caller names a limit."""
     max_rounds: int = 30
     """Pre-copy gives up after so many rounds."""
     reserve_timeout_s: float = 60.0
@@ -90,8 +92,8 @@ class HostConfig:
     def __post_init__(self) -> None:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
-            "switch_timeout_s", "rpc_timeout_s", "negotiate_timeout_s", "handoff_retry_s", "receive_timeout_s",
-            "max_outgoing", "max_incoming", "downtime_limit_ms",
+            "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
+            "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -109,6 +109,7 @@ class Proxy:
             self.reset_all()
         self.cut = False
         self.up_bytes_per_s = None
+        self._free_at = 0.0
         self._on_call = None
         self._up.set()
         self._down.set()

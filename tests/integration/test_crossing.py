@@ -304,7 +304,8 @@ async def test_a_plan_changes_nothing(world: World) -> None:
         )
         report = (await stub.PlanMigration(request, timeout=DEADLINE_S)).report
     assert report.compatible
-    assert report.protocol_version == 1
+    assert report.protocol_version == 2
+    assert (report.path, report.path_reason != "") == ("direct", True)
     assert report.tracker
     await world.assert_stays(guest, world.a, world.b)
 

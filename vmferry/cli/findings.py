@@ -29,6 +29,8 @@ def report_lines(report: CompatibilityReport) -> Iterator[str]:
     counts = ", ".join(f"{len(items)} {word}" for word, items in groups.items() if items) or "no findings"
     chosen = f"protocol version {report.protocol_version}, tracker {report.tracker or 'none'}"
     yield f"{verdict}: {counts}; {chosen}"
+    if report.path_reason:
+        yield _line(f"path {report.path or 'none'}: {report.path_reason}")
     if report.HasField("prediction"):
         yield from prediction_lines(report.prediction)
     for word, items in groups.items():

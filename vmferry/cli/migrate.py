@@ -70,6 +70,13 @@ class Tracker(enum.StrEnum):
     HASH = "hash"
 
 
+class Way(enum.StrEnum):
+    """Ways for memory to travel."""
+
+    DIRECT = "direct"
+    STREAM = "stream"
+
+
 @dataclass(frozen=True)
 class Order:
     """What to move, where to, and how."""
@@ -103,6 +110,12 @@ VerifyOption = Annotated[
     Verify, typer.Option("--verify", help="'bytes' compares all memory while the guest is paused.")
 ]
 TrackerOption = Annotated[Tracker | None, typer.Option("--tracker", help="Insist on this write tracker.")]
+PathOption = Annotated[
+    Way | None,
+    typer.Option(
+        "--path", help="Insist on how memory travels: 'direct', or in the hypervisor's own 'stream'."
+    ),
+]
 
 
 @calls_source
@@ -116,6 +129,7 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
     prediction: Annotated[
         bool,
         typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
@@ -126,7 +140,7 @@ async def plan(
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
         without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
@@ -149,6 +163,7 @@ async def migrate(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -163,7 +178,7 @@ async def migrate(
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -247,10 +262,14 @@ def destination(to_host: str, to_address: str) -> Destination:
 
 
 def migration_options(
-    downtime_limit_ms: int | None, lanes: int | None, verify: Verify, tracker: Tracker | None
+    downtime_limit_ms: int | None,
+    lanes: int | None,
+    verify: Verify,
+    tracker: Tracker | None,
+    path: Way | None = None,
 ) -> MigrationOptions:
     """The options of a migration; what is not given is left to the source's configuration."""
-    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "")
+    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "", path=path or "")
     if downtime_limit_ms is not None:
         options.downtime_limit.CopyFrom(
             Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)

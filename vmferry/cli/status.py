@@ -104,6 +104,8 @@ def _details(migration: Migration) -> list[str]:
         f"started     {_time(migration.create_time)}",
         f"trace       {migration.trace_id}",
     ]
+    if migration.path:
+        lines += [f"path        {migration.path}: {migration.path_reason}"]
     for timing in migration.timings:
         name = MigrationPhase.Name(timing.phase).removeprefix("MIGRATION_PHASE_").lower()
         lines.append(f"  {name:<12} {milliseconds(timing.elapsed):10.1f} ms")

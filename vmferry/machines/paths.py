@@ -78,6 +78,11 @@ class MachinePaths:
         return self.home / "serial.sock"
 
     @property
+    def stream_socket(self) -> Path:
+        """The socket of the hypervisor's own migration stream; it exists until both ends have met."""
+        return self.home / "stream.sock"
+
+    @property
     def serial(self) -> Path:
         """What the guest wrote to its serial port."""
         return self.home / "serial.log"

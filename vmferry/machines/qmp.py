@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from pathlib import Path
 from typing import Final
 
 from vmferry.errors import (
@@ -23,7 +24,8 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
-from vmferry.machines.inspection import IGNORE_SHARED, LATE_ACTIVATE, Inspection, inspect
+from vmferry.machines.inspection import Inspection, inspect
+from vmferry.machines.migrating import MigrationControl, StreamProgress
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
@@ -62,8 +64,6 @@ _RUN_STATES: Final = {
     "watchdog": RunState.FAILED,
 }
 _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
-_SAVING: Final = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
-_ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
 
@@ -86,7 +86,13 @@ class QmpMachine(Machine):
         address = paths.observer if observe and spec.kind == QEMU else paths.qmp
         self._monitor = Monitor(spec, paths, process, address, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
-        self._ignoring_shared = False
+        self._migration = MigrationControl(
+            self._monitor,
+            self._failure,
+            qemu=spec.kind == QEMU,
+            disks=spec.qemu is not None and bool(spec.qemu.disks),
+            timeout_s=qmp_timeout_s,
+        )
         self._loaded: bytes | None = None
         self.paths = paths
         self.process = process
@@ -151,12 +157,15 @@ class QmpMachine(Machine):
         async with self._lock:
             state = await self._run_state()
             if state is RunState.RUNNING:
+                # A stream that was begun with the guest running is of no use to anybody any more.
+                await self._migration.end()
                 return
             # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
             # wish and start the guest by itself as soon as the state has come.
             self._require(state, _STOPPED, "be resumed")
             if self._loaded is None:
-                await self._end_saving()
+                # QEMU does not go on in the middle of a save, maybe one that another process had begun.
+                await self._migration.end()
             self._loaded = None
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
@@ -165,7 +174,8 @@ class QmpMachine(Machine):
     async def get_ready(self) -> None:
         """Do beforehand what saving and loading need, so that the guest's pause is shorter."""
         async with self._lock:
-            await self._ignore_shared_memory()
+            await self._migration.end()
+            await self._migration.prepare_device_state()
 
     async def check_images(self) -> None:
         """Refuse a hypervisor that opened other images than its description names.
@@ -201,10 +211,63 @@ class QmpMachine(Machine):
             try:
                 await self._load(data)
             except MachineDeadError as error:
-                # QEMU ends itself over device state it does not understand, and says why in its log.
-                words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
-                raise self._failure("migrate-incoming", words) from error
+                raise self._ended_while_loading() from error
             self._loaded = digest
+
+    async def begin_stream(self, path: Path) -> None:
+        """Have the hypervisor send its own migration stream, memory and all, to the socket at ``path``."""
+        async with self._lock:
+            await self._migration.end()
+            await self._migration.prepare_stream()
+            await self._migration.send(path)
+
+    async def stream_progress(self) -> StreamProgress:
+        """How that stream stands; raises the hypervisor's words if it failed."""
+        async with self._lock:
+            return await self._migration.progress()
+
+    async def finish_stream(self) -> None:
+        """Have the rest sent, once the hypervisor has paused for that."""
+        async with self._lock:
+            await self._migration.go_on()
+
+    async def wait_stream_completed(self) -> None:
+        """Wait until the hypervisor says that all was sent, and has settled down with its guest paused."""
+        async with self._lock:
+            while True:
+                completed = await self._migration.completed("migrate")
+                if completed and await self._run_state() is RunState.POSTMIGRATE:
+                    return
+                await asyncio.sleep(_POLL_S)
+
+    async def end_stream(self) -> None:
+        """End a stream that is not wanted any more; returns when it has ended."""
+        async with self._lock:
+            await self._migration.end()
+
+    async def receive_stream(self, path: Path) -> None:
+        """Have a waiting hypervisor listen at ``path`` for such a stream."""
+        async with self._lock:
+            self._require(await self._run_state(), frozenset({RunState.INMIGRATE}), "take in a stream")
+            await self._migration.prepare_incoming_stream()
+            await self._migration.receive(path)
+
+    async def wait_stream_loaded(self) -> None:
+        """Wait until the hypervisor has loaded a stream that it was given to its end, and is paused."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    state = await self._until_loaded()
+            except TimeoutError as error:
+                raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
+            except MachineDeadError as error:
+                raise self._ended_while_loading() from error
+            self._check_loaded(state)
+            self._loaded = b""
+
+    def stream_refused(self) -> MachineFailedError:
+        """What to say of a hypervisor that hung up on its stream."""
+        return self._ended_while_loading()
 
     async def announce(self) -> None:
         """Tell the network where the machine is now."""
@@ -242,7 +305,7 @@ class QmpMachine(Machine):
     async def inspect(self) -> Inspection:
         """What QEMU says of its release, its parts, and what forbids a migration."""
         async with self._lock:
-            return await inspect(self._monitor, self._capabilities())
+            return await inspect(self._monitor, self._migration.needed)
 
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
@@ -277,9 +340,9 @@ class QmpMachine(Machine):
         return state, str(word)
 
     async def _save(self) -> bytes:
-        await self._ignore_shared_memory()
+        await self._migration.prepare_device_state()
         async with receiving(self.paths.state_socket) as received:
-            await self._monitor.execute("migrate", {"uri": f"unix:{self.paths.state_socket}"})
+            await self._migration.send(self.paths.state_socket)
             await self._until_completed(received)
             try:
                 data = received.result()
@@ -299,37 +362,34 @@ class QmpMachine(Machine):
                     await asyncio.wait((received,), timeout=_WATCH_S)
                     if received.done() and received.exception() is not None:
                         return
-                    if await self._migration_completed("migrate") and received.done():
+                    if await self._migration.completed("migrate") and received.done():
                         return
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
             raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
 
-    async def _end_saving(self) -> None:
-        """End a save that was broken off, maybe by another process; QEMU does not go on in the middle of one."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                while (await self._migration_status())[0] in _SAVING:
-                    if self._spec.kind == QEMU:
-                        await self._monitor.execute("migrate_cancel", repeatable=True)
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError as error:
-            raise self._failure("migrate_cancel", f"no end within {self._timeout_s:g} s") from error
-
     async def _load(self, data: bytes) -> None:
-        await self._ignore_shared_memory()
+        await self._migration.prepare_device_state()
         path = self.paths.state_socket
         try:
             with temporary(path):
-                await self._monitor.execute("migrate-incoming", {"uri": f"unix:{path}"})
+                await self._migration.receive(path)
                 async with asyncio.timeout(self._timeout_s), sending(path, data):
                     state = await self._until_loaded()
         except TimeoutError as error:
             raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
         except OSError as error:
             raise self._failure("migrate-incoming", f"its socket cannot be reached: {error}") from error
+        self._check_loaded(state)
+
+    def _check_loaded(self, state: RunState) -> None:
         if state not in {RunState.PAUSED, RunState.PRELAUNCH}:
             raise self._failure("migrate-incoming", f"the machine is {state} after loading")
+
+    def _ended_while_loading(self) -> MachineFailedError:
+        """QEMU ends itself over a state it does not understand, and says why in its log."""
+        words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
+        return self._failure("migrate-incoming", words)
 
     async def _until_loaded(self) -> RunState:
         loop = asyncio.get_running_loop()
@@ -337,35 +397,9 @@ class QmpMachine(Machine):
         while (state := await self._run_state()) is RunState.INMIGRATE:
             # The guest stands still meanwhile, so only a load that takes long is asked whether it failed.
             if loop.time() > look_after:
-                await self._migration_completed("migrate-incoming")
+                await self._migration.completed("migrate-incoming")
             await asyncio.sleep(_POLL_S)
         return state
-
-    async def _migration_completed(self, command: str) -> bool:
-        """Whether the hypervisor says it is through; raises its words if it failed."""
-        status, words = await self._migration_status()
-        if status in _ENDED_BADLY:
-            raise self._failure(command, words or status)
-        return status == "completed"
-
-    async def _migration_status(self) -> tuple[str, str]:
-        """How the hypervisor says its own migration stands, and what went wrong with it."""
-        answer = await self._monitor.execute("query-migrate", repeatable=True)
-        found = answer if isinstance(answer, dict) else {}
-        return str(found.get("status", "")), str(found.get("error-desc", ""))
-
-    async def _ignore_shared_memory(self) -> None:
-        """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
-        if self._ignoring_shared:
-            return
-        wanted = [{"capability": name, "state": True} for name in self._capabilities()]
-        await self._monitor.execute("migrate-set-capabilities", {"capabilities": wanted}, repeatable=True)
-        self._ignoring_shared = True  # for as long as the process lives
-
-    def _capabilities(self) -> list[str]:
-        """What the hypervisor must be able to do for this machine to be moved."""
-        disks = self._spec.qemu is not None and self._spec.qemu.disks
-        return [IGNORE_SHARED, LATE_ACTIVATE] if disks else [IGNORE_SHARED]
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:

@@ -100,6 +100,10 @@ class MachineFacts:
     """What its guest sees of its processor; ``None`` if that is not known."""
     predicted_total_s: float = 0.0
     """How long the migration would take; 0 is unknown."""
+    shared_memory: bool = True
+    """Whether its memory is a shared mapping that can be read from outside of its hypervisor."""
+    streams_live: bool = True
+    """Whether its hypervisor sees every write of the guest while it streams memory."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,8 @@ class Offer:
     certificate_expires_at_s: float = 0.0
     trackers: Sequence[TrackerFact] = ()
     memory_backings: Sequence[BackingOffer] = ()
+    paths: Sequence[str] = ()
+    """Ways for memory to travel that it can receive; empty means the direct one."""
     cpuid: Mapping[CpuidKey, int] | None = None
     """What a guest of this description would see of its processor there; ``None`` if that is not known."""
 

@@ -87,6 +87,9 @@ FINDINGS: Final[Mapping[str, tuple[Severity, ...]]] = {
     "network.missing": _BLOCKS,
     "network.mtu": _BLOCKS,
     "network.not-allowed": _BLOCKS,
+    "path.not-live": _WARNS,
+    "path.stream": _NOTE,
+    "path.unavailable": _BLOCKS,
     "prediction.unavailable": _NOTE,
     "protocol.no-common-version": _BLOCKS,
     "protocol.old": _WARNS,
@@ -98,6 +101,7 @@ FINDINGS: Final[Mapping[str, tuple[Severity, ...]]] = {
     "tracker.soft-dirty": _NOTE,
     "tracker.unavailable": _BLOCKS,
     "tracker.way-back": _WARNS,
+    "verify.unavailable": _BLOCKS,
 }
 """Names, and how severe each may be."""
 

@@ -28,8 +28,9 @@ from vmferry.negotiation.facts import (
     TrackerFact,
 )
 from vmferry.negotiation.findings import Finding, Severity, finding
+from vmferry.negotiation.path import STREAM, PathFacts, PathWishes, choose_path
 
-PROTOCOL_VERSIONS = (1,)
+PROTOCOL_VERSIONS = (2, 1)
 """What this release speaks, newest first."""
 LOST_BELOW = {2: "a machine whose memory cannot be read from outside cannot be moved"}
 """What cannot be done with a destination that does not speak a version yet."""
@@ -59,6 +60,8 @@ class Report:
     findings: Sequence[Finding]
     protocol_version: int
     tracker: str
+    path: str = ""
+    path_reason: str = ""
 
     @property
     def blocking(self) -> list[Finding]:
@@ -73,12 +76,16 @@ def compare(
     *,
     here: HostFacts | None = None,
     insist_on_tracker: str = "",
+    insist_on_path: str = "",
+    compare_bytes: bool = False,
     switch_timeout_s: float = 0.0,
 ) -> Report:
     """Everything that is to be said about moving ``machine`` to the host of ``offer``."""
     here = here or HostFacts()
     common = [version for version in PROTOCOL_VERSIONS if version in offer.protocol_versions]
     tracker = _choose(trackers, insist_on_tracker)
+    wishes = PathWishes(insist_on_path, insist_on_tracker, compare_bytes)
+    way = choose_path(_path_facts(machine, offer, trackers, tracker, max(common, default=0)), wishes)
     findings = [
         *about_protocol(PROTOCOL_VERSIONS, offer),
         *_about_encodings(offer),
@@ -88,7 +95,8 @@ def compare(
         *about_cpu(machine, offer),
         *about_room(machine, offer),
         *about_memory(machine, offer),
-        *_about_trackers(tracker, trackers, insist_on_tracker),
+        *way.findings,
+        *(_about_trackers(tracker, trackers, insist_on_tracker) if way.path != STREAM else ()),
         *about_kernels(here, offer),
         *about_clocks(machine, here, offer),
         *about_certificates(machine, here, offer, switch_s=switch_timeout_s),
@@ -97,7 +105,24 @@ def compare(
     told = {found.id for found in findings}
     findings += [found for found in offer.refusals if found.id not in told]
     findings.sort(key=lambda found: -found.severity)
-    return Report(tuple(findings), max(common, default=0), tracker)
+    used = tracker if way.path != STREAM else ""
+    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason)
+
+
+def _path_facts(
+    machine: MachineFacts, offer: Offer, trackers: Sequence[TrackerFact], tracker: str, version: int
+) -> PathFacts:
+    return PathFacts(
+        machine=machine.name,
+        kind=machine.kind,
+        shared_memory=machine.shared_memory,
+        streams_live=machine.streams_live,
+        tracker=tracker,
+        tracker_problem="; ".join(f"{found.kind}: {found.reason}" for found in trackers if not found.usable),
+        protocol_version=version,
+        destination=offer.host,
+        receives=offer.paths,
+    )
 
 
 def _choose(trackers: Sequence[TrackerFact], insist: str) -> str:
