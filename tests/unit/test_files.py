@@ -110,8 +110,8 @@ async def test_a_copy_that_differs_is_told(root: Path, tmp_path: Path) -> None:
     (other / "vmlinuz").write_bytes(b"KERNEL")
     (other / "disk.raw").write_bytes(bytes(4096))
     found = await both(spec, other)
-    assert [(one.id, one.field, one.blocks) for one in found.values()] == [
-        ("file.differs", "qemu.kernel", True)
+    assert [(one.id, one.field, one.severity) for one in found.values()] == [
+        ("file.differs", "qemu.kernel", Severity.BLOCKS)
     ]
     (other / "vmlinuz").write_bytes(b"kernel")
     (other / "disk.raw").write_bytes(bytes(4097))
@@ -129,9 +129,12 @@ async def test_a_local_disk_stays(root: Path) -> None:
 async def test_a_source_of_an_older_release_shows_nothing(root: Path) -> None:
     """Its disks stay; for its kernel there is a warning."""
     found = await judged(machine(root), [], root)
-    assert {one.id: one.blocks for one in found.values()} == {"disk.identity": True, "file.unverified": False}
+    assert {one.id: one.severity for one in found.values()} == {
+        "disk.identity": Severity.BLOCKS,
+        "file.unverified": Severity.WARNS,
+    }
     found = await judged(machine(root, read_only=True, shared=False), [], root)
-    assert found["disk.identity"].blocks
+    assert found["disk.identity"].severity is Severity.BLOCKS
 
 
 async def test_files_outside_of_the_roots_are_not_looked_at(root: Path, tmp_path: Path) -> None:
@@ -170,7 +173,7 @@ async def test_a_disk_that_may_not_find_room_is_a_warning(
         spec = machine(root, path=str(path))
         async with source.shown(spec, Contents(), pid=None) as shown:
             found = await destination.file_refusals(spec, shown.identities, config, Contents())
-        assert [(one.id, one.blocks) for one in found] == ([("disk.space", False)] if told else [])
+        assert [(one.id, one.severity) for one in found] == ([("disk.space", Severity.WARNS)] if told else [])
 
 
 async def test_an_image_that_names_other_files_stays(root: Path) -> None:

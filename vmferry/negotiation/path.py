@@ -150,8 +150,7 @@ def _paused(facts: PathFacts) -> Finding:
         f"the hypervisor of {facts.machine} emulates the processor and loses track of writes while it streams; "
         "the guest is paused while all its memory is sent",
         facts.machine,
-        "Expect a pause of that length, or bound it by downtime_limit; with KVM, or with memory in a shared file, there is "
-        "none.",
+        "Expect a pause of that length, or bound it by downtime_limit; KVM, or memory in a shared file, avoids it.",
     )
 
 

@@ -86,13 +86,13 @@ def test_a_report_names_the_way_and_needs_no_tracker_for_a_stream() -> None:
     report = compare(MACHINE, offer, [TrackerFact("hash", usable=False, reason="it may not read memory")])
     assert report.blocking == []
     assert (report.path, report.tracker, report.protocol_version) == (STREAM, "", 2)
-    assert [finding.id for finding in report.findings] == ["path.stream"]
+    assert [finding.id for finding in report.findings] == ["encoding.chosen", "path.stream"]
     assert "it may not read memory" in report.path_reason
 
 
 def test_an_earlier_release_is_sent_memory_as_before() -> None:
     """A destination that knows no ways is sent memory directly, in the version that it speaks."""
-    report = compare(MACHINE, QEMU_OFFER, TRACKERS)
+    report = compare(MACHINE, replace(QEMU_OFFER, protocol_versions=(1,)), TRACKERS)
     assert report.blocking == []
     assert (report.path, report.tracker, report.protocol_version) == (DIRECT, "pagemap-scan", 1)
 

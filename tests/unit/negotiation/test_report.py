@@ -34,7 +34,7 @@ def test_nothing_blocks_a_fitting_machine() -> None:
     """A machine that fits is compatible, with the best usable tracker, and notes about the others."""
     report = compare(MACHINE, OFFER, TRACKERS)
     assert report.blocking == []
-    assert (report.protocol_version, report.tracker) == (1, "pagemap-scan")
+    assert (report.protocol_version, report.tracker) == (2, "pagemap-scan")
     assert [(found.severity, found.id) for found in report.findings] == [
         (Severity.NOTE, "encoding.chosen"),
         (Severity.NOTE, "tracker.soft-dirty"),
