@@ -23,6 +23,7 @@ from vmferry.errors import (
     PermissionDeniedError,
     StreamBrokenError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import start_machine, stop_machine
@@ -81,6 +82,7 @@ class Receiver:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
             self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            reach("dest.copy-started")
             await self.machine.get_ready()
             region = self.machine.ram
             self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
@@ -116,6 +118,7 @@ class Receiver:
         take = partial(take_frame, self._intake, self._device_state)
         async for response in lane.serve(requests, take):
             self.progressed_at = time.monotonic()
+            reach("dest.frame-taken")
             yield response
 
     async def preflight(self) -> list[str]:
@@ -156,6 +159,7 @@ class Receiver:
         async with phase("load", device_state_bytes=len(device_state)):
             if await self.machine.run_state() is RunState.INMIGRATE:
                 await self.machine.load_device_state(device_state)
+                reach("dest.loaded")
 
     async def _until_ended(self) -> None:
         """Wait a moment for the ends of the lanes, which may be overtaken by the call that seals."""

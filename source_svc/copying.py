@@ -15,6 +15,7 @@ from typing import Final
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import HashMismatchError, NotConvergingError
+from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
@@ -99,6 +100,7 @@ class Copy:
         )
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
+        reach("source.tracking")
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -136,6 +138,7 @@ class Copy:
         runs = await asyncio.to_thread(self._tracker.scan)
         span_attributes(pages=runs.page_count)
         await self._send(runs)
+        reach("source.last-round-sent")
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""
@@ -199,6 +202,7 @@ class Copy:
         async with phase("round", number=self.round_number, pages=runs.page_count):
             await self._send(runs)
             await self._open_lanes.drain()
+            reach("source.round-sent")
             seconds = time.monotonic() - started
             dirty = await asyncio.to_thread(self._tracker.count)
             span_attributes(dirty_pages=dirty)

@@ -32,6 +32,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qemu import devicestate as qemu_state
@@ -192,6 +193,7 @@ class Outgoing:
                 protocol_version=self._protocol_version,
                 timeout_s=order.reserve_timeout_s,
             )
+            reach("source.accepted")
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
@@ -239,6 +241,7 @@ class Outgoing:
             self._paused_at = time.monotonic()
             async with phase("pause"):
                 await self._machine.stop()
+            reach("source.paused")
             # Saving takes a while and hardly touches memory, so it goes on beside the last round.
             _, device_state = await together(self._last_round(), self._save_device_state())
             if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
@@ -258,6 +261,7 @@ class Outgoing:
     async def _save_device_state(self) -> bytes:
         async with phase("device state"):
             data = await self._machine.save_device_state()
+            reach("source.state-saved")
             span_attributes(bytes=len(data))
             if self._machine.spec.kind == QEMU:
                 sections = _whole(data, self._machine.spec).sections
@@ -284,6 +288,7 @@ class Outgoing:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
+        reach("source.ready-heard")
         return replace(heard, memory_intact=True)
 
     # Afterwards

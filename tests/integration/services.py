@@ -78,6 +78,8 @@ class Service:
         self.port = 0
         self.log = log
         self.host = host
+        self.environment: dict[str, str] = {}
+        """What it finds in its environment beside what the tests have; takes effect with its next start."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -105,7 +107,7 @@ class Service:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 cwd=self.log.parent,
-                env=os.environ | {"PYTHONPATH": _SOURCES},
+                env=os.environ | {"PYTHONPATH": _SOURCES} | self.environment,
                 start_new_session=True,
             )
         assert self._process.stdout is not None

@@ -43,7 +43,7 @@ DEFAULT_START_TIMEOUT_S: Final = 20.0
 _QUIT_S: Final = 5.0
 _TERM_S: Final = 2.0
 _KILL_S: Final = 5.0
-_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG")
+_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG", "VMFERRY_ACTIVITY_DIR")
 _MIB: Final = 1024 * 1024
 
 
