@@ -13,6 +13,7 @@ from typing import Final
 from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError, StaleAttemptError, StreamBrokenError
+from vmferry.failpoints import reach
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
@@ -227,3 +228,4 @@ class DirectMemory:
         async with phase("load", device_state_bytes=len(device_state)):
             if await self._machine.run_state() is RunState.INMIGRATE:
                 await self._machine.load_device_state(device_state)
+                reach("dest.loaded")

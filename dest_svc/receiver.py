@@ -23,6 +23,7 @@ from vmferry.errors import (
     PermissionDeniedError,
     StreamBrokenError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import start_machine, stop_machine
@@ -87,6 +88,7 @@ class Receiver:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
             self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            reach("dest.copy-started")
             await self.machine.check_images()
             if self.spec.shared_memory:
                 region = self.machine.ram
@@ -129,6 +131,7 @@ class Receiver:
         assert self._memory is not None, "lanes open after Begin was answered"
         async for response in lane.serve(requests, self._memory.take):
             self.progressed_at = time.monotonic()
+            reach("dest.frame-taken")
             yield response
 
     async def preflight(self) -> list[str]:

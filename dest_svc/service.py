@@ -34,6 +34,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.records import attempt_from_ref
@@ -327,6 +328,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             except (HashMismatchError, MachineDeadError) as error:
                 await arrival.lose_copy(error.message)
                 raise
+            reach("dest.verified")
             await arrival.apply(destination.Verified(attempt, own))
             arrival.settle_records()
             return own

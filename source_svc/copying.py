@@ -16,6 +16,7 @@ from source_svc.judging import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import HashMismatchError
+from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
@@ -105,6 +106,7 @@ class Copy:
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
         await self._machine.get_ready()
+        reach("source.tracking")
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -141,6 +143,7 @@ class Copy:
         span_attributes(pages=runs.page_count)
         self.last_round_bytes = runs.page_count * PAGE_SIZE
         await self._send(runs)
+        reach("source.last-round-sent")
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""
@@ -209,6 +212,7 @@ class Copy:
         async with phase("round", number=self.round_number, pages=runs.page_count):
             await self._send(runs)
             await self._open_lanes.drain()
+            reach("source.round-sent")
             seconds = time.monotonic() - started
             dirty = await asyncio.to_thread(self._tracker.count)
             span_attributes(dirty_pages=dirty)

@@ -24,6 +24,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
@@ -110,6 +111,7 @@ class Departure:
         if not isinstance(self.state, source.Quiet):
             raise MachineBusyError("the machine already has an open migration", machine=self.machine_id)
         await self._write(under_lock, durable=True)
+        reach("source.recorded.begun")
 
     def next_attempt_number(self) -> int:
         """A number no attempt of this machine has had at this host."""
@@ -130,7 +132,10 @@ class Departure:
     async def _do(self, action: Action) -> None:
         match action:
             case Append():
+                place = action.record.kind.name.lower().replace("_", "-")
+                reach(f"source.recording.{place}")
                 await self._write(lambda: self._journal.append(action), durable=action.durable)
+                reach(f"source.recorded.{place}")
                 _LOG.info(
                     "recorded",
                     machine=self.machine_id,
@@ -179,6 +184,7 @@ class Departure:
             try:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
+                reach("source.resumed")
             finally:
                 await machine.close()
 
@@ -200,6 +206,7 @@ class Departure:
         self._release_due = False
         async with phase("release"):
             await discard_leftover(self.machine_id, self._directory)
+            reach("source.released")
 
     def machine(self) -> QmpMachine:
         """A hold of the machine's hypervisor; raises MachineDeadError or MachineNotFoundError."""
@@ -222,6 +229,7 @@ class Departure:
         assert not isinstance(state, source.Quiet)
         digest = b"" if isinstance(state, source.Begun) else state.digest
         heard = await destination.tell(tell.method, state.attempt, digest=digest, reason=story.reason)
+        reach("source.outcome-heard")
         await story.hears(heard)
         return await self.apply(replace(heard, memory_intact=await self.memory_intact()))
 

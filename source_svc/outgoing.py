@@ -36,6 +36,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qemu import devicestate as qemu_state
@@ -208,6 +209,7 @@ class Outgoing:
                     path=self.migration.message.path,
                     timeout_s=order.reserve_timeout_s,
                 )
+            reach("source.accepted")
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
@@ -264,6 +266,7 @@ class Outgoing:
         async with _limit("switch_timeout", limit_s):
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()
+            reach("source.paused")
             if isinstance(self._copy, StreamedCopy):
                 await self._copy.rest()
                 device_state = b""  # it has gone with memory
@@ -292,6 +295,7 @@ class Outgoing:
     async def _save_device_state(self) -> bytes:
         async with phase("device state"):
             data = await self._machine.save_device_state()
+            reach("source.state-saved")
             span_attributes(bytes=len(data))
             if self._machine.spec.kind == QEMU:
                 sections = _whole(data, self._machine.spec).sections
@@ -318,6 +322,7 @@ class Outgoing:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
+        reach("source.ready-heard")
         return replace(heard, memory_intact=True)
 
     # Afterwards

@@ -50,7 +50,7 @@ FILES: Final = (TMPFS, HUGETLBFS)
 _QUIT_S: Final = 5.0
 _TERM_S: Final = 2.0
 _KILL_S: Final = 5.0
-_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG")
+_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG", "VMFERRY_ACTIVITY_DIR")
 _MIB: Final = 1024 * 1024
 
 
