@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hosts import Guest, World, open_world
+from tests.integration.qemu import firmware
 from tests.integration.services import Host, eventually
 from tests.support import require
 from vmferry.cli.machine import end_machine, run_machine
@@ -67,6 +68,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     (folder / "vmlinuz").write_bytes(guest.newest_kernel().read_bytes())
     (folder / "initrd").write_bytes(guest.initramfs())
+    (folder / "ticker.rom").write_bytes(firmware.image())
     return folder
 
 
@@ -89,6 +91,12 @@ def linux_spec(
         nics=tuple(NicSpec(backend="user", mac=new_mac()) for _ in range(nics)),
     )
     return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"lin-{uuid.uuid4().hex[:8]}")
+
+
+def ticker_spec(images: Path, *, machine: str = "q35", vcpus: int = 1, memory_mib: int = 16) -> MachineSpec:
+    """A description of the smallest guest that checks itself, which is up at once."""
+    part = QemuSpec(accelerator="tcg", machine=machine, firmware=str(images / "ticker.rom"))
+    return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"tic-{uuid.uuid4().hex[:8]}")
 
 
 async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> LinuxGuest:

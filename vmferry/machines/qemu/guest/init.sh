@@ -4,11 +4,18 @@
 # Parameters, on the kernel's command line:
 #   vf.files=N    files of 1 MiB with random content, checked again and again against the sums taken at first
 #   vf.writes=N   how many MiB a second another process copies and compares, and so rewrites in memory
+#   vf.ip=A/N     the address of its first network interface
+#   vf.echo=PORT  a TCP server that sends back what it gets
+#   vf.dial=A:PORT
+#                 connects there again and again, and keeps one more connection for as long as it lasts
+# Kernel modules in /modules are loaded before all else, in the order of their names.
 # What it says, one line each:
 #   ready files=N              the files are made
 #   tick n=N up=S.CC gap=CC wall=S bad=N
 #                              ten times a second; gap: centiseconds since the last tick, bad: all faults so far
 #   check n=N begun=T bad=N    all files were read once more, begun after tick T
+#   dial n=N answer=TEXT       what came back over the Nth connection; nothing if none could be made
+#   held n=N ended=T           the connection that was kept ended at tick T, after N lines had come back
 #   BAD ...                    a fault, by name
 export PATH=/bin
 /bin/busybox mkdir -p /bin /proc /data /state
@@ -16,11 +23,17 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t tmpfs -o size=80% tmpfs /data
 mount -t tmpfs tmpfs /state
-files=8 writes=0
+for module in /modules/*.ko; do
+  [ -e "$module" ] && insmod "$module"
+done
+files=8 writes=0 ip='' echo='' dial=''
 for word in $(cat /proc/cmdline); do
   case $word in
     vf.files=*) files=${word#*=} ;;
     vf.writes=*) writes=${word#*=} ;;
+    vf.ip=*) ip=${word#*=} ;;
+    vf.echo=*) echo=${word#*=} ;;
+    vf.dial=*) dial=${word#*=} ;;
   esac
 done
 touch /state/bad
@@ -62,8 +75,32 @@ write() {
   done
 }
 
+again() {
+  k=0
+  while :; do
+    k=$((k + 1))
+    echo "dial n=$k answer=$(echo "call $k" | timeout 2 nc -w 1 "${dial%:*}" "${dial#*:}" 2>/dev/null | head -n 1)"
+    usleep 200000
+  done
+}
+
+hold() {
+  while echo held; do usleep 200000; done | nc "${dial%:*}" "${dial#*:}" >/state/held 2>/dev/null
+  echo "held n=$(wc -l </state/held) ended=$(cat /state/tick)"
+}
+
 check &
 [ "$writes" -gt 0 ] && write &
+if [ -n "$ip" ]; then
+  ip link set lo up
+  ip addr add "$ip" dev eth0
+  ip link set eth0 up
+fi
+[ -n "$echo" ] && nc -ll -p "$echo" -e cat &
+if [ -n "$dial" ]; then
+  again &
+  hold &
+fi
 
 read -r up rest </proc/uptime
 last=${up%.*}${up#*.}
