@@ -13,7 +13,15 @@ from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
 from source_svc.peer import Destination
-from vmferry.errors import JournalDamagedError, MachineBusyError, VmferryError
+from vmferry.errors import (
+    JournalDamagedError,
+    MachineBusyError,
+    MachineDeadError,
+    MachineFailedError,
+    MachineNotFoundError,
+    VmferryError,
+    WrongPhaseError,
+)
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
@@ -61,6 +69,8 @@ class Departure:
         self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
+        self.silent = False
+        """The hypervisor did not answer when it was needed, so its guest may be left paused."""
         self._release_due = False
 
     @property
@@ -148,13 +158,18 @@ class Departure:
             raise
 
     async def _resume(self) -> None:
+        """Let the guest go on; that it cannot changes nothing about whose it is."""
         async with phase("resume"):
-            machine = self.machine()
             try:
-                async with self._ledger.permitted(self.machine_id) as permit:
-                    await machine.cont(permit)
-            finally:
-                await machine.close()
+                machine = self.machine()
+                try:
+                    async with self._ledger.permitted(self.machine_id) as permit:
+                        await machine.cont(permit)
+                finally:
+                    await machine.close()
+            except (MachineDeadError, MachineFailedError, MachineNotFoundError, WrongPhaseError) as error:
+                self.silent = isinstance(error, MachineFailedError)
+                _LOG.error("given back, and not resumed", machine=self.machine_id, detail=error.message)
 
     async def settle_records(self) -> None:
         """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""
@@ -174,12 +189,16 @@ class Departure:
 
     async def memory_intact(self) -> bool:
         """Whether the hypervisor still has the guest's memory."""
+        self.silent = False
         try:
             machine = self._directory.open(self._directory.find(self.machine_id), observe=True)
             try:
                 return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
             finally:
                 await machine.close()
+        except MachineFailedError:
+            self.silent = True
+            return False
         except VmferryError:
             return False
 

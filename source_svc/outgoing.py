@@ -105,6 +105,11 @@ class Outgoing:
         self._task = asyncio.create_task(self._run(), name=f"migration-{self.migration.id}")
         return self._task
 
+    @property
+    def silent(self) -> bool:
+        """Whether the guest may be left paused, because its hypervisor did not answer."""
+        return self._departure.silent
+
     def cancel(self, why: str) -> None:
         """Give the machine back, if that is still this host's to decide.
 

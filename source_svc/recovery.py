@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Final
 
 from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import (
+    MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
@@ -26,8 +28,11 @@ from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
+from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
+
+_LOG: Final = get_logger(__name__)
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -46,6 +51,49 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
                 await machine.cont(permit)
     finally:
         await machine.close()
+
+
+class Returned:
+    """Machines that came back to this host while their hypervisors did not answer; resumed as soon as these do.
+
+    Nothing else may begin with such a machine meanwhile: to resume it must never meet a pause that is meant.
+    """
+
+    def __init__(self, ledger: HostLedger, directory: MachineDirectory, retry_s: float) -> None:
+        self._ledger = ledger
+        self._directory = directory
+        self._retry_s = retry_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def __contains__(self, machine_id: str) -> bool:
+        return machine_id in self._tasks
+
+    def add(self, machine_id: str) -> None:
+        """Begin to look after a machine."""
+        if machine_id not in self._tasks:
+            task = asyncio.create_task(self._settle(machine_id), name=f"return-{machine_id}")
+            self._tasks[machine_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(machine_id, None))
+
+    async def stop(self) -> None:
+        """Leave the rest to the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _settle(self, machine_id: str) -> None:
+        while True:
+            try:
+                await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError as error:
+                _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
+            except VmferryError as error:
+                _LOG.error("cannot be resumed", machine=machine_id, detail=error.message)
+                return
+            else:
+                return
+            await asyncio.sleep(self._retry_s)
 
 
 class Recovered:
@@ -68,6 +116,11 @@ class Recovered:
         """Begin, in a task of its own."""
         self._task = asyncio.create_task(self._run(), name=f"recovery-{self.migration.id}")
         return self._task
+
+    @property
+    def silent(self) -> bool:
+        """Whether the guest may be left paused, because its hypervisor did not answer."""
+        return self._departure.silent
 
     def cancel(self, why: str) -> None:
         """There is nothing left to cancel: it is being closed, or only the destination can decide."""

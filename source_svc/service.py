@@ -22,11 +22,12 @@ from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, settle_quiet
+from source_svc.recovery import Recovered, Returned, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
+    MachineFailedError,
     MachineNotOwnedError,
     ServiceStoppingError,
     TicketUsedError,
@@ -76,6 +77,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._own = host.own
         self._migrations = Migrations()
         self._running: dict[str, Outgoing | Recovered] = {}
+        self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._starting = asyncio.Lock()
         self._stopping = False
 
@@ -91,6 +93,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError:
+                self._returned.add(machine_id)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -100,6 +104,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
+        await self._returned.stop()
 
     async def close(self) -> None:
         """Nothing is left: every migration let go of what it held when it was stopped."""
@@ -224,6 +229,14 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             raise MachineBusyError(
                 f"{record.spec.name} already has an open migration", machine=record.spec.uuid
             )
+        held_up = (one.migration.message.machine_id for one in self._running.values() if one.silent)
+        if record.spec.uuid in self._returned or record.spec.uuid in held_up:
+            raise MachineBusyError(
+                f"the hypervisor of {record.spec.name} did not answer when it was to resume its guest, "
+                "and is asked again",
+                machine=record.spec.uuid,
+                remedy="Try again when the machine runs, or end it (vmferry machine stop).",
+            )
         rights = self._ledger.rights(record.spec.uuid)
         if not rights.permitted:
             raise MachineNotOwnedError(
@@ -298,10 +311,13 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._migrations.add(one.migration, request_id)
         self._running[one.migration.id] = one
         task = one.start()
-        task.add_done_callback(lambda done: self._forget(one.migration.id, done))
+        task.add_done_callback(lambda done: self._forget(one, done))
 
-    def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
+        migration_id = one.migration.id
         self._running.pop(migration_id, None)
+        if one.silent and not self._stopping:
+            self._returned.add(one.migration.message.machine_id)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
         asyncio.get_running_loop().call_soon(gc.collect)
         if task.cancelled() or isinstance(error := task.exception(), ServiceStoppingError):

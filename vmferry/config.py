@@ -62,6 +62,8 @@ class HostConfig:
     """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
     rpc_timeout_s: float = 10.0
     """Limit of one control call between the services."""
+    qmp_timeout_s: float = 10.0
+    """Limit of one command to a hypervisor."""
     handoff_retry_s: float = 0.5
     """Pause between two attempts to learn the outcome of a hand-off."""
     receive_timeout_s: float = 60.0
@@ -84,7 +86,7 @@ class HostConfig:
     def __post_init__(self) -> None:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
-            "switch_timeout_s", "rpc_timeout_s", "handoff_retry_s", "receive_timeout_s",
+            "switch_timeout_s", "rpc_timeout_s", "qmp_timeout_s", "handoff_retry_s", "receive_timeout_s",
             "max_outgoing", "max_incoming", "downtime_limit_ms",
         )  # fmt: skip
         for name in positive:

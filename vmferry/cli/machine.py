@@ -43,7 +43,7 @@ _STATES = {
 
 def directory_of(config: HostConfig) -> MachineDirectory:
     """Where the machines of a host lie."""
-    return MachineDirectory(config.machines_dir, config.ram_dir)
+    return MachineDirectory(config.machines_dir, config.ram_dir, qmp_timeout_s=config.qmp_timeout_s)
 
 
 async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:

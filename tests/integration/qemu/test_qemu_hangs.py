@@ -1,9 +1,10 @@
-"""A QEMU that stops answering for longer than every limit, and then comes back: nothing is lost, nothing stays paused."""
+"""A QEMU that stops answering for longer than every limit, and comes back: nothing is lost, nothing stays paused."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot, ticker_spec
 from tests.integration.qemu.leftovers import left_in_process
 from tests.integration.qemu.voyages import Moment, Voyage
-from tests.integration.services import Host, eventually, eventually_async, open_trackers
+from tests.integration.services import Host, eventually, eventually_async, open_trackers, refusal
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -21,8 +22,9 @@ pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
 
 @pytest.fixture(scope="module")
 async def world(images: Path) -> AsyncIterator[World]:
-    """Hosts of this module alone, with a short limit for the pause."""
-    async with open_world(image_roots=(images,), downtime_limit_ms=1000, switch_timeout_s=1.0) as opened:
+    """Hosts of this module alone, with short limits."""
+    limits: dict[str, Any] = {"switch_timeout_s": 1.0, "qmp_timeout_s": 3.0}
+    async with open_world(image_roots=(images,), downtime_limit_ms=1000, **limits) as opened:
         yield opened
 
 
@@ -59,6 +61,24 @@ async def test_a_source_that_hangs_over_the_pause_runs_on_when_it_is_back(voyage
     assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
     assert migration.reason.reason == "TIMED_OUT"
     assert migration.owner == world.a.identity.uri
+    voyage.wake()
+    await assert_well(world, voyage.guest, world.a, world.b)
+
+
+async def test_a_source_that_hangs_after_it_paused_runs_on_when_it_is_back(voyage: Voyage) -> None:
+    """It has paused its guest, and hangs before it can be resumed: whoever gave it back goes on trying."""
+    world = voyage.world
+    await voyage.hold(Moment.PRECOPYING)
+    machine = world.a.directory.open(world.a.record(voyage.guest.id), observe=True)
+    await machine.stop()
+    await machine.close()
+    voyage.stop_process(world.a)
+    voyage.link.let_go()
+    migration = await world.ended(world.a, voyage.id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
+    async with world.source(world.a) as stub:
+        error = await refusal(stub.StartMigration(world.order(voyage.guest, world.a, world.b)))
+    assert error.reason == "MACHINE_BUSY"
     voyage.wake()
     await assert_well(world, voyage.guest, world.a, world.b)
 

@@ -6,6 +6,7 @@ Afterwards nothing is left where the machine is not, and where it lives it can b
 from __future__ import annotations
 
 import enum
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -91,7 +92,7 @@ async def kill(voyage: Voyage, victim: Victim) -> None:
         await (world.a.source if victim is Victim.SOURCE else world.b.dest).kill()
         return
     process = voyage.process(world.a if victim is Victim.SOURCE_QEMU else world.b)
-    process.send_signal(9)
+    process.send_signal(signal.SIGKILL)
     assert await process.wait_ended(5.0)
 
 
