@@ -72,6 +72,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def kernel_release() -> str:
+    """The release of the kernel in the folder of images, whose modules must be there."""
+    release = guest.newest_kernel().name.removeprefix("vmlinuz-")
+    require(
+        (guest.MODULES / release).is_dir(), f"no modules of kernel {release} (they come with its package)"
+    )
+    return release
+
+
 @pytest.fixture(scope="package")
 async def world(images: Path) -> AsyncIterator[World]:
     """Hosts a and b for all tests with QEMU, which let in what lies in the folder of images."""
