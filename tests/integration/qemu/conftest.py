@@ -16,7 +16,7 @@ from tests.integration.hosts import Guest, World, open_world
 from tests.integration.qemu import firmware
 from tests.integration.services import Host, eventually
 from tests.support import require
-from vmferry.cli.machine import end_machine, run_machine
+from vmferry.cli.machine import end_machine
 from vmferry.machines.qemu import guest
 from vmferry.machines.qemu.guest import verdict
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
@@ -123,7 +123,7 @@ async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> Lin
 
 
 async def _boot_once(world: World, spec: MachineSpec, host: Host) -> LinuxGuest | None:
-    record = await run_machine(spec, host.config)
+    record = await host.run(spec)
     linux = LinuxGuest(record.spec, host)
     world.guests.append(linux)
     deadline = time.monotonic() + BOOT_S
