@@ -24,7 +24,7 @@ from vmferry.machines.spec import MachineSpec, new_mac, new_qemu_spec
 
 QEMU = Path(QemuSpec.binary)
 BOOT_S = 60.0
-SPEAKS_S = 30.0
+SPEAKS_S = 60.0
 
 
 @dataclass

@@ -34,8 +34,8 @@ while :; do
   usleep 200000
 done
 """
-REBOOTS = "echo came up\nusleep 500000\nreboot -f\n"
-PANICS = "echo came up\nusleep 500000\necho c >/proc/sysrq-trigger\n"
+REBOOTS = "echo came up\nsleep 2\nreboot -f\n"
+PANICS = "echo came up\nsleep 2\necho c >/proc/sysrq-trigger\n"
 SWITCHES_OFF = "echo came up\nsleep 3\necho going down\npoweroff -f\n"
 SUSPENDS = "echo came up\necho mem >/sys/power/state\necho woke up\nsleep 1000\n"
 IDLE = "echo came up\nexec sleep 100000\n"

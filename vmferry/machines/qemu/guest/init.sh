@@ -4,12 +4,14 @@
 # Parameters, on the kernel's command line:
 #   vf.files=N    files of 1 MiB with random content, checked again and again against the sums taken at first
 #   vf.writes=N   how many MiB a second another process copies and compares, and so rewrites in memory
+#   vf.leave=N    as many files as leave N KiB of memory, instead of vf.files
 #   vf.ip=A/N     the address of its first network interface
 #   vf.echo=PORT  a TCP server that sends back what it gets
 #   vf.dial=A:PORT
 #                 connects there again and again, and keeps one more connection for as long as it lasts
 # Kernel modules in /modules are loaded before all else, in the order of their names.
 # What it says, one line each:
+#   memory available=N         KiB of memory that are left, if vf.leave was given
 #   ready files=N              the files are made
 #   tick n=N up=S.CC gap=CC wall=S bad=N
 #                              ten times a second; gap: centiseconds since the last tick, bad: all faults so far
@@ -26,11 +28,12 @@ mount -t tmpfs tmpfs /state
 for module in /modules/*.ko; do
   [ -e "$module" ] && insmod "$module"
 done
-files=8 writes=0 ip='' echo='' dial=''
+files=8 writes=0 leave='' ip='' echo='' dial=''
 for word in $(cat /proc/cmdline); do
   case $word in
     vf.files=*) files=${word#*=} ;;
     vf.writes=*) writes=${word#*=} ;;
+    vf.leave=*) leave=${word#*=} ;;
     vf.ip=*) ip=${word#*=} ;;
     vf.echo=*) echo=${word#*=} ;;
     vf.dial=*) dial=${word#*=} ;;
@@ -45,12 +48,21 @@ fault() {
   echo "$*" >>/state/bad
 }
 
+wants_more() {
+  [ -z "$leave" ] && { [ $i -lt "$files" ]; return; }
+  while read -r name left rest; do
+    [ "$name" = MemAvailable: ] && { [ "$left" -gt "$leave" ]; return; }
+  done </proc/meminfo
+}
+
 i=0
-while [ $i -lt "$files" ]; do
+while wants_more; do
   dd if=/dev/urandom of=/data/$i bs=64k count=16 2>/dev/null
   i=$((i + 1))
 done
+files=$i
 cd /data && md5sum * >/state/sums
+[ -n "$leave" ] && echo "memory available=$left"
 echo "ready files=$files"
 
 check() {
