@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from vmferry.config import HostConfig
-from vmferry.errors import InvalidArgumentError, MachineFailedError
+from vmferry.errors import ConfigError, InvalidArgumentError, MachineFailedError
+from vmferry.machines import network
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec
-
-_INTERFACES: Final = Path("/sys/class/net")
+from vmferry.memory.backings import HUGETLBFS
+from vmferry.memory.hugepages import check_folder
+from vmferry.negotiation.about_network import about_network
+from vmferry.negotiation.facts import Network
+from vmferry.negotiation.findings import FINDINGS, Finding, Severity
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,40 @@ class Refusal:
     """The field of the description."""
     message: str
     remedy: str
+    severity: Severity = Severity.BLOCKS
+
+    def __post_init__(self) -> None:
+        assert self.severity in FINDINGS[self.id], self.id
+
+    @classmethod
+    def of(cls, finding: Finding) -> Refusal:
+        """A finding about a field of the description."""
+        return cls(finding.id, finding.object, finding.message, finding.remedy, finding.severity)
 
     def error(self) -> InvalidArgumentError:
         """The same for a caller that begins all the same."""
         return InvalidArgumentError(self.message, field=f"spec.{self.field}", remedy=self.remedy)
 
 
-def refusals(spec: MachineSpec, config: HostConfig) -> Iterator[Refusal]:
-    """Everything in a description that this host refuses; asks and tries the hypervisor, which takes a moment."""
+def refusals(
+    spec: MachineSpec, config: HostConfig, networks: Mapping[str, Network] | None = None
+) -> Iterator[Refusal]:
+    """Everything in a description that this host refuses; asks and tries the hypervisor, which takes a moment.
+
+    Args:
+        spec: the description.
+        config: what this host opens.
+        networks: the machine's interfaces as its source has them, by name, if it told.
+    """
     if spec.microvm is not None:
         yield from _about_netdev(spec.microvm.netdev, config.run_dir / "net")
     if spec.qemu is not None:
         yield from _about_hypervisor(spec.qemu, config)
+        yield from _about_memory(spec.qemu, config)
         for field, path in spec.qemu.host_files().items():
             yield from _about_file(field, Path(path), config)
         for number, nic in enumerate(spec.qemu.nics):
-            yield from _about_nic(f"qemu.nics[{number}].tap", nic, config)
+            yield from _about_nic(f"qemu.nics[{number}].tap", nic, config, (networks or {}).get(nic.tap))
         yield from _about_disks(spec.qemu)
 
 
@@ -101,6 +122,21 @@ def _about_hypervisor(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
         yield Refusal("accelerator.unavailable", "qemu.accelerator", message, remedy)
 
 
+def _about_memory(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
+    if part.memory_backing != HUGETLBFS:
+        return
+    problem = "this host has no folder for memory in huge pages"
+    if config.huge_root is not None:
+        try:
+            check_folder(config.huge_root)
+        except ConfigError as error:
+            problem = error.message
+        else:
+            return
+    remedy = "Mount a hugetlbfs and name it as huge_dir in the destination's configuration."
+    yield Refusal("memory.backing", "qemu.memory_backing", problem, remedy)
+
+
 def _about_file(field: str, path: Path, config: HostConfig) -> Iterator[Refusal]:
     roots = " and ".join(map(str, config.image_roots)) or "nowhere"
     try:
@@ -127,14 +163,19 @@ def _outside(field: str, path: Path, roots: str) -> Refusal:
     return Refusal("file.outside-roots", field, message, remedy)
 
 
-def _about_nic(field: str, nic: NicSpec, config: HostConfig) -> Iterator[Refusal]:
+def _about_nic(field: str, nic: NicSpec, config: HostConfig, at_source: Network | None) -> Iterator[Refusal]:
     if nic.backend != "tap":
         return
     if nic.tap not in config.taps:
         remedy = "Add it to taps in the destination's configuration, if machines are to use it."
         yield Refusal("network.not-allowed", field, f"machines may not use {nic.tap} here", remedy)
-    elif not (_INTERFACES / nic.tap / "tun_flags").exists():
-        yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", "Make it first.")
+        return
+    here = network.tap(nic.tap)
+    if here is None:
+        remedy = f"Make it first: ip tuntap add {nic.tap} mode tap"
+        yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", remedy)
+    else:
+        yield from map(Refusal.of, about_network(field, at_source, here))
 
 
 def _about_disks(part: QemuSpec) -> Iterator[Refusal]:

@@ -17,11 +17,13 @@ import grpc
 
 from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
-from dest_svc.offer import make_offer
+from dest_svc.measuring import Measurements
+from dest_svc.offer import judge, left_for_newcomers, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
+    HostDrainingError,
     InsufficientMemoryError,
     InvalidArgumentError,
     MachineDeadError,
@@ -40,6 +42,7 @@ from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
+from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
@@ -69,6 +72,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
+        self._measurements = Measurements(host.config.ram_dir)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -109,25 +113,30 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, request: handoff_pb2.NegotiateRequest, context: Context
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
-        spec = spec_from_message(request.spec) if request.HasField("spec") else None
-        offer = await asyncio.to_thread(self._offer)
         response = handoff_pb2.NegotiateResponse(
-            offer=offer, destination_incarnation=self._ledger.incarnation
+            offer=await asyncio.to_thread(self._offer), destination_incarnation=self._ledger.incarnation
         )
-        for refusal in await asyncio.to_thread(list, refusals(spec, self._config) if spec else ()):
-            response.items.add(
-                severity=compatibility_pb2.SEVERITY_BLOCKS,
-                id=refusal.id,
-                message=refusal.message,
-                object=refusal.field,
-                remedy=refusal.remedy,
-            )
+        if request.HasField("spec"):
+            spec = spec_from_message(request.spec)
+            await asyncio.to_thread(judge, spec, request.networks, self._config, response)
+        # The last thing: the clocks are compared by it.
+        response.offer.time.GetCurrentTime()
         return response
+
+    async def Measure(
+        self, request_iterator: AsyncIterator[handoff_pb2.MeasureRequest], context: Context
+    ) -> handoff_pb2.MeasureResponse:
+        """Take pages in, check and forget them."""
+        if self._stopping:
+            raise ServiceStoppingError("the destination service is stopping")
+        return await self._measurements.measure(current_caller(), request_iterator)
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""
         if self._stopping:
             raise ServiceStoppingError("the destination service is stopping")
+        if self._config.draining:
+            raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
         attempt = self._attempt(request.attempt)
         spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
@@ -253,7 +262,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 "regions must be one, 'ram', of the machine's memory size", field="regions"
             )
         for refusal in refusals(spec, self._config):
-            raise refusal.error()
+            if refusal.severity is Severity.BLOCKS:
+                raise refusal.error()
         return spec, ticket
 
     async def _admit(
@@ -311,19 +321,18 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise MachineExistsError(
                 f"a machine named {spec.name} is on this host already", field="spec.name"
             )
-        available = self._available_bytes()
+        backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
+        available = backings.get(spec.memory_backing, 0)
         if spec.memory_mib * _MIB > available:
             raise InsufficientMemoryError(
-                f"{spec.name} needs {spec.memory_mib} MiB, this host has {max(available, 0) // _MIB} MiB to give",
+                f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
+                f"this host has {available // _MIB} MiB to give",
                 field="spec.memory_mib",
             )
 
-    def _available_bytes(self) -> int:
-        promised = sum(
-            arrival.receiver.outstanding_bytes for arrival in self._arrivals.values() if arrival.receiver
-        )
-        headroom = self._config.memory_headroom_mib * _MIB
-        return host.available_memory_bytes(self._config.ram_dir) - promised - headroom
+    def _memory_backings(self) -> list[host.MemoryBacking]:
+        receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
+        return left_for_newcomers(self._config, receivers)
 
     async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
         async with arrival.lock:
@@ -400,10 +409,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._directory,
             self._host.trackers,
             qemu_binaries=self._config.qemu_binaries,
-            available_memory_bytes=max(0, self._available_bytes()),
+            backings=self._memory_backings(),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),
             max_incoming=self._config.max_incoming,
+            draining=self._config.draining,
+            certificate_not_after=self._host.tls.load().not_after,
         )
 
     async def _watch(self) -> None:

@@ -20,15 +20,15 @@ from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
-from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NOT_READY_S, Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
-_NOT_READY_S: Final = 0.05
 _REPORT_S: Final = 0.1
 
 
@@ -55,6 +55,8 @@ class Copy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
+        self.last_round_bytes = 0
+        """Pages of the last round, which the guest waited for."""
         self._destination = destination
         self._migration = migration
         self._settings = settings
@@ -72,6 +74,7 @@ class Copy:
         except BaseException:
             self._ram.close()
             raise
+        self._gives_up = machine.spec.qemu is not None and machine.spec.qemu.balloon
         self._lanes: Lanes | None = None
         self._started = time.monotonic()
         self._reported = 0.0
@@ -119,7 +122,7 @@ class Copy:
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
-                await asyncio.sleep(_NOT_READY_S)
+                await asyncio.sleep(NOT_READY_S)
             runs = await asyncio.to_thread(self._tracker.scan)
 
     def _hopeless(self, decision: Decision, limits: Limits) -> NotConvergingError:
@@ -133,16 +136,22 @@ class Copy:
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
         self.round_number += 1
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         span_attributes(pages=runs.page_count)
+        self.last_round_bytes = runs.page_count * PAGE_SIZE
         await self._send(runs)
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         if runs:
             await self._open_lanes.drain()  # the same pages may be on their way in the last round
             await self._send(runs)
+
+    def _rest(self) -> PageRuns:
+        """What was written since the last scan, and what the guest gave up since it was sent: that reads as zero."""
+        runs = self._tracker.scan()
+        return runs.union(given_up(self._ram, self._table)) if self._gives_up else runs
 
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state."""

@@ -17,6 +17,7 @@ from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
+from source_svc.forecasts import Forecasts, Subject
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from source_svc.planning import Plan, incompatible
@@ -41,6 +42,7 @@ from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
+from vmferry.transfer.convergence import Limits
 from vmferry.transfer.seal import seal_digest
 from vmferry.v1 import migration_pb2 as pb
 
@@ -66,6 +68,17 @@ class Order:
     compare_bytes: bool
     tracker: str
 
+    def subject(self, machine: QmpMachine, destination: Destination, config: HostConfig) -> Subject:
+        """What is to be predicted."""
+        return Subject(
+            machine,
+            destination,
+            self.lanes,
+            config.chunk_bytes,
+            Limits(self.downtime_limit_s, config.max_rounds),
+            self.compare_bytes,
+        )
+
 
 class Outgoing:
     """A migration in progress."""
@@ -80,6 +93,8 @@ class Outgoing:
         config: HostConfig,
         material: TlsMaterial,
         plan: Plan,
+        *,
+        forecasts: Forecasts,
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
@@ -91,6 +106,8 @@ class Outgoing:
         self._config = config
         self._material = material
         self._plan = plan
+        self._forecasts = forecasts
+        self._subject = order.subject(machine, destination, config)
         self._committed = False
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
@@ -173,6 +190,7 @@ class Outgoing:
     async def _negotiate(self) -> None:
         await self.migration.enter(pb.MIGRATION_PHASE_NEGOTIATING)
         async with phase("negotiate"):
+            self._plan.forecast = self._forecasts.planned(self._subject)
             report = await self._plan.report(self._machine, self._destination, self._order.tracker)
             self.migration.message.tracker = report.tracker
             span_attributes(tracker=report.tracker, findings=len(report.findings))
@@ -187,7 +205,11 @@ class Outgoing:
         await self.migration.enter(pb.MIGRATION_PHASE_RESERVING)
         assert self._attempt is not None
         order, attempt = self._order, self._attempt
-        async with phase("reserve"):
+        tracker = self.migration.message.tracker
+        async with (
+            self._forecasts.meanwhile(self._subject, tracker, self.migration.message),
+            phase("reserve"),
+        ):
             await self._departure.begin(attempt)
             begun = await self._destination.begin(
                 attempt,
@@ -205,7 +227,7 @@ class Outgoing:
             order.downtime_limit_s,
             self._config.max_rounds,
             order.stall_timeout_s,
-            self.migration.message.tracker,
+            tracker,
             self._plan.trackers,
         )
         self._copy = Copy(self._machine, self._destination, self.migration, settings)
@@ -316,10 +338,12 @@ class Outgoing:
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
     async def _conclude(self) -> None:
+        last_round_bytes = self._copy.last_round_bytes if self._copy is not None else 0
         await self._tidy_up()
         await self._departure.release()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+            self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
             return
         self.migration.message.owner = self._material.identity.uri
         error = MachineFailedError("the destination returned the machine instead of running it")

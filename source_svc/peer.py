@@ -6,7 +6,7 @@ catalogue; an answer names the incarnation of the journal that gave it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -18,13 +18,14 @@ from vmferry.handoff.source import Heard
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
+from vmferry.negotiation.facts import Network
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
-from vmferry.v1 import handoff_pb2, handoff_pb2_grpc
+from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
 
@@ -52,12 +53,26 @@ class Destination:
         """Close the control connection."""
         await self._channel.close(None)
 
-    async def negotiate(self, spec: MachineSpec) -> handoff_pb2.NegotiateResponse:
-        """What the host offers for this machine."""
+    async def negotiate(
+        self, spec: MachineSpec, networks: Sequence[Network], *, timeout_s: float
+    ) -> handoff_pb2.NegotiateResponse:
+        """What the host offers for this machine, whose interfaces are plugged in here like this."""
         request = handoff_pb2.NegotiateRequest(
-            spec=spec_to_message(spec), protocol_versions=PROTOCOL_VERSIONS
+            spec=spec_to_message(spec),
+            protocol_versions=PROTOCOL_VERSIONS,
+            networks=[
+                compatibility_pb2.NetworkIdentity(tap=one.tap, bridge=one.bridge, mtu_bytes=one.mtu_bytes)
+                for one in networks
+            ],
         )
-        return await self._ask(self._stub.Negotiate(request, timeout=self._timeout_s))
+        return await self._ask(self._stub.Negotiate(request, timeout=timeout_s))
+
+    async def measure(
+        self, channel: grpc.aio.Channel, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+    ) -> handoff_pb2.MeasureResponse:
+        """Have pages taken in and forgotten, over a channel of :meth:`new_channel`."""
+        stub = handoff_pb2_grpc.DestinationServiceStub(channel)
+        return await self._ask(stub.Measure(requests, timeout=self._timeout_s))
 
     async def begin(
         self,

@@ -14,6 +14,7 @@ from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import (
+    MachineBusyError,
     MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
@@ -25,7 +26,7 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
-from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
@@ -94,6 +95,15 @@ class Returned:
             else:
                 return
             await asyncio.sleep(self._retry_s)
+
+
+def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
+    """Why nothing can begin with a machine that came back and is not resumed."""
+    return MachineBusyError(
+        f"the hypervisor of {record.spec.name} did not answer when it was to resume its guest, and is asked again",
+        machine=record.spec.uuid,
+        remedy="Try again when the machine runs, or end it (vmferry machine stop).",
+    )
 
 
 class Recovered:

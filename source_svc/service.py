@@ -10,7 +10,7 @@ import asyncio
 import gc
 import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -18,11 +18,12 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from source_svc.departure import Departure
+from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.outgoing import Order, Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, Returned, settle_quiet
+from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
@@ -39,7 +40,9 @@ from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.wire import spec_to_message
+from vmferry.negotiation.report import Report
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity, Kind
 from vmferry.security.tickets import VerifiedTicket, open_ticket
@@ -76,6 +79,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._migrations = Migrations()
+        self._forecasts = Forecasts(host.trackers)
         self._running: dict[str, Outgoing | Recovered] = {}
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._starting = asyncio.Lock()
@@ -117,18 +121,19 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Ask both hosts and change nothing."""
         record = self._directory.find(_required(request.machine, "machine"))
         host, address = self._destination(request.destination)
-        self._order(request.options, b"", b"")  # refuses bad options by name
+        order = self._order(request.options, b"", b"")  # refuses bad options by name
         destination = self._peer(address, host)
         machine = self._directory.open(record, observe=True) if record.alive else None
         try:
             plan = self._plan(record, host)
             plan.migrating = self._migrations.open_of(record.spec.uuid) is not None
-            report = await plan.report(machine, destination, request.options.tracker)
+            predict = None if request.without_prediction else self._predict(order, machine, destination)
+            report = await plan.report(machine, destination, request.options.tracker, predict)
         finally:
             await destination.close()
             if machine is not None:
                 await machine.close()
-        return pb.PlanMigrationResponse(report=report_to_message(report))
+        return pb.PlanMigrationResponse(report=report_to_message(report, plan.forecast.message))
 
     async def StartMigration(
         self, request: pb.StartMigrationRequest, context: Context
@@ -190,6 +195,23 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     # What they are made of
 
+    def _predict(
+        self, order: Order, machine: QmpMachine | None, destination: Destination
+    ) -> Callable[[Report], Awaitable[Forecast]]:
+        """What predicts a planned migration, once it is known that it could take place."""
+
+        async def predict(report: Report) -> Forecast:
+            if machine is None or report.blocking:
+                return Forecast(why_not="the machine cannot move as things are")
+            machine_id = machine.spec.uuid
+            return await self._forecasts.of_plan(
+                order.subject(machine, destination, self._config),
+                report.tracker,
+                lambda: not self._stopping and self._migrations.open_of(machine_id) is None,
+            )
+
+        return predict
+
     def _start(self, request: pb.StartMigrationRequest) -> Migration:
         if self._stopping:
             raise ServiceStoppingError("the source service is stopping")
@@ -219,6 +241,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._config,
             self._host.tls.load(),
             self._plan(record, host),
+            forecasts=self._forecasts,
         )
         self._follow(outgoing, request.request_id)
         return outgoing.migration
@@ -231,12 +254,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             )
         held_up = (one.migration.message.machine_id for one in self._running.values() if one.silent)
         if record.spec.uuid in self._returned or record.spec.uuid in held_up:
-            raise MachineBusyError(
-                f"the hypervisor of {record.spec.name} did not answer when it was to resume its guest, "
-                "and is asked again",
-                machine=record.spec.uuid,
-                remedy="Try again when the machine runs, or end it (vmferry machine stop).",
-            )
+            raise not_resumed_yet(record)
         rights = self._ledger.rights(record.spec.uuid)
         if not rights.permitted:
             raise MachineNotOwnedError(
@@ -360,7 +378,16 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri)
+        return Plan(
+            record.spec,
+            self._ledger,
+            self._host.trackers,
+            self._own.uri,
+            host.uri,
+            self._host.tls.load().not_after.timestamp(),
+            self._config.switch_timeout_s,
+            self._config.negotiate_timeout_s,
+        )
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
         rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)

@@ -142,6 +142,7 @@ async def test_an_operator_cannot_play_the_source(world: World, bystander: Bysta
     async with raw_source(world, world.b, model, "admin") as source:
         for call in (
             lambda: source.stub.Negotiate(handoff_pb2.NegotiateRequest()),
+            lambda: source.stub.Measure(iter([handoff_pb2.MeasureRequest()])),
             lambda: source.stub.Begin(source.begin_request()),
             source.seal,
             source.go,

@@ -342,6 +342,8 @@ def _certificates(folder: Path) -> None:
 
 
 def _host(name: str, root: Path, ram: Path, values: dict[str, Any], place: Place) -> Host:
+    if "huge_dir" in values:
+        values = values | {"huge_dir": values["huge_dir"] / name}
     config = HostConfig(
         tls_dir=root / "tls" / name,
         state_dir=root / "state" / name,

@@ -91,6 +91,10 @@ class Service:
         self.port = 0
         self.log = log
         self.host = host
+        self.environment: dict[str, str] = {}
+        """What it finds in its environment beyond what the tests have."""
+        self.within: tuple[str, ...] = ()
+        """A command that runs it in other surroundings."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -113,6 +117,7 @@ class Service:
         """Start it, and return when it takes calls."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self.within,
                 *self.host.place.command(
                     sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)
                 ),
@@ -120,7 +125,7 @@ class Service:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 cwd=self.log.parent,
-                env=os.environ | {"PYTHONPATH": _SOURCES},
+                env=os.environ | {"PYTHONPATH": _SOURCES} | self.environment,
                 start_new_session=True,
             )
         assert self._process.stdout is not None
@@ -240,7 +245,9 @@ class Host:
 
     def holdings(self, machine: MachineSpec | None = None) -> list[str]:
         """Everything that a machine, or any machine, has on this host: folder, memory file, process."""
-        folders = (self.config.machines_dir, self.config.ram_dir)
+        folders = [self.config.machines_dir, self.config.ram_dir]
+        if self.config.huge_root is not None:
+            folders.append(self.config.huge_root)
         files = [path for folder in folders if folder.exists() for path in folder.iterdir()]
         processes = processes_with(str(self.config.machines_dir))
         if machine is not None:

@@ -21,7 +21,8 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
-from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.cli.findings import report_lines
+from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
 from vmferry.errors import (
@@ -35,7 +36,6 @@ from vmferry.security.identity import Identity
 from vmferry.security.tickets import TicketSigner
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1 import migration_pb2
-from vmferry.v1.compatibility_pb2 import CompatibilityReport, Severity
 from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     CancelMigrationRequest,
@@ -116,6 +116,10 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    prediction: Annotated[
+        bool,
+        typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
@@ -123,12 +127,13 @@ async def plan(
         machine=machine,
         destination=destination(to_host, to_address),
         options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
     if json:
         print_document(as_document(answer.report))
     else:
-        _print_report(answer.report)
+        print("\n".join(report_lines(answer.report)))
     if not answer.report.compatible:
         raise typer.Exit(IncompatibleError.exit_code)
 
@@ -283,13 +288,3 @@ def _print_started(migration: Migration, *, json: bool) -> None:
         return
     print(migration.id)
     say(f"{migration.machine} is being migrated: vmferry watch {migration.id}")
-
-
-def _print_report(report: CompatibilityReport) -> None:
-    verdict = "could move" if report.compatible else "cannot move"
-    print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
-    rows = [
-        (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
-        for item in report.items
-    ]
-    print_table(("SEVERITY", "FINDING", "ON", "MESSAGE", "REMEDY"), rows, empty="no findings")

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from vmferry.errors import (
@@ -21,15 +19,19 @@ from vmferry.errors import (
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    TrackerUnavailableError,
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
+from vmferry.machines.inspection import IGNORE_SHARED, Inspection, inspect
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
+from vmferry.memory import memfd
+from vmferry.memory.backings import MEMFD
 from vmferry.memory.regions import Region
 
 DEFAULT_QMP_TIMEOUT_S: Final = 10.0
@@ -63,18 +65,6 @@ _SAVING: Final = frozenset({"setup", "active", "device", "pre-switchover", "canc
 _ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
-
-
-_IGNORE_SHARED: Final = "x-ignore-shared"
-
-
-@dataclass(frozen=True)
-class HypervisorFacts:
-    """What a running hypervisor says about itself."""
-
-    version: str
-    blockers: Sequence[str]
-    """Why it would not let its machine go; empty if nothing stands in the way."""
 
 
 class QmpMachine(Machine):
@@ -112,8 +102,21 @@ class QmpMachine(Machine):
 
     @property
     def ram(self) -> Region:
-        """The guest's memory."""
-        return Region(name="ram", path=self.paths.ram, size_bytes=self._spec.memory_mib * _MIB)
+        """The guest's memory.
+
+        Raises:
+            TrackerUnavailableError: it cannot be reached from outside of the machine's process.
+        """
+        path = self.paths.ram
+        if self._spec.memory_backing == MEMFD:
+            path = memfd.find(self.pid, self._spec.uuid)
+        elif not self._spec.shared_memory:
+            raise TrackerUnavailableError(
+                f"the memory of {self._spec.name} is private to process {self.pid}",
+                remedy="Describe the machine with another memory_backing.",
+                pid=self.pid,
+            )
+        return Region(name="ram", path=path, size_bytes=self._spec.memory_mib * _MIB)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the process, which was just started, takes commands."""
@@ -122,8 +125,12 @@ class QmpMachine(Machine):
 
     async def run_state(self) -> RunState:
         """What the vCPUs are doing."""
+        return (await self.status())[0]
+
+    async def status(self) -> tuple[RunState, str]:
+        """What the vCPUs are doing, and the hypervisor's own word for it."""
         async with self._lock:
-            return await self._run_state()
+            return await self._status()
 
     async def stop(self) -> None:
         """Pause the guest. The hypervisor answers once the vCPUs stand; its state is asked to be sure."""
@@ -215,21 +222,10 @@ class QmpMachine(Machine):
         except (KeyError, TypeError, ValueError) as error:
             raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
 
-    async def hypervisor(self) -> HypervisorFacts:
-        """Ask for the release, and for what forbids a migration."""
+    async def inspect(self) -> Inspection:
+        """What QEMU says of its release, its parts, and what forbids a migration."""
         async with self._lock:
-            release = await self._monitor.execute("query-version", repeatable=True)
-            capabilities = await self._monitor.execute("query-migrate-capabilities", repeatable=True)
-            progress = await self._monitor.execute("query-migrate", repeatable=True)
-        try:
-            numbers = release["qemu"]
-            version = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
-            blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
-            if _IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
-                blockers.append(f"it has no capability {_IGNORE_SHARED}")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._failure("query-version", f"an answer without sense: {error!r}") from error
-        return HypervisorFacts(version, tuple(blockers))
+            return await inspect(self._monitor)
 
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
@@ -251,6 +247,9 @@ class QmpMachine(Machine):
             await self._monitor.close()
 
     async def _run_state(self) -> RunState:
+        return (await self._status())[0]
+
+    async def _status(self) -> tuple[RunState, str]:
         answer = await self._monitor.execute("query-status", repeatable=True)
         word = answer.get("status") if isinstance(answer, dict) else None
         state = _RUN_STATES.get(str(word))
@@ -258,7 +257,7 @@ class QmpMachine(Machine):
             raise self._failure(
                 "query-status", f"the hypervisor names a state that is not known here: {word!r}"
             )
-        return state
+        return state, str(word)
 
     async def _save(self) -> bytes:
         await self._ignore_shared_memory()
@@ -342,7 +341,7 @@ class QmpMachine(Machine):
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
         if self._ignoring_shared:
             return
-        capability = {"capability": _IGNORE_SHARED, "state": True}
+        capability = {"capability": IGNORE_SHARED, "state": True}
         await self._monitor.execute(
             "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
         )

@@ -73,13 +73,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def kernel_release() -> str:
-    """The release of the kernel in the folder of images, whose modules must be there."""
-    release = guest.newest_kernel().name.removeprefix("vmlinuz-")
-    require(
-        (guest.MODULES / release).is_dir(), f"no modules of kernel {release} (they come with its package)"
-    )
-    return release
+def card_modules(images: Path) -> list[Path]:
+    """The modules by which the kernel in the folder of images drives a network card."""
+    found = guest.modules_of(guest.newest_kernel(), ("virtio_pci", "virtio_net"))
+    require(found, "the modules of the kernel in /boot are not installed (they come with its package)")
+    return found
 
 
 @pytest.fixture(scope="package")

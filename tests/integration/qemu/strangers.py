@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,21 +62,11 @@ def alive(serial: str) -> list[int]:
     return [int(number) for number in _ALIVE.findall(serial)]
 
 
-def stranger_initramfs(script: str, modules: tuple[Path, ...] = ()) -> bytes:
+def stranger_initramfs(script: str, modules: Sequence[Path] = ()) -> bytes:
     """A file system whose first process mounts what is usual, and then runs a script that speaks on ttyS0."""
-    entries = [
-        linux.Entry("dev", stat.S_IFDIR | 0o755),
-        linux.Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1)),
-        linux.Entry("bin", stat.S_IFDIR | 0o755),
-        linux.Entry("bin/busybox", stat.S_IFREG | 0o755, linux.BUSYBOX.read_bytes()),
-        linux.Entry("modules", stat.S_IFDIR | 0o755),
-        *(
-            linux.Entry(f"modules/{number:02}.ko", stat.S_IFREG | 0o644, path.read_bytes())
-            for number, path in enumerate(modules)
-        ),
-        linux.Entry("init", stat.S_IFREG | 0o755, (_PROLOGUE + script).encode()),
-    ]
-    return linux.archive(entries)
+    init = linux.Entry("init", stat.S_IFREG | 0o755, (_PROLOGUE + script).encode())
+    # The kernel unpacks one archive after the other; what comes later stays.
+    return linux.initramfs(modules=modules) + linux.archive([init])
 
 
 def stranger_spec(
@@ -84,7 +75,7 @@ def stranger_spec(
     *,
     memory_mib: int = 97,
     vcpus: int = 1,
-    modules: tuple[Path, ...] = (),
+    modules: Sequence[Path] = (),
     **part: Any,
 ) -> MachineSpec:
     """A machine that runs a script, with a kernel that says nothing."""

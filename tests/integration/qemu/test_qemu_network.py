@@ -29,12 +29,10 @@ HOST_BY_QEMU = "10.0.2.2"
 
 
 @pytest.fixture(scope="module")
-def networked(images: Path, kernel_release: str) -> Path:
+def networked(images: Path, card_modules: list[Path]) -> Path:
     """An initial file system with what drives a network card, beside the other images."""
     path = images / "initrd-net"
-    path.write_bytes(
-        linux.initramfs(modules=linux.find_modules(["virtio_pci", "virtio_net"], kernel_release))
-    )
+    path.write_bytes(linux.initramfs(modules=card_modules))
     return path
 
 

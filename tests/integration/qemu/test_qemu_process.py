@@ -135,7 +135,7 @@ async def test_a_started_machine_is_locked_down(machine: QmpMachine) -> None:
     assert await machine.run_state() is RunState.PRELAUNCH
     assert open_to_others(machine) == []
     assert filtered(machine.pid)
-    facts = await machine.hypervisor()
+    facts = await machine.inspect()
     assert facts.version == probe.probe_binary(str(QEMU)).version_text
     assert facts.blockers == ()
     assert await machine.vcpu_times() is None

@@ -11,7 +11,6 @@ from tests.integration.proxy import Proxy
 from tests.integration.qemu.leftovers import Chronicle, left_in_process
 from tests.integration.qemu.strangers import Stranger, alive, run_stranger, stranger_spec
 from tests.integration.services import eventually, eventually_async, open_trackers
-from vmferry.machines.qemu import guest as linux
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import new_mac, new_qemu_spec
 from vmferry.v1 import machine_pb2
@@ -71,14 +70,14 @@ async def assert_arrived(world: World, guest: Stranger, migration_id: str, says:
 
 
 async def test_a_restless_guest_of_an_odd_size_crosses(
-    world: World, images: Path, kernel_release: str
+    world: World, images: Path, card_modules: list[Path]
 ) -> None:
     """Three processors that come and go, 97 MiB, an old machine type, a network card: it counts on without a hole."""
     spec = stranger_spec(
         images,
         RESTLESS,
         vcpus=3,
-        modules=tuple(linux.find_modules(["virtio_pci", "virtio_net"], kernel_release)),
+        modules=card_modules,
         nics=(NicSpec(backend="user", mac=new_mac()),),
     )
     guest = await run_stranger(world, spec)

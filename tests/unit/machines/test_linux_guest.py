@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import lzma
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmferry.errors import InvalidArgumentError
-from vmferry.machines.qemu import guest
-from vmferry.machines.qemu.guest import Entry, append, archive, find_modules, initramfs, newest_kernel
+from vmferry.machines.qemu.guest import Entry, append, archive, initramfs, modules_of, newest_kernel
 from vmferry.machines.qemu.guest.verdict import verdict
 
 FIELDS = (
@@ -77,43 +77,27 @@ def test_the_guests_file_system_holds_what_it_needs(tmp_path: Path) -> None:
     assert append(3, 4).endswith("vf.files=3 vf.writes=4")
 
 
-@pytest.fixture
-def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A kernel with four modules, one of them packed, and one that is built in."""
-    root = tmp_path / "6.1.0-test"
-    (root / "net").mkdir(parents=True)
-    (root / "modules.builtin").write_text("kernel/fs/built-in.ko\n")
+def test_modules_come_behind_what_they_need(tmp_path: Path) -> None:
+    """However they are packed and whatever depends on what; what is built into the kernel has no file."""
+    root = tmp_path / "6.1.0-x"
+    root.mkdir()
     (root / "modules.dep").write_text(
-        "net/card.ko.xz: net/ring.ko net/bus.ko\nnet/ring.ko: net/bus.ko\nnet/bus.ko:\nnet/pci-bus.ko: net/bus.ko\n"
+        "k/a-b.ko: k/c.ko.xz k/d.ko.gz\nk/c.ko.xz: k/d.ko.gz\nk/d.ko.gz:\nk/e.ko.zst:\n"
     )
-    for name in ("ring.ko", "bus.ko", "pci-bus.ko"):
-        (root / "net" / name).write_bytes(name.encode())
-    (root / "net" / "card.ko.xz").write_bytes(lzma.compress(b"card.ko"))
-    monkeypatch.setattr(guest, "MODULES", tmp_path)
-    return root.name
-
-
-def test_modules_are_loaded_behind_what_they_need(tmp_path: Path, release: str) -> None:
-    """Each file once, unpacked, in an order in which the kernel takes them; what is built in is left out."""
-    found = find_modules(["card", "built_in", "pci_bus"], release)
-    assert [path.name for path in found] == ["bus.ko", "ring.ko", "card.ko.xz", "pci-bus.ko"]
+    (root / "k").mkdir()
+    (root / "k/a-b.ko").write_bytes(b"a")
+    (root / "k/c.ko.xz").write_bytes(lzma.compress(b"c"))
+    (root / "k/d.ko.gz").write_bytes(gzip.compress(b"d"))
+    (root / "k/e.ko.zst").write_bytes(b"e")
+    kernel = tmp_path / "vmlinuz-6.1.0-x"
     busybox = tmp_path / "busybox"
     busybox.write_bytes(b"\x7fELF static")
-    files = {entry.name: entry.data for entry in unpacked(initramfs(busybox, found))}
-    assert {name: data for name, data in files.items() if name.startswith("modules/")} == {
-        "modules/00-bus.ko": b"bus.ko",
-        "modules/01-ring.ko": b"ring.ko",
-        "modules/02-card.ko": b"card.ko",
-        "modules/03-pci_bus.ko": b"pci-bus.ko",
-    }
-
-
-def test_a_module_that_is_missing_is_named(release: str) -> None:
-    """The module, or the kernel, is in the error."""
-    with pytest.raises(InvalidArgumentError, match="no module nonesuch"):
-        find_modules(["nonesuch"], release)
-    with pytest.raises(InvalidArgumentError, match=r"9\.9"):
-        find_modules(["card"], "9.9")
+    found = modules_of(kernel, ["a_b", "built_in", "c"], tmp_path)
+    assert [path.name for path in found] == ["d.ko.gz", "c.ko.xz", "a-b.ko"]
+    entries = unpacked(initramfs(busybox, found))
+    assert [entry.data for entry in entries if entry.name.startswith("modules/")] == [b"d", b"c", b"a"]
+    with pytest.raises(InvalidArgumentError, match="packed"):
+        initramfs(busybox, modules_of(kernel, ["e"], tmp_path))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

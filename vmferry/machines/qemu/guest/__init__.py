@@ -6,9 +6,10 @@ tool that packs archives. What the guest says is read by ``verdict``.
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,8 +19,12 @@ from vmferry.errors import InvalidArgumentError
 
 APPEND: Final = "console=ttyS0 quiet loglevel=3 panic=-1"
 BUSYBOX: Final = Path("/bin/busybox")
-MODULES: Final = Path("/lib/modules")
 
+_UNPACK: Final[dict[str, Callable[[bytes], bytes]]] = {
+    ".ko": bytes,
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+}
 _TRAILER: Final = "TRAILER!!!"
 _ELF_DYNAMIC: Final = b"/lib64/ld-linux-x86-64.so.2"
 
@@ -49,15 +54,15 @@ def archive(entries: Iterable[Entry]) -> bytes:
     return bytes(out)
 
 
-def initramfs(busybox: Path = BUSYBOX, modules: Sequence[Path] = ()) -> bytes:
+def initramfs(busybox: Path = BUSYBOX, modules: Iterable[Path] = ()) -> bytes:
     """The guest's whole file system.
 
     Args:
-        busybox: all its programs.
-        modules: of the kernel, loaded in this order before anything else (see :func:`find_modules`).
+        busybox: the one program in it.
+        modules: of the kernel, to be loaded in this order.
 
     Raises:
-        InvalidArgumentError: there is no statically linked busybox.
+        InvalidArgumentError: there is no statically linked busybox, or a module is packed in an unknown way.
     """
     try:
         shell = busybox.read_bytes()
@@ -77,49 +82,49 @@ def initramfs(busybox: Path = BUSYBOX, modules: Sequence[Path] = ()) -> bytes:
             Entry("bin/busybox", stat.S_IFREG | 0o755, shell),
             Entry("init", stat.S_IFREG | 0o755, script),
             Entry("modules", stat.S_IFDIR | 0o755),
-            *(
-                Entry(f"modules/{number:02}-{_module_name(path)}.ko", stat.S_IFREG | 0o644, _unpacked(path))
-                for number, path in enumerate(modules)
-            ),
+            *_loaded(modules),
         ]
     )
 
 
-def find_modules(names: Sequence[str], release: str) -> list[Path]:
-    """The files of a kernel's modules, each behind those that it needs; what the kernel has built in is left out.
+def _loaded(modules: Iterable[Path]) -> Iterator[Entry]:
+    for number, path in enumerate(modules):
+        unpack = _UNPACK.get(path.suffix)
+        if unpack is None:
+            raise InvalidArgumentError(
+                f"{path} is packed in a way that is not known here",
+                field="modules",
+                remedy=f"Use a kernel whose modules end in one of {', '.join(_UNPACK)}.",
+            )
+        yield Entry(f"modules/{number:02}.ko", stat.S_IFREG | 0o644, unpack(path.read_bytes()))
 
-    Raises:
-        InvalidArgumentError: that kernel has no such module.
+
+def modules_of(kernel: Path, names: Iterable[str], folder: Path = Path("/lib/modules")) -> list[Path]:
+    """The files of some modules of a kernel and of all they need, each behind what it needs.
+
+    Args:
+        kernel: such as ``/boot/vmlinuz-6.1.0``; the rest of its name is the release.
+        names: of the modules; what is built into the kernel has no file.
+        folder: where the modules of all releases lie.
     """
-    root = MODULES / release
-    try:
-        lines = (root / "modules.dep").read_text(encoding="utf-8").splitlines()
-        built_in = (root / "modules.builtin").read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise _no_module(f"cannot read {error.filename}: {error.strerror}") from error
-    needs = {file: needed.split() for file, _, needed in (line.partition(":") for line in lines)}
-    files = {_module_name(Path(file)): file for file in needs}
-    ready_made = {_module_name(Path(file)) for file in built_in}
-    found: list[str] = []
+    root = folder / kernel.name.partition("-")[2]
+    needs = {}
+    for line in (root / "modules.dep").read_text(encoding="utf-8").splitlines():
+        file, _, others = line.partition(":")
+        needs[file] = others.split()
+    by_name = {file.rsplit("/", 1)[-1].split(".")[0].replace("-", "_"): file for file in needs}
+    found: dict[str, None] = {}
+
+    def take(file: str) -> None:
+        for other in needs[file]:
+            if other not in found:
+                take(other)
+        found[file] = None
+
     for name in names:
-        if name in ready_made:
-            continue
-        if name not in files:
-            raise _no_module(f"the kernel {release} has no module {name}")
-        # Those that are needed stand there with the one that needs nothing else last.
-        for file in [*reversed(needs[files[name]]), files[name]]:
-            if file not in found:
-                found.append(file)
+        if name in by_name:
+            take(by_name[name])
     return [root / file for file in found]
-
-
-def _module_name(path: Path) -> str:
-    return path.name.partition(".")[0].replace("-", "_")
-
-
-def _unpacked(module: Path) -> bytes:
-    data = module.read_bytes()
-    return lzma.decompress(data) if module.suffix == ".xz" else data
 
 
 def append(files: int, writes_mib_per_s: int) -> str:
@@ -144,12 +149,6 @@ def newest_kernel(folder: Path = Path("/boot")) -> Path:
         f"there is no kernel in {folder} that can be read",
         field="--kernel",
         remedy="Name one, or install one (on Debian: apt install linux-image-cloud-amd64).",
-    )
-
-
-def _no_module(fault: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        fault, field="modules", remedy="Name a kernel whose modules are installed here, and modules it has."
     )
 
 
