@@ -189,7 +189,10 @@ class Departure:
                 await machine.close()
 
     async def keep_resuming(self, story: Story) -> None:
-        """Try to resume until it works, if it was due and failed: a disk's lock may be held elsewhere for a while."""
+        """Resume for as long as it takes, if it was due and failed.
+
+        A disk's lock may be held elsewhere for a while, and so may the hypervisor itself.
+        """
         while self._not_resumed is not None:
             await story.stays_paused(self._not_resumed)
             await asyncio.sleep(story.retry_s)
@@ -204,6 +207,7 @@ class Departure:
         if not self._release_due:
             return
         self._release_due = False
+        self._not_resumed = None
         async with phase("release"):
             await discard_leftover(self.machine_id, self._directory)
             reach("source.released")
@@ -213,13 +217,16 @@ class Departure:
         return self._directory.open(self._directory.find(self.machine_id))
 
     async def memory_intact(self) -> bool:
-        """Whether the hypervisor still has the guest's memory."""
+        """Whether the hypervisor has the guest's memory for certain; one that is silent now may resume it later."""
         try:
             machine = self._directory.open(self._directory.find(self.machine_id), observe=True)
             try:
                 return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
             finally:
                 await machine.close()
+        except MachineFailedError as error:
+            self._not_resumed = error
+            return False
         except VmferryError:
             return False
 

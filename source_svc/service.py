@@ -22,7 +22,7 @@ from source_svc.orders import Order, read_destination, read_order, required
 from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, keep_settling, settle_quiet
+from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
@@ -79,8 +79,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._migrations = Migrations()
         self._forecasts = Forecasts(host.trackers)
         self._contents = Contents()
-        self._settling: list[asyncio.Task[None]] = []
         self._running: dict[str, Outgoing | Recovered] = {}
+        self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._starting = asyncio.Lock()
         self._stopping = False
 
@@ -96,10 +96,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
-            except MachineFailedError as error:
-                _LOG.error("owned, and not resumed yet", machine=machine_id, detail=error.message)
-                again = keep_settling(machine_id, self._ledger, self._directory, self._config.handoff_retry_s)
-                self._settling.append(asyncio.create_task(again))
+            except MachineFailedError:
+                self._returned.add(machine_id)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -108,10 +106,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
-        for task in self._settling:
-            task.cancel()
-        await asyncio.gather(*self._settling, return_exceptions=True)
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
+        await self._returned.stop()
 
     async def close(self) -> None:
         """Nothing is left: every migration let go of what it held when it was stopped."""
@@ -264,6 +260,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             raise MachineBusyError(
                 f"{record.spec.name} already has an open migration", machine=record.spec.uuid
             )
+        if record.spec.uuid in self._returned:
+            raise not_resumed_yet(record)
         rights = self._ledger.rights(record.spec.uuid)
         if not rights.permitted:
             raise MachineNotOwnedError(
@@ -300,9 +298,10 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._migrations.add(one.migration, request_id)
         self._running[one.migration.id] = one
         task = one.start()
-        task.add_done_callback(lambda done: self._forget(one.migration.id, done))
+        task.add_done_callback(lambda done: self._forget(one, done))
 
-    def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
+        migration_id = one.migration.id
         self._running.pop(migration_id, None)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
         asyncio.get_running_loop().call_soon(gc.collect)

@@ -66,6 +66,8 @@ class HostConfig:
     """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
     rpc_timeout_s: float = 10.0
     """Limit of one control call between the services."""
+    qmp_timeout_s: float = 10.0
+    """Limit of one command to a hypervisor."""
     negotiate_timeout_s: float = 20.0
     """Limit for the destination to say what it offers; the first time, it tries its hypervisors for that."""
     handoff_retry_s: float = 0.5
@@ -93,6 +95,7 @@ class HostConfig:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
+            "qmp_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
         )  # fmt: skip
         for name in positive:

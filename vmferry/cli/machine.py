@@ -47,7 +47,9 @@ _STATES = {
 
 def directory_of(config: HostConfig) -> MachineDirectory:
     """Where the machines of a host lie."""
-    return MachineDirectory(config.machines_dir, config.ram_dir, config.huge_root)
+    return MachineDirectory(
+        config.machines_dir, config.ram_dir, config.huge_root, qmp_timeout_s=config.qmp_timeout_s
+    )
 
 
 async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:

@@ -12,6 +12,7 @@ itself.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import os
@@ -99,11 +100,14 @@ async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None
     Raises:
         MachineFailedError: the process cannot be ended; nothing was removed.
     """
-    with contextlib.suppress(MachineDeadError, MachineFailedError):
-        await machine.quit()
-    for number, patience_s in ((None, _QUIT_S), (signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
-        if number is not None:
-            machine.process.send_signal(number)
+    with contextlib.suppress(MachineDeadError, MachineFailedError, TimeoutError):
+        async with asyncio.timeout(_QUIT_S):
+            await machine.quit()
+            await machine.process.wait_ended(_QUIT_S)
+    for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+        if not machine.process.alive():
+            break
+        machine.process.send_signal(number)
         if await machine.process.wait_ended(patience_s):
             break
     else:

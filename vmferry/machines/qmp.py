@@ -144,7 +144,7 @@ class QmpMachine(Machine):
         async with self._lock:
             await self._monitor.execute("stop", repeatable=True)
             if await self._run_state() is RunState.RUNNING:
-                raise self._failure("stop", "the guest still runs")
+                raise self._failure("stop", "the guest still runs, or is asleep and cannot be held still")
 
     async def cont(self, permit: ResumePermit) -> None:
         """Let the guest run, with a permit for this machine."""

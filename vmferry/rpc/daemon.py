@@ -115,7 +115,9 @@ async def _run(
             tls,
             tls.load().identity,
             ledger,
-            MachineDirectory(config.machines_dir, config.ram_dir, config.huge_root),
+            MachineDirectory(
+                config.machines_dir, config.ram_dir, config.huge_root, qmp_timeout_s=config.qmp_timeout_s
+            ),
             await asyncio.to_thread(probe_trackers),
             journal_broken,
         )
