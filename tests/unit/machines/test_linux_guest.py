@@ -101,29 +101,6 @@ def test_modules_come_behind_what_they_need(tmp_path: Path) -> None:
         initramfs(busybox, modules_of(kernel, ["e"], tmp_path))
 
 
-def test_modules_come_behind_what_they_need(tmp_path: Path) -> None:
-    """However they are packed and whatever depends on what; what is built into the kernel has no file."""
-    root = tmp_path / "6.1.0-x"
-    root.mkdir()
-    (root / "modules.dep").write_text(
-        "k/a-b.ko: k/c.ko.xz k/d.ko.gz\nk/c.ko.xz: k/d.ko.gz\nk/d.ko.gz:\nk/e.ko.zst:\n"
-    )
-    (root / "k").mkdir()
-    (root / "k/a-b.ko").write_bytes(b"a")
-    (root / "k/c.ko.xz").write_bytes(lzma.compress(b"c"))
-    (root / "k/d.ko.gz").write_bytes(gzip.compress(b"d"))
-    (root / "k/e.ko.zst").write_bytes(b"e")
-    kernel = tmp_path / "vmlinuz-6.1.0-x"
-    busybox = tmp_path / "busybox"
-    busybox.write_bytes(b"\x7fELF static")
-    found = modules_of(kernel, ["a_b", "built_in", "c"], tmp_path)
-    assert [path.name for path in found] == ["d.ko.gz", "c.ko.xz", "a-b.ko"]
-    entries = unpacked(initramfs(busybox, found))
-    assert [entry.data for entry in entries if entry.name.startswith("modules/")] == [b"d", b"c", b"a"]
-    with pytest.raises(InvalidArgumentError, match="packed"):
-        initramfs(busybox, modules_of(kernel, ["e"], tmp_path))
-
-
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     """No busybox, one that needs libraries, and no kernel are told with what to install."""
     linked = tmp_path / "linked"
