@@ -43,6 +43,10 @@ _FIRST_WINDOW_S: Final = 0.12
 _WHOLE_POLL_S: Final = 0.02
 _IN_FLIGHT_SHARE: Final = 0.25
 """What part of the allowed pause may go into waiting for pieces that are on their way when the guest is paused."""
+_LEAST_IN_FLIGHT_BYTES: Final = 128 * 1024
+"""What each lane may have on its way, however slow the link seems to be."""
+_MEASURED_S: Final = 0.25
+_FORGETTING: Final = 0.7
 
 
 class StreamedCopy:
@@ -68,7 +72,10 @@ class StreamedCopy:
         self._active_at = 0.0
         self._began_at = 0.0
         self._completed = False
+        self._decided = False
         self._bytes_per_second = 0.0
+        """Rate at which the destination's hypervisor takes the stream, while there is enough of it."""
+        self._measured = (0.0, 0)
 
     async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
         """Connect the lanes."""
@@ -86,6 +93,7 @@ class StreamedCopy:
             )
         )
         await self._lanes.open()
+        await self._machine.get_ready_to_stream()
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Let the stream flow until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -112,6 +120,7 @@ class StreamedCopy:
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
         # Both sides were ready when it began, and asking again would only make the pause longer.
         span_event("paused by the hypervisor", round=self.round_number)
+        await self._let_arrive()
 
     async def pause(self) -> float:
         """Pause the guest, unless the hypervisor has; returns a moment at which it certainly still ran."""
@@ -183,7 +192,8 @@ class StreamedCopy:
         self._carrying = asyncio.create_task(self._carry())
         await self._machine.begin_stream(self._machine.paths.stream_socket)
         first = Sample(self._began_at, 1, 0, self._machine.ram.size_bytes)
-        self._rounds = Rounds(lambda: self._open_lanes.traffic.data_bytes, first)
+        self._rounds = Rounds(lambda: self._arrived_bytes, first)
+        self._measured = (self._began_at, 0)
 
     async def _round(self) -> RoundReport | None:
         """Follow one round to its end; ``None`` if the hypervisor has paused the guest because little was left."""
@@ -209,13 +219,52 @@ class StreamedCopy:
 
     def _decide(self, history: list[RoundReport]) -> Decision:
         """What the policy says, with the pause that is left when what is on its way already has arrived."""
-        settings, last = self._settings, history[-1]
-        on_its_way = self._open_lanes.in_flight_bytes + self._source.waiting_bytes
-        arriving_s = on_its_way * last.seconds / last.sent_bytes if last.sent_bytes else 0.0
+        settings, arriving_s = self._settings, self._arriving_s()
         limits = Limits(max(0.0, settings.downtime_limit_s - arriving_s), settings.max_rounds)
         found = decide(history, limits)
-        self._bytes_per_second = found.bytes_per_second
-        return replace(found, expected_downtime_s=found.expected_downtime_s + arriving_s)
+        verdict = found.verdict
+        if verdict is Verdict.SWITCH and arriving_s > settings.downtime_limit_s:
+            # Nothing is left to send, but what is on its way would be waited for.
+            verdict = Verdict.GIVE_UP if history[-1].number >= settings.max_rounds else Verdict.CONTINUE
+        self._decided = True
+        return replace(found, verdict=verdict, expected_downtime_s=found.expected_downtime_s + arriving_s)
+
+    @property
+    def _arrived_bytes(self) -> int:
+        """What the destination's hypervisor has taken in, about."""
+        return self._open_lanes.traffic.data_bytes - self._open_lanes.in_flight_bytes
+
+    def _arriving_s(self) -> float:
+        """How long it takes until all has arrived that the hypervisor believes to be sent."""
+        on_its_way = self._open_lanes.in_flight_bytes + self._source.waiting_bytes
+        so_far = max(self._arrived_bytes, 1) / (time.monotonic() - self._began_at)
+        return on_its_way / (self._bytes_per_second or so_far)
+
+    def _measure(self, now: float) -> None:
+        since, before = self._measured
+        if now - since < _MEASURED_S:
+            return
+        arrived = self._arrived_bytes
+        rate = (arrived - before) / (now - since)
+        # While the hypervisor has little to send, the link is not as slow as it seems.
+        self._bytes_per_second = max(rate, self._bytes_per_second * _FORGETTING)
+        self._measured = (now, arrived)
+
+    async def _let_arrive(self) -> None:
+        """Wait for what was on its way when the hypervisor paused the guest, which it knows nothing about."""
+        limit_s = self._settings.downtime_limit_s
+        try:
+            async with asyncio.timeout(limit_s - (time.monotonic() - self._active_at)):
+                await self._open_lanes.drain()
+                while self._source.waiting_bytes:
+                    await self._look_again_in(_PAUSED_POLL_S)
+                    await self._open_lanes.drain()
+        except TimeoutError as error:
+            raise NotConvergingError(
+                f"what was on its way when nothing was left to send took longer than the {limit_s * 1e3:.0f} ms for "
+                f"which the guest may be paused; {self._bytes_per_second / 1e6:.1f} MB/s can be sent",
+                rounds=self.round_number,
+            ) from error
 
     def _check_pause(self, progress: StreamProgress) -> None:
         """Give up on sending all memory in the pause when that has taken as long as the pause may be."""
@@ -251,8 +300,9 @@ class StreamedCopy:
         progress.wire_bytes = traffic.wire_bytes
         progress.zero_pages = found.zero_pages
         progress.remaining_bytes = found.remaining_bytes
-        if not self._bytes_per_second:  # nothing was decided yet, or will be
-            progress.bytes_per_second = traffic.data_bytes / max(asked_at - self._began_at, _POLL_S)
+        self._measure(asked_at)
+        if not self._decided:
+            progress.bytes_per_second = self._bytes_per_second
         await self._migration.touch()
         return found
 
@@ -261,18 +311,21 @@ class StreamedCopy:
         await self._source.accept()
         if self._live:
             await asyncio.sleep(_FIRST_WINDOW_S)
-        while data := await self._source.read(self._settings.chunk_bytes):
-            await self._open_lanes.drain_to(self._in_flight_limit())
+        while True:
+            limit = self._in_flight_limit()
+            await self._open_lanes.drain_to(limit)
+            data = await self._source.read(min(self._settings.chunk_bytes, limit // self._settings.lanes))
+            if not data:
+                return
             await self._send(data)
 
     def _in_flight_limit(self) -> int:
-        """On a slow link a full window would take longer than the whole pause may."""
+        """The hypervisor takes for sent what it has written, so that on a slow link little may be on its way."""
         settings = self._settings
-        least = settings.lanes * settings.chunk_bytes
-        if not self._bytes_per_second:
+        if not self._live:
             return settings.window_bytes
         allowed = self._bytes_per_second * settings.downtime_limit_s * _IN_FLIGHT_SHARE
-        return min(settings.window_bytes, max(least, int(allowed)))
+        return min(settings.window_bytes, max(int(allowed), settings.lanes * _LEAST_IN_FLIGHT_BYTES))
 
     async def _send(self, data: bytes, *, last: bool = False) -> None:
         offset = self._digest.size_bytes

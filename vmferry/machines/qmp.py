@@ -214,11 +214,15 @@ class QmpMachine(Machine):
                 raise self._ended_while_loading() from error
             self._loaded = digest
 
-    async def begin_stream(self, path: Path) -> None:
-        """Have the hypervisor send its own migration stream, memory and all, to the socket at ``path``."""
+    async def get_ready_to_stream(self) -> None:
+        """Do beforehand what the hypervisor's own migration stream needs."""
         async with self._lock:
             await self._migration.end()
             await self._migration.prepare_stream()
+
+    async def begin_stream(self, path: Path) -> None:
+        """Have the hypervisor, which was got ready for it, stream memory and all to the socket at ``path``."""
+        async with self._lock:
             await self._migration.send(path)
 
     async def stream_progress(self) -> StreamProgress:

@@ -75,6 +75,7 @@ def test_migrate_sends_a_ticket_for_exactly_this_crossing(call: Run, source: Fak
     assert options.lanes == 2
     assert options.verify == migration_pb2.VERIFY_MODE_UNSPECIFIED
     assert not options.tracker
+    assert not options.path
     assert not options.HasField("total_timeout")
 
 
@@ -86,6 +87,15 @@ def test_migrate_passes_on_checks_and_tracker(call: Run, source: FakeSource) -> 
 
     options = source.requests[-1].options
     assert (options.verify, options.tracker) == (migration_pb2.VERIFY_MODE_BYTES, "hash")
+
+
+@pytest.mark.parametrize("command", [MOVE, ("plan", *MOVE[1:])], ids=["migrate", "plan"])
+@pytest.mark.parametrize("path", ["direct", "stream"])
+def test_the_way_is_passed_on(call: Run, source: FakeSource, command: tuple[str, ...], path: str) -> None:
+    """--path arrives at the service as such."""
+    source.script = [migration(outcome=COMPLETED)]
+    assert call(*command, "--path", path).code == ExitCode.OK
+    assert source.requests[-1].options.path == path
 
 
 def test_migrate_is_part_of_one_trace(call: Run, source: FakeSource, tmp_path: Path) -> None:
