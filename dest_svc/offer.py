@@ -55,7 +55,15 @@ def make_offer(
         incoming_migrations=incoming,
         max_incoming_migrations=max_incoming,
         kernel=host.kernel_release(),
-        machine_names=[record.spec.name for record in directory.list()],
-        held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
+        machine_names=[
+            record.spec.name for record in directory.list() if not ledger.rights(record.spec.uuid).awaits_word
+        ],
+        held_machine_ids=[machine for machine in ledger.machines() if _held(ledger, machine)],
         trackers=findings,
     )
+
+
+def _held(ledger: HostLedger, machine: str) -> bool:
+    """Whether this host takes the machine from nobody; one that was handed off may come back by a later right."""
+    rights = ledger.rights(machine)
+    return rights.holds and not rights.awaits_word

@@ -83,6 +83,7 @@ class Outgoing:
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
+        self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = ""
         self._order = order
         self._departure = departure
@@ -284,7 +285,7 @@ class Outgoing:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
-        return replace(heard, memory_intact=True)
+        return replace(heard, memory_intact=True, tail_certain=self._departure.tail_certain)
 
     # Afterwards
 
