@@ -185,6 +185,8 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
             attempt
         ):
             return replace(state, current=Owned(open_, digest))
+        case Refused(attempt=open_), RecordKind.FORCED if open_.matches(attempt):
+            return replace(state, current=Owned(open_, record.digest))
         case Owned(attempt=open_, digest=digest, ran=False), RecordKind.RAN if open_.matches(attempt):
             return replace(state, current=Owned(open_, digest, ran=True))
         case ((Receiving(attempt=open_) | Prepared(attempt=open_)), RecordKind.REFUSED) if open_.matches(
@@ -303,18 +305,19 @@ def _force_accept(state: DestinationState, event: ForceAccept) -> list[Action]:
     now = state.current
     if not event.operator or not event.evidence:
         raise InvalidArgumentError("an operator and evidence are required", field="evidence")
-    if not isinstance(now, Prepared):
+    if not isinstance(now, (Prepared, Refused)) or (event.with_memory and isinstance(now, Refused)):
         raise WrongPhaseError("no complete copy waits here")
     if event.with_memory and not event.copy_intact:
         raise WrongPhaseError("the prepared copy is gone")
     forced = replace(
         _record(RecordKind.FORCED, now.attempt),
-        digest=now.digest,
+        digest=now.digest if isinstance(now, Prepared) else b"",
         epoch=now.attempt.epoch_to,
         operator=event.operator,
         note=event.evidence,
     )
-    return [Append(forced), Resume() if event.with_memory else Release()]
+    # An owner's paused copy is resumed at the next start, so one that shall not run is gone before the record.
+    return [Append(forced), Resume()] if event.with_memory else [Release(), Append(forced)]
 
 
 def _close(state: DestinationState, event: CloseAsked) -> list[Action]:

@@ -128,6 +128,9 @@ class ForceReclaim:
     operator: str
     evidence: str
     memory_intact: bool = field(kw_only=True)
+    with_memory: bool = field(kw_only=True)
+    """Whether the guest goes on from the memory here. That is older than the disks if the guest has run over there;
+    else the hypervisor has to be ended first, and the guest started anew."""
     moved_on: bool = field(kw_only=True)
     """The journals prove that the guest has run elsewhere since (``Rights.moved_on``)."""
 
@@ -241,6 +244,12 @@ def _force_reclaim(state: SourceState, event: ForceReclaim) -> list[Action]:
         raise WrongPhaseError("no attempt is open that could be taken back")
     if event.moved_on:
         raise WrongPhaseError("the guest has run elsewhere since; what is here is an older copy")
+    if event.with_memory != event.memory_intact:
+        raise WrongPhaseError(
+            "the guest's memory is gone here"
+            if event.with_memory
+            else "the paused guest would be resumed by the next start; end its hypervisor first"
+        )
     attempt = state.attempt
     by_hand = _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)
     forced = Append(replace(by_hand.record, operator=event.operator))

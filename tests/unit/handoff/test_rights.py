@@ -84,7 +84,9 @@ def test_an_attempt_that_is_on_its_way_out_is_settled_by_nobody_else(tmp_path: P
 def test_a_forced_reclaim_is_later_than_what_the_destination_may_have(ledger: HostLedger) -> None:
     """It closes the attempt, is read back with who and why, and gives the right e + 2."""
     with closing(ledger.open_source(MACHINE)) as log:
-        event = source.ForceReclaim(ADMIN, "switch port 7 is down", memory_intact=True, moved_on=False)
+        event = source.ForceReclaim(
+            ADMIN, "switch port 7 is down", memory_intact=True, with_memory=True, moved_on=False
+        )
         for action in source.decide(log.state, event):
             if isinstance(action, Append):
                 log.append(action)

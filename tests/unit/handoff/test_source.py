@@ -82,10 +82,21 @@ def waited(*, memory: bool = False, tail: bool = True) -> WaitedEnough:
 
 
 def force(
-    *, operator: str = ADMIN, evidence: str = "power is off", memory: bool = True, moved_on: bool = False
+    *,
+    operator: str = ADMIN,
+    evidence: str = "power is off",
+    memory: bool = True,
+    with_memory: bool | None = None,
+    moved_on: bool = False,
 ) -> ForceReclaim:
     """An operator wants the guest back."""
-    return ForceReclaim(operator, evidence, memory_intact=memory, moved_on=moved_on)
+    return ForceReclaim(
+        operator,
+        evidence,
+        memory_intact=memory,
+        with_memory=memory if with_memory is None else with_memory,
+        moved_on=moved_on,
+    )
 
 
 EVENTS: Final[dict[str, SourceEvent]] = {
@@ -118,6 +129,8 @@ EVENTS: Final[dict[str, SourceEvent]] = {
     "waited enough, torn end": waited(tail=False),
     "forced": force(),
     "forced, no memory": force(memory=False),
+    "forced, memory that is gone": force(memory=False, with_memory=True),
+    "forced, without the memory that is here": force(with_memory=False),
     "forced, moved on": force(moved_on=True),
     "forced, nobody": force(operator=""),
     "forced, no evidence": force(evidence=""),
@@ -160,6 +173,8 @@ TABLE: Final[dict[tuple[str, str], str]] = {
         for event, did_it in {
             "forced": "FORCED* resume ->Abort",
             "forced, no memory": "FORCED* ->Abort",
+            "forced, memory that is gone": "phase",
+            "forced, without the memory that is here": "phase",
             "forced, moved on": "phase",
             "forced, nobody": "argument",
             "forced, no evidence": "argument",
