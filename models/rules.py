@@ -1,9 +1,9 @@
 """The rules: what each end does about each event, as words in the order in which they are done.
 
-``RECORD*`` is on disk before the next word, ``RECORD`` need not be. ``resume`` asks the resume gate, ``release`` frees
-what is here, ``Go``, ``Abort`` and ``ask`` are told to the destination, ``(ANSWER)`` is told to the source, ``wait``
-tells the operator, and ``no`` turns a call down. A rule knows the journal of its own end and what the event says; it
-knows no time and no other host.
+``RECORD*`` is on disk before the next word, ``RECORD`` need not be. ``resume`` asks the resume gate, ``release``
+frees what is here, ``Go``, ``Abort`` and ``ask`` are told to the destination, ``(ANSWER)`` is told to the source,
+``wait`` tells the operator, and ``no`` turns a call down. A rule knows the journal of its own end and what the event
+says; it knows no time and no other host.
 
 Each guard has a name; a variant of the model that names it in ``without`` is the same protocol without that guard.
 """
@@ -232,7 +232,7 @@ class Rules:
         if not heard.certain and not self.lacks("no hand-off behind a torn end"):
             return ("Abort",) if heard.memory else ("wait",)
         handed_off = "HANDED_OFF" if self.lacks("HANDED_OFF on disk") else "HANDED_OFF*"
-        go = ("Go", handed_off) if self.lacks("HANDED_OFF before Go") else (handed_off, "Go")
+        go: tuple[str, ...] = ("Go", handed_off) if self.lacks("HANDED_OFF before Go") else (handed_off, "Go")
         if self.lacks("memory stays until it runs elsewhere"):
             go = (*go, "release")
         if out.phase is Phase.SEALED:

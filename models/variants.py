@@ -16,6 +16,9 @@ NEVER_SPLIT: Final = ("I1", "I1b", "I2")
 """What holds even where the latest state may be lost, or a person be needed."""
 
 
+_A_FAULT: Final = Bounds()
+
+
 @dataclass(frozen=True)
 class Safe:
     """Bounds within which the promises hold."""
@@ -34,13 +37,13 @@ class Broken:
 
     guard: str
     breaks: str
-    bounds: Bounds = Bounds()
+    bounds: Bounds = _A_FAULT
 
 
 SAFE: Final = (
     Safe("two hosts, crashes, deaths and kills", Bounds(faults=3), Bounds(faults=1)),
     Safe("three hosts", Bounds(hosts=3, faults=1), Bounds(hosts=3, faults=0)),
-    Safe("three attempts", Bounds(attempts=3, faults=1), Bounds(attempts=3, faults=0)),
+    Safe("three attempts", Bounds(attempts=3, faults=0), Bounds(faults=0)),
     Safe(
         "a source without memory gives up waiting",
         Bounds(faults=2, waits_end=True),

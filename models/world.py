@@ -3,9 +3,9 @@
 * A message that was sent may arrive at any time later, or again, or never: loss, repetition, reordering, delay and
   partitions are all covered. A destination's answer may be had as soon as it would be given to somebody who asked.
 * What a timer may trigger is possible at any moment, and so is a cancellation.
-* Each record and each release is a step of its own. A killed service does not do what it had still to do, and the next
-  one no longer knows what the process knew; a dead hypervisor takes the guest's memory; a crashed machine takes both,
-  and with them the last record of each journal where that is not on disk, or not.
+* Each record and each release is a step of its own. A killed service does not do what it had still to do, and the
+  next one no longer knows what the process knew; a dead hypervisor takes the guest's memory; a crashed machine takes
+  both, and with them the last record of each journal where that is not on disk, or not.
 * Resuming is no step of a decision: the owner of a paused guest may resume it whenever the gate lets it. An owner
   without a guest may start it anew.
 """
@@ -74,6 +74,8 @@ class Decision(NamedTuple):
     role: int
     event: SourceEvent | DestinationEvent
     does: tuple[Do, ...]
+    done: int
+    """How many of these things had been done when the service was killed, if it was."""
 
 
 class Step(NamedTuple):
@@ -106,8 +108,8 @@ class Model:
             yield from self._faults(world, number)
             yield from self._guest(world, number)
             yield from self._pauses(world, number)
-            for event in self._source_events(world, number):
-                yield from self._decide(world, number, SOURCE, event)
+            for asked in self._source_events(world, number):
+                yield from self._decide(world, number, SOURCE, asked)
             for event in self._destination_events(world, number):
                 yield from self._decide(world, number, DESTINATION, event)
             yield from self._begins(world, number)
@@ -145,7 +147,7 @@ class Model:
             yield self._fault("power-off", world._replace(lost=CRASHED), number, crashed._replace(off=True))
 
     def _rot(self, world: World, number: int, crashed: Host) -> Iterator[Step]:
-        """A record that was on disk cannot be read any more, found by a restart; or a crash tore one in the making."""
+        """A record that was on disk cannot be read any more, as a restart finds; or a crash tore one half written."""
         host = world.hosts[number]
         for role in (SOURCE, DESTINATION):
             if host.before[role] is not None:
@@ -285,12 +287,12 @@ class Model:
         self, world: World, number: int, role: int, event: SourceEvent | DestinationEvent, *, to: str = ""
     ) -> Iterator[Step]:
         """One step per point at which the service may be killed while it does what it decided to do."""
-        decision = Decision(role, event, self.rules.about(world.hosts[number], event, world.attempts))
+        does = self.rules.about(world.hosts[number], event, world.attempts)
         name = f"{type(event).__name__}{to}@{NAMES[number]}"
         if isinstance(event, rules.Verified) and world.hosts[number].inn.now is Stands.RECEIVING:
             loaded = world.hosts[number]._replace(vm=PAUSED, held=world.sealed[event.attempt])
             world = put(world, number, loaded)
-        done, pieces = world, _pieces(decision.does)
+        done, pieces = world, _pieces(does)
         for at, piece in enumerate(pieces, start=1):
             before = done
             for do in piece:
@@ -299,6 +301,7 @@ class Model:
             if done != before:
                 # Short of the last piece, the service was killed there.
                 after = done if at == len(pieces) else put(done, number, _killed(done.hosts[number], role))
+                decision = Decision(role, event, does, sum(map(len, pieces[:at])))
                 yield Step(f"{name}:{piece[0].word}", after, number, decision)
 
     def _done(self, world: World, number: int, role: int, do: Do) -> World:
