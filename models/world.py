@@ -15,9 +15,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Final, NamedTuple, TypeVar
+from typing import Final, NamedTuple
 
 from models import rules
+from models.journals import (
+    DESTINATION,
+    RECORDS,
+    SOURCE,
+    in_destination_journal,
+    in_source_journal,
+    killed,
+    settled,
+    with_item,
+    without_last,
+)
 from models.promises import BOTH, CRASHED, NO_COPY, STALE, redundant, usable
 from models.rules import DestinationEvent, Do, Rules, SourceEvent
 from models.state import (
@@ -29,8 +40,6 @@ from models.state import (
     RUNNING,
     Attempt,
     Host,
-    In,
-    Out,
     Phase,
     Rights,
     Said,
@@ -46,9 +55,7 @@ from models.state import (
     proved_gone_by,
 )
 
-SOURCE, DESTINATION = range(2)
 ROLES: Final = ("source", "destination")
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,9 @@ class Model:
     def _faults(self, world: World, number: int) -> Iterator[Step]:
         host = world.hosts[number]
         for role in (SOURCE, DESTINATION):
-            killed = _killed(host, role)
-            if killed != host:
-                yield self._fault(f"kill-{ROLES[role]}", world, number, killed)
+            after = killed(host, role)
+            if after != host:
+                yield self._fault(f"kill-{ROLES[role]}", world, number, after)
         if world.faults >= self.bounds.faults:
             return
         world = world._replace(faults=world.faults + 1)
@@ -134,7 +141,7 @@ class Model:
             for keeps in product(*({True, not lazy} for lazy in host.lazy)):
                 after = crashed
                 for role in (SOURCE, DESTINATION):
-                    after = _settled(after, role) if keeps[role] else _without_last(after, role)
+                    after = settled(after, role) if keeps[role] else without_last(after, role)
                 name = "crash" + "".join("-+"[kept] for kept in keeps)
                 yield self._fault(name, world._replace(lost=lost), number, after)
         if self.bounds.records_rot:
@@ -151,13 +158,13 @@ class Model:
         host = world.hosts[number]
         for role in (SOURCE, DESTINATION):
             if host.before[role] is not None:
-                rotten = put(world, number, _without_last(_killed(host, role), role, torn=True))
+                rotten = put(world, number, without_last(killed(host, role), role, torn=True))
                 rotten = _unanswered(rotten, number) if role == DESTINATION else rotten
                 if not rotten.lost and not usable(rotten):
                     rotten = rotten._replace(lost=CRASHED)
                 yield Step(f"rot-{ROLES[role]}@{NAMES[number]}", rotten, number, fault=True)
             if host.vm != ABSENT and host.out.phase in {Phase.BEGUN, Phase.SEALED}:
-                torn = crashed._replace(torn=_put(host.torn, role, value=True))
+                torn = crashed._replace(torn=with_item(host.torn, role, value=True))
                 lost = self._lost_by(world, number)
                 yield self._fault(f"crash-tears-{ROLES[role]}", world._replace(lost=lost), number, torn)
 
@@ -300,7 +307,7 @@ class Model:
             done = _answered(done)
             if done != before:
                 # Short of the last piece, the service was killed there.
-                after = done if at == len(pieces) else put(done, number, _killed(done.hosts[number], role))
+                after = done if at == len(pieces) else put(done, number, killed(done.hosts[number], role))
                 decision = Decision(role, event, does, sum(map(len, pieces[:at])))
                 yield Step(f"{name}:{piece[0].word}", after, number, decision)
 
@@ -332,29 +339,21 @@ class Model:
         host, kind, lazy = world.hosts[number], do.word.rstrip("*"), not do.word.endswith("*")
         keep = lazy or self.bounds.records_rot
         host = host._replace(
-            lazy=_put(host.lazy, role, lazy),
-            torn=_put(host.torn, role, value=False),
-            before=_put(host.before, role, (host.out, host.inn, host.rights) if keep else None),
+            lazy=with_item(host.lazy, role, lazy),
+            torn=with_item(host.torn, role, value=False),
+            before=with_item(host.before, role, (host.out, host.inn, host.rights) if keep else None),
         )
         attempt = world.attempts[do.attempt]
         if role == DESTINATION:
             without_copy = kind == "OWNED" and host.vm == ABSENT
             world = world._replace(lost=NO_COPY) if without_copy else world
-            return put(world, number, _in_destination_journal(host, kind, do.attempt, attempt))
+            return put(world, number, in_destination_journal(host, kind, do.attempt, attempt))
         if kind == "SEALED" and host.vm != ABSENT:
             sealed = (*world.sealed[: do.attempt], host.held, *world.sealed[do.attempt + 1 :])
             world = world._replace(sealed=sealed)
         told = {"BEGUN": Said.BEGIN, "SEALED": Said.SEAL}.get(kind)
         world = _tell(world, do.attempt, told) if told else world
-        return put(world, number, _in_source_journal(host, kind, do.attempt, attempt))
-
-
-RECORDS: Final = frozenset(
-    (
-        *("BEGUN", "SEALED", "HANDED_OFF", "DONE", "ABORTED", "RECLAIMED", "FORCED"),
-        *("ACCEPTED", "PREPARED", "OWNED", "RAN", "REFUSED"),
-    )
-)
+        return put(world, number, in_source_journal(host, kind, do.attempt, attempt))
 
 
 def _pieces(does: tuple[Do, ...]) -> list[list[Do]]:
@@ -371,10 +370,6 @@ def _pieces(does: tuple[Do, ...]) -> list[list[Do]]:
 def put(world: World, number: int, host: Host) -> World:
     """The world with one of its hosts replaced."""
     return world._replace(hosts=(*world.hosts[:number], host, *world.hosts[number + 1 :]))
-
-
-def _put(pair: tuple[Item, Item], index: int, value: Item) -> tuple[Item, Item]:
-    return (value, pair[1]) if index == 0 else (pair[0], value)
 
 
 def _tell(world: World, attempt: int, bit: int) -> World:
@@ -399,69 +394,3 @@ def _unanswered(world: World, number: int) -> World:
         for bits, attempt in zip(world.said, world.attempts, strict=True)
     ]
     return world._replace(said=tuple(said))
-
-
-def _in_source_journal(host: Host, kind: str, number: int, attempt: Attempt) -> Host:
-    out, rights = host.out, host.rights
-    match kind:
-        case "BEGUN":
-            return host._replace(out=Out(Phase.BEGUN, number, attempt.number), fresh=True)
-        case "SEALED":
-            return host._replace(out=out._replace(phase=Phase.SEALED))
-        case "HANDED_OFF":
-            left = rights._replace(left=max(rights.left, attempt.epoch))
-            return host._replace(out=out._replace(phase=Phase.HANDED_OFF), rights=left, fresh=False)
-        case "RECLAIMED" | "FORCED":
-            rights = rights._replace(by_source=max(rights.by_source, attempt.epoch + 2))
-    return host._replace(out=Out(used=out.used), rights=rights, fresh=False)
-
-
-_STANDS_BY: Final = {
-    "ACCEPTED": Stands.RECEIVING,
-    "PREPARED": Stands.PREPARED,
-    "OWNED": Stands.OWNED,
-    "FORCED": Stands.OWNED,
-    "RAN": Stands.RUNNING,
-    "REFUSED": Stands.REFUSED,
-}
-
-
-def _in_destination_journal(host: Host, kind: str, number: int, attempt: Attempt) -> Host:
-    stands = [host.inn.of(at) for at in range(max(len(host.inn.stands), number + 1))]
-    newest, rights = host.inn.newest, host.rights
-    taking = kind == "ACCEPTED" or (host.taking and kind != "PREPARED" and number != newest)
-    if kind == "ACCEPTED":
-        if host.inn.now is Stands.OWNED:
-            stands[newest] = Stands.RUNNING  # of an earlier right, which was used here and has moved on
-        newest = number
-    if kind in {"OWNED", "FORCED"}:
-        rights = rights._replace(by_destination=max(rights.by_destination, attempt.epoch + 1))
-    stands[number] = _STANDS_BY[kind]
-    return host._replace(inn=In(tuple(stands), newest), rights=rights, taking=taking)
-
-
-def _killed(host: Host, role: int) -> Host:
-    """The host without one of its services: what that process knew is gone."""
-    return host._replace(fresh=False) if role == SOURCE else host._replace(taking=False)
-
-
-def _settled(host: Host, role: int) -> Host:
-    """The host with a journal that is read again after a crash that took nothing of it."""
-    kept = None if host.lazy[role] else host.before[role]
-    return host._replace(lazy=_put(host.lazy, role, value=False), before=_put(host.before, role, kept))
-
-
-def _without_last(host: Host, role: int, *, torn: bool = False) -> Host:
-    """The host with a journal whose last record is gone: a lazy one, or one that cannot be read any more."""
-    kept = host.before[role]
-    assert kept is not None
-    host = host._replace(
-        lazy=_put(host.lazy, role, value=False),
-        torn=_put(host.torn, role, torn),
-        before=_put(host.before, role, None),
-    )
-    out, inn, rights = kept
-    if role == SOURCE:
-        rights = host.rights._replace(by_source=rights.by_source, left=rights.left)
-        return host._replace(out=out, rights=rights)
-    return host._replace(inn=inn, rights=host.rights._replace(by_destination=rights.by_destination))

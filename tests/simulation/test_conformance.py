@@ -40,6 +40,8 @@ from vmferry.errors import VmferryError
 from vmferry.handoff import destination, gate, source
 from vmferry.handoff.states import Action, Append, AttemptState, RecordKind, Tell
 
+pytestmark = pytest.mark.timeout(400)  # long where other work shares the machine
+
 Local = tuple[Attempts, model.Host]
 """All that an end knows: one host, without its guest and whatever else no rule looks at."""
 

@@ -9,6 +9,8 @@ from models.__main__ import check_broken, check_safe, check_spin
 from models.variants import BROKEN, SAFE, Broken, Safe
 from tests.support import require
 
+pytestmark = pytest.mark.timeout(400)  # long where other work shares the machine
+
 
 @pytest.mark.parametrize("variant", SAFE, ids=lambda variant: variant.what.replace(" ", "-"))
 def test_a_safe_variant_keeps_its_promises(variant: Safe) -> None:
