@@ -1,7 +1,7 @@
 # Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
 #
 #   PYTHON=python3.12   the interpreter to work with
-#   ARGS="..."          further arguments of `make demo` and `make test`
+#   ARGS="..."          further arguments of `make demo`, `make test` and `make model`
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo playground test check check-style check-types check-protos check-guests check-contract \
-        format protos guests lock clean
+        format protos guests model lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,9 +57,13 @@ protos: setup ## Generate vmferry/v1 from protos/
 guests: setup ## Assemble the guest programs of the micro-VM
 	@$(BIN)/python -m vmferry.machines.microvm.guests.build
 
+model: setup ## Explore the specification of the hand-off, whole and without its guards; ARGS="--quick"
+	@$(PYTHON) -I scripts/setup_env.py spin gcc
+	@$(BIN)/python -m models $(ARGS)
+
 lock: ## Rewrite constraints.txt with the newest versions pyproject.toml allows
 	@$(PYTHON) -I scripts/lock.py
 
 clean: ## Remove everything that make made
 	@rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
-	@find vmferry source_svc dest_svc tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find vmferry source_svc dest_svc models tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

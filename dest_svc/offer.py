@@ -83,8 +83,10 @@ def make_offer(
         incoming_migrations=incoming,
         max_incoming_migrations=max_incoming,
         kernel=host.kernel_release(),
-        machine_names=[record.spec.name for record in directory.list()],
-        held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
+        machine_names=[
+            record.spec.name for record in directory.list() if not ledger.rights(record.spec.uuid).awaits_word
+        ],
+        held_machine_ids=[machine for machine in ledger.machines() if _held(ledger, machine)],
         trackers=findings,
         draining=draining,
         cpus=host.usable_cpus(),
@@ -115,3 +117,9 @@ def guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2
         compatibility_pb2.CpuidWord(leaf=leaf, subleaf=subleaf, register=register, bits=bits)
         for (leaf, subleaf, register), bits in words.items()
     ]
+
+
+def _held(ledger: HostLedger, machine: str) -> bool:
+    """Whether this host takes the machine from nobody; one that was handed off may come back by a later right."""
+    rights = ledger.rights(machine)
+    return rights.holds and not rights.awaits_word

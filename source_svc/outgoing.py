@@ -76,6 +76,7 @@ class Outgoing:
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
+        self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = ""
         self._order = order
         self._departure = departure
@@ -323,7 +324,7 @@ class Outgoing:
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
         reach("source.ready-heard")
-        return replace(heard, memory_intact=True)
+        return replace(heard, memory_intact=True, tail_certain=self._departure.tail_certain)
 
     # Afterwards
 

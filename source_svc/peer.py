@@ -158,5 +158,6 @@ def _heard(attempt: Attempt, status: handoff_pb2.AttemptStatus) -> Heard:
         AttemptState(status.state or AttemptState.UNSEEN.value),
         status.destination_incarnation,
         digest=status.digest,
-        memory_intact=False,  # for the source to say; the destination cannot know
+        memory_intact=False,  # for the source to say, as the next; the destination cannot know
+        tail_certain=False,
     )

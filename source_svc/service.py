@@ -327,9 +327,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             phase=pb.MIGRATION_PHASE_SWITCHING,
         )
         peer = self._peer(attempt.destination_address, Identity.parse(attempt.destination))
-        self._follow(
-            Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
-        )
+        self._follow(Recovered(Migration(message), departure, peer, self._own.uri, self._config))
         return True
 
     def _name_of(self, machine_id: str) -> str:
