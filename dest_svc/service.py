@@ -302,7 +302,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             )
         backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
         available = backings.get(spec.memory_backing, 0)
-        if spec.memory_mib * _MIB > available:
+        if spec.memory_bytes > available:
             raise InsufficientMemoryError(
                 f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
                 f"this host has {available // _MIB} MiB to give",

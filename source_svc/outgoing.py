@@ -261,7 +261,7 @@ class Outgoing:
         assert self._attempt is not None
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
-            limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+            limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
             limit_s += self._downtime_limit_s
         async with _limit("switch_timeout", limit_s):

@@ -94,7 +94,7 @@ class Destination:
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
-        region = handoff_pb2.RegionLayout(name="ram", size_bytes=spec.memory_mib * 1024 * 1024)
+        region = handoff_pb2.RegionLayout(name="ram", size_bytes=spec.memory_bytes)
         request = handoff_pb2.BeginRequest(
             attempt=attempt_to_ref(attempt),
             ticket=ticket,

@@ -288,7 +288,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             machine_id=record.spec.uuid,
             source=self._own,
             destination=destination,
-            memory_bytes=record.spec.memory_mib * 1024 * 1024,
+            memory_bytes=record.spec.memory_bytes,
             vcpus=record.spec.vcpus,
             source_key_sha256=material.key_sha256,
         )
