@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Final
 
 from source_svc.copying import CopySettings
-from source_svc.judging import hopeless, show_decision
+from source_svc.decisions import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
