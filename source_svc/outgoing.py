@@ -388,11 +388,11 @@ class Outgoing:
         tells = await self._departure.apply(wanted)
         if isinstance(self._departure.state, source.Quiet):
             goodbye = [self._say_goodbye(self._attempt)] if self._attempt is not None and tells else []
-            await together(*goodbye, self._departure.keep_resuming(self))
+            await together(*goodbye, self._keep_resuming())
         else:
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
-            await self._departure.keep_resuming(self)
+            await self._keep_resuming()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
@@ -400,6 +400,11 @@ class Outgoing:
         cancelled = isinstance(error, CancelledByCallerError)
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
         await self.migration.end(outcome, error)
+
+    async def _keep_resuming(self) -> None:
+        """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""
+        if self._paused_at or self.migration.message.path == STREAM:  # which a hypervisor may pause by itself
+            await self._departure.keep_resuming(self)
 
     async def _say_goodbye(self, attempt: Attempt) -> None:
         """Spare the destination waiting for its own time limit."""
