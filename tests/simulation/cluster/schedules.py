@@ -1,0 +1,215 @@
+"""Schedules of faults: which there are, what a run with one does, and how to do it again.
+
+A schedule is a scenario, the faults by the number of the boundary, or a seed. Written as text it is one argument of
+``python -m tests.simulation.replay``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+from tests.simulation.cluster.clock import Loop
+from tests.simulation.cluster.services import replaced
+from tests.simulation.cluster.world import Plan, Storm, World
+
+BOUND_S: Final = 60.0
+"""Within this time after everything works again, a machine is to have come to rest."""
+_BROKEN_S: Final = 4.0
+"""How long things stay broken after a fault."""
+SCENARIOS: Final = ("move", "back", "retry")
+
+_ANYWHERE: Final = (
+    "kill:a/source",
+    "kill:b/destination",
+    *(f"crash:{host}/{how}" for host in "ab" for how in ("lose", "keep", "torn")),
+    "cut:ab",
+    "cut:ba",
+    "full:a",
+    "full:b",
+    "cancel:",
+)
+_HERE: Final = {
+    "message": ("drop", "twice", "late", "overtaken"),
+    "sync": ("eio",),
+    "syncdir": ("eio",),
+    "write": ("eio",),
+    "create": ("eio",),
+    "rename": ("eio",),
+    "allocate": ("eio",),
+    **dict.fromkeys(("start", "stop", "save", "load", "cont", "quit"), ("fail",)),
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One run."""
+
+    scenario: str = "move"
+    plan: tuple[tuple[int, str], ...] = ()
+    seed: int = -1
+
+    def __str__(self) -> str:
+        faults = "+".join(f"{number}={fault}" for number, fault in self.plan)
+        return f"storm/{self.seed}" if self.seed >= 0 else f"{self.scenario}/{faults}"
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The schedule that was written as ``text``."""
+        scenario, _, rest = text.partition("/")
+        if scenario == "storm":
+            return cls(seed=int(rest))
+        faults = [one.partition("=") for one in rest.split("+") if one]
+        return cls(scenario, tuple((int(number), fault) for number, _, fault in faults))
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    schedule: Schedule
+    failure: str = ""
+    boundaries: list[str] = field(default_factory=list)
+    mended_at: int = 0
+    struck: list[str] = field(default_factory=list)
+    lost: bool = False
+    steps: int = 0
+    simulated_s: float = 0.0
+
+
+def run(schedule: Schedule) -> Outcome:
+    """Do one schedule."""
+    loop = Loop()
+    with replaced(loop):
+        if schedule.seed >= 0:
+            world, act = _storm_world(schedule.seed, loop)
+        else:
+            plan: dict[int, tuple[str, ...]] = {}
+            for number, fault in schedule.plan:
+                plan[number] = (*plan.get(number, ()), fault)
+            world, act = World("ab", 1, plan, loop=loop), _SCENARIOS[schedule.scenario]
+        try:
+            world.start()
+            failure = act(world)
+            monitor = world.monitor
+            failure = monitor.violation or failure
+            return Outcome(
+                schedule,
+                failure,
+                world.boundaries,
+                world.mended_at,
+                world.struck,
+                bool(monitor.lost),
+                loop.steps,
+                loop.time(),
+            )
+        finally:
+            world.dispose()
+
+
+def _finish(world: World) -> str:
+    """After the last fault: mend everything, wait for rest, and migrate once more."""
+    if world.broken:
+        world.run(max(0.0, world.faulted_at + _BROKEN_S - world.loop.time()))
+    world.heal()
+    if not world.run(BOUND_S, until_settled=True):
+        return f"L1: {world.unsettled()} after {BOUND_S:g} s in which everything worked"
+    return _again(world)
+
+
+def _again(world: World) -> str:
+    for number, spec in enumerate(world.machines):
+        origin = world.monitor.owner(spec.uuid)
+        if not origin:
+            continue  # it was lost with its host
+        target = next(name for name in world.sites if name != origin)
+        world.migrate(number, target, tries=20)
+        world.run(1.0)
+        if not world.run(BOUND_S, until_settled=True) or world.monitor.owner(spec.uuid) != target:
+            return f"again: {spec.name} does not migrate from {origin} to {target}: {world.unsettled()}"
+    return ""
+
+
+def _move(world: World) -> str:
+    world.migrate(0, "b")
+    world.run(0.3)
+    world.run(4.0, until_settled=True)
+    return _finish(world)
+
+
+def _back(world: World) -> str:
+    world.migrate(0, "b")
+    world.run(0.3)
+    world.run(4.0, until_settled=True)
+    world.migrate(0, "a")
+    world.run(0.3)
+    world.run(4.0, until_settled=True)
+    return _finish(world)
+
+
+def _retry(world: World) -> str:
+    world.migrate(0, "b")
+    world.run(0.065)  # memory is on its way
+    world.cancel()
+    world.run(1.0, until_settled=True)
+    world.migrate(0, "b")
+    world.run(0.3)
+    world.run(4.0, until_settled=True)
+    return _finish(world)
+
+
+_SCENARIOS: Final = {"move": _move, "back": _back, "retry": _retry}
+
+
+def _storm_world(seed: int, loop: Loop) -> tuple[World, object]:
+    raise NotImplementedError
+
+
+# Which there are
+
+
+def single_faults(baseline: Outcome, coarse: bool = False) -> Iterator[tuple[int, str]]:
+    """Every fault at every boundary of a run."""
+    for number, boundary in enumerate(baseline.boundaries[: baseline.mended_at]):
+        kind = boundary.partition("@")[0]
+        for fault in (*_ANYWHERE, *_HERE.get(kind, ())):
+            yield number, fault
+
+
+def one_fault(scenario: str) -> list[Schedule]:
+    """All schedules of one fault."""
+    baseline = run(Schedule(scenario))
+    assert not baseline.failure, baseline.failure
+    return [Schedule(scenario, (fault,)) for fault in single_faults(baseline)]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without logs, and without complaints about worlds that end in the middle of something."""
+    disabled, hook = logging.root.manager.disable, sys.unraisablehook
+    logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
+        sys.unraisablehook = hook
+        logging.disable(disabled)
+
+
+def failures(schedules: Iterable[Schedule]) -> Iterator[Outcome]:
+    """Do schedules one after the other; those that fail are returned."""
+    with quiet():
+        for schedule in schedules:
+            outcome = run(schedule)
+            if outcome.failure:
+                yield outcome
