@@ -183,30 +183,39 @@ class Departure:
         except VmferryError:
             return False
 
-    async def _ask(self, destination: Destination, tell: Tell, story: Story) -> list[Tell]:
-        """Tell the destination something and act on what it answers."""
+    async def _ask(self, destination: Destination, tell: Tell, reason: str) -> source.Heard | None:
+        """Tell the destination something; nothing is heard from one that cannot answer, whatever the cause."""
         state = self.state
         assert not isinstance(state, source.Quiet)
         digest = b"" if isinstance(state, source.Begun) else state.digest
-        heard = await destination.tell(tell.method, state.attempt, digest=digest, reason=story.reason)
-        await story.hears(heard)
-        return await self.apply(replace(heard, memory_intact=await self.memory_intact()))
+        try:
+            return await destination.tell(tell.method, state.attempt, digest=digest, reason=reason)
+        except VmferryError as error:
+            self._cannot(tell, "the destination cannot be asked", error)
+            return None
+
+    async def _act_on(self, heard: source.Heard, tell: Tell, story: Story) -> list[Tell]:
+        """Do what follows from an answer; what fails is tried again with the next one."""
+        try:
+            await story.hears(heard)
+            return await self.apply(replace(heard, memory_intact=await self.memory_intact()))
+        except JournalDamagedError:
+            raise  # this host's own: nothing may follow in this process
+        except VmferryError as error:
+            self._cannot(tell, "what was decided cannot be done", error)
+            return []
+
+    def _cannot(self, tell: Tell, what: str, error: VmferryError) -> None:
+        self.waiting = f"{what}: {error.message}"
+        _LOG.warning("asking again", machine=self.machine_id, method=tell.method, detail=error.message)
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""
         todo = first
         while not isinstance(self.state, source.Quiet):
             tell = todo[0] if todo else Tell(self._question())
-            try:
-                todo = await self._ask(destination, tell, story)
-            except JournalDamagedError:
-                raise
-            except VmferryError as error:
-                self.waiting = f"the destination cannot be asked: {error.message}"
-                _LOG.warning(
-                    "asking again", machine=self.machine_id, method=tell.method, detail=error.message
-                )
-                todo = []
+            heard = await self._ask(destination, tell, story.reason)
+            todo = [] if heard is None else await self._act_on(heard, tell, story)
             if not isinstance(self.state, source.Quiet) and not todo:
                 await story.waits(self.waiting)
                 await asyncio.sleep(story.retry_s)

@@ -7,12 +7,15 @@ is why they can be tried on a disk that loses everything a real one may lose.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
+
+from vmferry.errors import JournalDamagedError
 
 _AT_EMPTY_PATH: Final = 0x1000
 _MAX_HANDLE_BYTES: Final = 128
@@ -186,6 +189,17 @@ class HostDisk:
 
 
 DISK: Final[Disk] = HostDisk()
+
+
+@contextlib.contextmanager
+def damaging(what: str, path: Path) -> Iterator[None]:
+    """Turn an error of the disk into the catalogue's: what is on it is not known any more."""
+    try:
+        yield
+    except BlockingIOError:
+        raise  # no error of the disk: another process has the lock
+    except OSError as error:
+        raise JournalDamagedError(f"cannot {what} {path}: {error}", path=path) from error
 
 
 class _FileHandle(ctypes.Structure):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.errors import JournalDamagedError
-from vmferry.handoff.disk import DISK, Disk, File
+from vmferry.handoff.disk import DISK, Disk, File, damaging
 
 SLOT_BYTES: Final = 4096
 SLOTS_PER_EXTENT: Final = 64
@@ -131,16 +131,17 @@ class Journal:
     def __init__(self, path: Path, label: bytes, disk: Disk = DISK) -> None:
         self.path = path
         self._broken = ""
-        if not disk.exists(path):
-            _create(path, label, disk)
-        self._file: File = disk.open(path, writable=True)
+        with damaging("open", path):
+            if not disk.exists(path):
+                _create(path, label, disk)
+            self._file: File = disk.open(path, writable=True)
         try:
-            self._settle(label)
+            self._settle(label, disk)
         except BaseException:
             self.close()
             raise
 
-    def _settle(self, label: bytes) -> None:
+    def _settle(self, label: bytes, disk: Disk) -> None:
         data = self._file.read()
         contents = _contents(data, self.path, label)
         if contents.damage:
@@ -156,6 +157,9 @@ class Journal:
         with self._breaking("settle"):
             self._file.write(data[last : last + SLOT_BYTES], last)
             self._file.sync_data()
+            # Its maker may have been killed before the file's name was on disk, or that of its new folder.
+            disk.sync_folder(self.path.parent)
+            disk.sync_folder(self.path.parent.parent)
         self._synced = self._count
 
     @property
@@ -241,20 +245,18 @@ class Journal:
 
 
 def _create(path: Path, label: bytes, disk: Disk) -> None:
+    """Make a journal whose first slot is on disk before the file has its name."""
     temporary = path.with_suffix(f".{os.getpid()}.new")
-    file = disk.create(temporary)
     try:
-        file.allocate(0, _EXTENT_BYTES)
-        file.write(_encode(0, bytes(_HASH_BYTES), label).ljust(_EXTENT_BYTES, b"\0"), 0)
-        file.sync()
-    except OSError as error:
-        disk.unlink(temporary)
-        raise JournalDamagedError(f"cannot create {path}: {error}", path=path) from error
-    finally:
-        file.close()
+        with damaging("create", path), contextlib.closing(disk.create(temporary)) as file:
+            file.allocate(0, _EXTENT_BYTES)
+            file.write(_encode(0, bytes(_HASH_BYTES), label).ljust(_EXTENT_BYTES, b"\0"), 0)
+            file.sync()
+    except JournalDamagedError:
+        with contextlib.suppress(OSError):
+            disk.unlink(temporary)
+        raise
     disk.rename(temporary, path)
-    disk.sync_folder(path.parent)
-    disk.sync_folder(path.parent.parent)  # the folder may be new itself, and would take the file with it
 
 
 def _to_next_extent(slots: int) -> int:

@@ -38,7 +38,7 @@ from vmferry.errors import (
     MachineNotOwnedError,
 )
 from vmferry.handoff import destination, gate, journal, records, source
-from vmferry.handoff.disk import DISK, Disk
+from vmferry.handoff.disk import DISK, Disk, damaging
 from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.register import Mark, Register
 from vmferry.handoff.rights import Epochs, Rights
@@ -78,7 +78,7 @@ class HostLedger:
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self.directory = directory
         self._disk = disk
-        disk.make_folder(directory)
+        _make_folders(directory, disk)
         self._register = Register(directory, disk)
         self.incarnation = self._register.incarnation
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -146,7 +146,10 @@ class HostLedger:
     @contextlib.contextmanager
     def machine_lock(self, machine_id: str) -> Iterator[None]:
         """Keeps every other process from changing what the journals say about the machine."""
-        with contextlib.closing(self._disk.lock(self._made_folder(machine_id) / "lock", wait=True)):
+        path = self._made_folder(machine_id) / "lock"
+        with damaging("lock", path):
+            lock = self._disk.lock(path, wait=True)
+        with contextlib.closing(lock):
             yield
 
     @contextlib.asynccontextmanager
@@ -208,8 +211,8 @@ class HostLedger:
                 raise JournalDamagedError(f"{path}: {problem}", path=path)
             if mark is None:
                 self._register.add(_entry(machine_id, role), Mark(*log.end))
-            elif mark.slots < log.end[0]:
-                self._note(machine_id, role, log)
+            else:
+                self._register.note(_entry(machine_id, role), Mark(*log.end), settled=True)
             closing.pop_all()
         return log
 
@@ -228,8 +231,11 @@ class HostLedger:
 
     def _read(self, machine_id: str, role: Role, *, settled: bool) -> _View:
         path, label = self._file(machine_id, role)
-        # The mark first: a journal that grows meanwhile is ahead of it, as it may be.
-        mark = self._register.mark(_entry(machine_id, role))
+        try:
+            # The mark first: a journal that grows meanwhile is ahead of it, as it may be.
+            mark = self._register.mark(_entry(machine_id, role))
+        except JournalDamagedError as error:
+            return _View(damage=error.message)
         contents = journal.read(path, label, settled=settled, disk=self._disk)
         if problem := contents.damage or _contradiction(mark, contents):
             return _View(damage=problem)
@@ -242,7 +248,8 @@ class HostLedger:
 
     def _made_folder(self, machine_id: str) -> Path:
         folder = self._folder(machine_id)
-        self._disk.make_folder(folder)
+        with damaging("make", folder):
+            self._disk.make_folder(folder)
         return folder
 
     def _path(self, machine_id: str, role: Role) -> Path:
@@ -250,6 +257,15 @@ class HostLedger:
 
     def _file(self, machine_id: str, role: Role) -> tuple[Path, bytes]:
         return self._path(machine_id, role), f"vmferry {role} {machine_id} {self.incarnation}".encode()
+
+
+def _make_folders(directory: Path, disk: Disk) -> None:
+    """Make the journal directory; the folders that it is the first to need survive a crash, too."""
+    with damaging("make", directory):
+        new = [folder for folder in (directory, *directory.parents) if not disk.exists(folder)]
+        disk.make_folder(directory)
+        for folder in new:
+            disk.sync_folder(folder.parent)
 
 
 def _entry(machine_id: str, role: Role) -> str:
@@ -277,8 +293,9 @@ class RoleLock:
 
     def __init__(self, path: Path, role: Role, disk: Disk) -> None:
         try:
-            self._lock = disk.lock(path, wait=False)
-        except OSError as error:
+            with damaging("lock", path):
+                self._lock = disk.lock(path, wait=False)
+        except BlockingIOError as error:
             raise ConfigError(
                 f"another {role} service runs on {path.parent}",
                 field="state_dir",

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.errors import JournalDamagedError
-from vmferry.handoff.disk import Disk, File
+from vmferry.handoff.disk import Disk, File, damaging
 
 ENTRY_BYTES: Final = 1024
 _COPY_BYTES: Final = ENTRY_BYTES // 2
@@ -60,12 +60,14 @@ class Register:
         self._path = directory / "register"
         self._disk = disk
         self._offsets: dict[str, int] = {}
-        if not disk.exists(self._path):
-            _make(self._path, disk)
-        with self._translating(), contextlib.closing(disk.open(self._path)) as file:
-            self.incarnation = self._header(file)
-        # It may have been made by a process that was killed before its name was on disk.
-        _sync_names(self._path, disk)
+        with damaging("use", self._path):
+            if not disk.exists(self._path):
+                _make(self._path, disk)
+            with contextlib.closing(disk.open(self._path)) as file:
+                self.incarnation = self._header(file)
+            # It may have been made by a process that was killed before its name was on disk.
+            disk.sync_folder(directory)
+            disk.sync_folder(directory.parent)
 
     def names(self) -> list[str]:
         """All journals that have an entry."""
@@ -90,22 +92,23 @@ class Register:
             file.sync_data()
             self._offsets[name] = offset
 
-    def note(self, name: str, mark: Mark) -> None:
-        """Move a journal's mark on, for a slot that is on disk already; waits for no disk."""
+    def note(self, name: str, mark: Mark, *, settled: bool = False) -> None:
+        """Move a journal's mark on, for a slot that is on disk already.
+
+        Waits for no disk, unless it shall be ``settled``: the entry may have been left by a process that was killed,
+        or failed, before it was on disk.
+        """
         with self._opened(writable=True) as file:
             first, second = self._marks(file, name)
             behind = self._offsets[name] + (0 if first <= second else _COPY_BYTES)
             file.write(_encode(name, mark), behind)
-
-    def sync(self) -> None:
-        """Bring all marks to disk."""
-        with self._opened(writable=True) as file:
-            file.sync_data()
+            if settled:
+                file.sync_data()
 
     @contextlib.contextmanager
     def _opened(self, *, writable: bool = False) -> Iterator[File]:
         with (
-            self._translating(),
+            damaging("use", self._path),
             contextlib.closing(self._disk.open(self._path, writable=writable)) as file,
         ):
             if self._header(file) != self.incarnation:
@@ -114,15 +117,11 @@ class Register:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with contextlib.closing(self._disk.lock(self._path.with_suffix(".lock"), wait=True)):
+        path = self._path.with_suffix(".lock")
+        with damaging("lock", path):
+            lock = self._disk.lock(path, wait=True)
+        with contextlib.closing(lock):
             yield
-
-    @contextlib.contextmanager
-    def _translating(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise self._damaged(f"cannot be used: {error}") from error
 
     def _header(self, file: File) -> str:
         data = file.read(0, ENTRY_BYTES)
@@ -175,11 +174,6 @@ def _make(path: Path, disk: Disk) -> None:
             disk.link(temporary, path)  # fails if somebody was faster
     finally:
         disk.unlink(temporary)
-
-
-def _sync_names(path: Path, disk: Disk) -> None:
-    disk.sync_folder(path.parent)
-    disk.sync_folder(path.parent.parent)
 
 
 def _encode(name: str, mark: Mark) -> bytes:

@@ -152,6 +152,8 @@ class View:
     def unlink(self, path: Path) -> None:
         """See ``Disk``."""
         self.step("unlink", path)
+        if path not in self.disk.names:
+            raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
         del self.disk.names[path]
 
     def sync_folder(self, path: Path) -> None:

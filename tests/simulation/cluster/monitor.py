@@ -43,7 +43,7 @@ class Observed:
 
     disk: HostDisk
     guests: Mapping[str, Guest]
-    ledger: HostLedger
+    ledger: WatchedLedger
     known: dict[str, Rights] = field(default_factory=dict)
     lost_guests: set[str] = field(default_factory=set)
     """Machines whose process died here with the host."""
@@ -150,6 +150,8 @@ class Monitor:
         """Why a machine has not come to rest; empty if it has."""
         rights = {name: self.rights(name, machine) for name in self.hosts}
         owners = [name for name, mine in rights.items() if mine.permitted]
+        if self.awaits_a_person(machine):
+            return ""
         if len(owners) != 1:
             return f"the owners are {owners}: " + ", ".join(
                 f"{name} {mine.standing.name}" for name, mine in rights.items()
@@ -165,6 +167,16 @@ class Monitor:
             if not isinstance(mine.outgoing, source.Quiet):
                 return f"{name} has an attempt open"
         return ""
+
+    def awaits_a_person(self, machine: str) -> bool:
+        """A crash tore the last record behind PREPARED and took the copy with it: it may have been OWNED."""
+        return any(
+            isinstance(self.rights(name, machine).incoming.current, destination.Prepared)
+            and machine not in host.guests
+            and machine in host.lost_guests
+            and host.ledger._view(machine, Role.DESTINATION, settled=False).torn_tail
+            for name, host in self.hosts.items()
+        )
 
     def owner(self, machine: str) -> str:
         """Where a machine that has come to rest runs; empty if it was lost with its host."""

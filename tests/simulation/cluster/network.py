@@ -31,6 +31,9 @@ class World(Protocol):
     def step(self, kind: str, host: str, detail: str) -> str:
         """Come to a boundary; the answer names what happens to the message, or is empty."""
 
+    def jitter(self) -> float:
+        """By how much a message takes longer than others."""
+
     def unexpected(self, what: str) -> None:
         """Something happened that no fault explains."""
 
@@ -51,7 +54,7 @@ class Network:
         fate = self._world.step("message", sender, f"{name}>{receiver}")
         if fate == "drop" or (sender, receiver) in self.cuts:
             return
-        delay = {"late": LATE_S, "overtaken": OVERTAKEN_S}.get(fate, MESSAGE_S)
+        delay = {"late": LATE_S, "overtaken": OVERTAKEN_S}.get(fate, MESSAGE_S) * self._world.jitter()
         for _ in range(2 if fate == "twice" else 1):
             self._later(delay, self._delivery(sender, receiver, arrive))
             delay += OVERTAKEN_S

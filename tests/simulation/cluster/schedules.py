@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import random
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,12 +16,14 @@ from typing import Final
 
 from tests.simulation.cluster.clock import Loop
 from tests.simulation.cluster.services import replaced
-from tests.simulation.cluster.world import Plan, Storm, World
+from tests.simulation.cluster.world import Storm, World
 
 BOUND_S: Final = 60.0
 """Within this time after everything works again, a machine is to have come to rest."""
 _BROKEN_S: Final = 4.0
 """How long things stay broken after a fault."""
+MANY: Final = 2
+"""With so many faults a run does not migrate once more afterwards: there are many of them."""
 SCENARIOS: Final = ("move", "back", "retry")
 
 _ANYWHERE: Final = (
@@ -79,6 +80,8 @@ class Outcome:
     mended_at: int = 0
     struck: list[str] = field(default_factory=list)
     lost: bool = False
+    operator: bool = False
+    """A person must decide, as docs/handoff.md says."""
     steps: int = 0
     simulated_s: float = 0.0
 
@@ -88,12 +91,14 @@ def run(schedule: Schedule) -> Outcome:
     loop = Loop()
     with replaced(loop):
         if schedule.seed >= 0:
-            world, act = _storm_world(schedule.seed, loop)
+            storm = Storm(schedule.seed, "abc")
+            world, act = World("abc", storm.chance.randrange(1, 6), {}, loop=loop, storm=storm), _storm
         else:
             plan: dict[int, tuple[str, ...]] = {}
             for number, fault in schedule.plan:
                 plan[number] = (*plan.get(number, ()), fault)
             world, act = World("ab", 1, plan, loop=loop), _SCENARIOS[schedule.scenario]
+            world.again = len(schedule.plan) < MANY
         try:
             world.start()
             failure = act(world)
@@ -106,6 +111,7 @@ def run(schedule: Schedule) -> Outcome:
                 world.mended_at,
                 world.struck,
                 bool(monitor.lost),
+                any(monitor.awaits_a_person(spec.uuid) for spec in world.machines),
                 loop.steps,
                 loop.time(),
             )
@@ -119,14 +125,14 @@ def _finish(world: World) -> str:
         world.run(max(0.0, world.faulted_at + _BROKEN_S - world.loop.time()))
     world.heal()
     if not world.run(BOUND_S, until_settled=True):
-        return f"L1: {world.unsettled()} after {BOUND_S:g} s in which everything worked"
-    return _again(world)
+        return f"L1: {world.unsettled() or 'a service is not idle'} after {BOUND_S:g} s in which everything worked"
+    return _again(world) if world.again else ""
 
 
 def _again(world: World) -> str:
     for number, spec in enumerate(world.machines):
         origin = world.monitor.owner(spec.uuid)
-        if not origin:
+        if not origin or world.monitor.awaits_a_person(spec.uuid):
             continue  # it was lost with its host
         target = next(name for name in world.sites if name != origin)
         world.migrate(number, target, tries=20)
@@ -164,29 +170,66 @@ def _retry(world: World) -> str:
     return _finish(world)
 
 
-_SCENARIOS: Final = {"move": _move, "back": _back, "retry": _retry}
+_MANY: Final = 2
+"""With so many faults a run does not migrate once more afterwards: there are many of them."""
+SCENARIOS: Final = {"move": _move, "back": _back, "retry": _retry}
 
 
-def _storm_world(seed: int, loop: Loop) -> tuple[World, object]:
-    raise NotImplementedError
+def _storm(world: World) -> str:
+    storm = world.storm
+    assert storm is not None
+    chance = storm.chance
+    for _ in range(chance.randrange(2, 10)):
+        world.migrate(chance.randrange(len(world.machines)), chance.choice(list(world.sites)))
+        world.run(chance.choice((0.02, 0.1, 0.25, 0.4, 1.5, 4.0)))
+    return _finish(world)
 
 
 # Which there are
 
 
-def single_faults(baseline: Outcome, coarse: bool = False) -> Iterator[tuple[int, str]]:
-    """Every fault at every boundary of a run."""
-    for number, boundary in enumerate(baseline.boundaries[: baseline.mended_at]):
-        kind = boundary.partition("@")[0]
-        for fault in (*_ANYWHERE, *_HERE.get(kind, ())):
-            yield number, fault
+_TWICE: Final = ("kill:a/source", "kill:b/destination", "crash:a/lose", "crash:b/lose", "cut:ab", "cut:ba")
+_TWICE_KINDS: Final = ("message", "write", "sync", "start", "stop", "save", "load", "cont", "quit")
 
 
 def one_fault(scenario: str) -> list[Schedule]:
-    """All schedules of one fault."""
+    """Every fault at every boundary of a scenario."""
     baseline = run(Schedule(scenario))
     assert not baseline.failure, baseline.failure
-    return [Schedule(scenario, (fault,)) for fault in single_faults(baseline)]
+    return [
+        Schedule(scenario, ((number, fault),))
+        for number, boundary in enumerate(baseline.boundaries[: baseline.mended_at])
+        for fault in (*_ANYWHERE, *_HERE.get(boundary.partition("@")[0], ()))
+    ]
+
+
+def _main_faults(outcome: Outcome, start: int) -> Iterator[tuple[int, str]]:
+    """The faults that are combined with others, from a boundary on: at records, messages and hypervisors."""
+    for number, boundary in enumerate(outcome.boundaries[: outcome.mended_at]):
+        kind, _, detail = boundary.partition("@")
+        temporary = detail.endswith((".new", "register"))
+        if number >= start and kind in _TWICE_KINDS and not temporary:
+            yield from ((number, fault) for fault in _TWICE)
+            if kind == "message":
+                yield number, "drop"
+
+
+def first_faults(scenario: str) -> list[Schedule]:
+    """One schedule for each different way in which a run can go on after one fault."""
+    ways: dict[tuple[str, ...], Schedule] = {}
+    for number, fault in _main_faults(run(Schedule(scenario)), 0):
+        outcome = run(Schedule(scenario, ((number, fault),)))
+        ways.setdefault((*outcome.boundaries[number:], fault[:5]), outcome.schedule)
+    return list(ways.values())
+
+
+def second_faults(first: Schedule) -> list[Schedule]:
+    """Every second fault after the first one, until everything is mended."""
+    ((number, fault),) = first.plan
+    outcome = run(first)
+    return [
+        Schedule(first.scenario, ((number, fault), second)) for second in _main_faults(outcome, number + 1)
+    ]
 
 
 @contextlib.contextmanager

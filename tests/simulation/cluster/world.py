@@ -76,8 +76,10 @@ class World:
         self.struck: list[str] = []
         self.mended_at = -1
         """Number of the first boundary after everything was mended."""
+        self.again = True
+        """Whether the machines are to migrate once more when they have come to rest."""
         self._plan = plan
-        self._storm = storm
+        self.storm = storm
         self._armed = False
         self._healed = False
         self._version = 0
@@ -90,11 +92,15 @@ class World:
     # Beginning
 
     def _prepare(self, name: str, site: Site) -> None:
-        observer = View(site.disk, Process("observer", name), lambda kind, detail: "")
-        ledger = WatchedLedger(JOURNALS, observer)
-        ledger.changed = site.disk.versions
+        self.monitor.hosts[name] = Observed(site.disk, site.guests, self._watching(name))
         site.disk.watch = lambda path: self.monitor.journal_changed(name, path)
-        self.monitor.hosts[name] = Observed(site.disk, site.guests, ledger)
+
+    def _watching(self, host: str) -> WatchedLedger:
+        """What reads a host's journals from outside of the world."""
+        disk = self.sites[host].disk
+        ledger = WatchedLedger(JOURNALS, View(disk, Process("observer", host), lambda kind, detail: ""))
+        ledger.changed = disk.versions
+        return ledger
 
     def _bear(self, spec: MachineSpec, host: str) -> None:
         site = self.sites[host]
@@ -175,6 +181,10 @@ class World:
         running = self.sites[host].services.get(Role.DESTINATION)
         return (running.process, running.service) if running is not None and running.ready else None
 
+    def jitter(self) -> float:
+        """By how much a message takes longer than others."""
+        return 1.0 if self.storm is None else self.storm.chance.choice((0.5, 1.0, 1.0, 3.0, 20.0))
+
     def unexpected(self, what: str) -> None:
         """Something happened that no fault explains."""
         self.monitor.broken(f"unexpected: {what}")
@@ -204,8 +214,8 @@ class World:
         self.boundaries.append(f"{kind}@{host} {detail}")
         answer = ""
         faults = self._plan.get(number, ())
-        if self._storm is not None and not self._healed:
-            faults = self._storm.faults(kind, host)
+        if self.storm is not None and not self._healed:
+            faults = self.storm.faults(kind, host)
         for fault in faults:
             self.faulted_at = self.loop.time()
             self.struck.append(f"{number}={fault}")
@@ -263,6 +273,7 @@ class World:
                 guest.alive = False
             site.guests.clear()
             site.disk.crash(how)
+            self.monitor.hosts[host].ledger = self._watching(host)
 
         self.monitor.crashing(host, crash)
         for role in (Role.DESTINATION, Role.SOURCE):
@@ -316,9 +327,15 @@ class World:
 
     def settled(self) -> bool:
         """Whether every machine has come to rest, and every service answers."""
-        up = all(len(site.services) == len(Role) - 1 for site in self.sites.values())
-        ready = all(one.ready for site in self.sites.values() for one in site.services.values())
-        return up and ready and not any(self.unsettled())
+        return all(map(self._idle, self.sites.values())) and not any(self.unsettled())
+
+    def _idle(self, site: Site) -> bool:
+        if len(site.services) < len(Role) - 1 or not all(one.ready for one in site.services.values()):
+            return False
+        # The source of a machine that died with its new host goes on asking about it.
+        open_ = site.services[Role.SOURCE].service._migrations.open()
+        machines = [migration.message.machine_id for migration in open_]
+        return all(self.monitor.awaits_a_person(one) or not self.monitor.owner(one) for one in machines)
 
     def unsettled(self) -> list[str]:
         """Why machines have not come to rest."""
