@@ -185,6 +185,8 @@ def _storm(world: World) -> str:
     return _finish(world)
 
 
+_SCENARIOS: Final = {"move": _move, "back": _back, "retry": _retry}
+
 # Which there are
 
 
