@@ -153,6 +153,9 @@ class Departure:
             try:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
+            except JournalDamagedError as error:
+                self._on_broken_journal(error)
+                raise
             finally:
                 await machine.close()
 

@@ -19,7 +19,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +46,8 @@ class Contents:
     payloads: tuple[bytes, ...] = ()
     torn_tail: bool = False
     damage: str = ""
+    sync_failed: bool = False
+    """It may not be on disk, and another sync would prove nothing."""
     last_hash: bytes = field(default=bytes(_HASH_BYTES), repr=False)
     hashes: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
     """Of all slots that were read, the label's included."""
@@ -67,7 +69,7 @@ def read(path: Path, label: bytes, *, settled: bool = False, disk: Disk = DISK) 
             try:
                 file.sync_data()
             except OSError as error:
-                return Contents(damage=f"{path.name} cannot be synced: {error}")
+                return Contents(damage=f"{path.name} cannot be synced: {error}", sync_failed=True)
     return _contents(data, path, label)
 
 
@@ -81,7 +83,7 @@ def _contents(data: bytes, path: Path, label: bytes) -> Contents:
         return Contents(damage=contents.damage or f"{path.name} has no readable first slot")
     # The file grows by whole extents before they are used; one that was cut short may have lost records.
     torn = contents.torn_tail or (not contents.damage and len(data) % _EXTENT_BYTES != 0)
-    return Contents(contents.payloads[1:], torn, contents.damage, contents.last_hash, contents.hashes)
+    return replace(contents, payloads=contents.payloads[1:], torn_tail=torn)
 
 
 def _read_slots(slots: Sequence[bytes]) -> Contents:
@@ -102,7 +104,7 @@ def _read_slots(slots: Sequence[bytes]) -> Contents:
         payloads.append(payload)
         hashes.append(slot[-_HASH_BYTES:])
     last_hash = hashes[-1] if hashes else bytes(_HASH_BYTES)
-    return Contents(tuple(payloads), torn_tail, damage, last_hash, tuple(hashes))
+    return Contents(tuple(payloads), torn_tail, damage, last_hash=last_hash, hashes=tuple(hashes))
 
 
 def _encode(number: int, previous: bytes, payload: bytes) -> bytes:

@@ -78,6 +78,8 @@ class HostLedger:
     def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self.directory = directory
         self._disk = disk
+        self._distrusted: dict[Path, str] = {}
+        """Journals that this process could not sync: a sync that works later does not bring back what was lost."""
         _make_folders(directory, disk)
         self._register = Register(directory, disk)
         self.incarnation = self._register.incarnation
@@ -231,12 +233,16 @@ class HostLedger:
 
     def _read(self, machine_id: str, role: Role, *, settled: bool) -> _View:
         path, label = self._file(machine_id, role)
+        if path in self._distrusted:
+            return _View(damage=self._distrusted[path])
         try:
             # The mark first: a journal that grows meanwhile is ahead of it, as it may be.
             mark = self._register.mark(_entry(machine_id, role))
         except JournalDamagedError as error:
             return _View(damage=error.message)
         contents = journal.read(path, label, settled=settled, disk=self._disk)
+        if contents.sync_failed:
+            self._distrusted[path] = contents.damage
         if problem := contents.damage or _contradiction(mark, contents):
             return _View(damage=problem)
         return _decoded(contents)

@@ -60,6 +60,7 @@ class Register:
         self._path = directory / "register"
         self._disk = disk
         self._offsets: dict[str, int] = {}
+        self._scanned = ENTRY_BYTES
         with damaging("use", self._path):
             if not disk.exists(self._path):
                 _make(self._path, disk)
@@ -86,11 +87,12 @@ class Register:
         """Make an entry; it is on disk on return."""
         with self._locked(), self._opened(writable=True) as file:
             self._scan(file)
-            # A whole entry behind the last whole one: what a crash left of another is overwritten.
-            offset = ENTRY_BYTES * (1 + len(self._offsets))
-            file.write(_encode(name, mark) * 2, offset)
-            file.sync_data()
-            self._offsets[name] = offset
+            if name not in self._offsets:
+                # Behind all that are whole or half readable; what a crash left of another is overwritten.
+                offset = max(self._scanned, len(file.read()) // ENTRY_BYTES * ENTRY_BYTES)
+                file.write(_encode(name, mark) * 2, offset)
+                file.sync_data()
+                self._offsets[name] = offset
 
     def note(self, name: str, mark: Mark, *, settled: bool = False) -> None:
         """Move a journal's mark on, for a slot that is on disk already.
@@ -134,17 +136,17 @@ class Register:
         return lines[1]
 
     def _scan(self, file: File) -> None:
-        """Take in the entries that were added since."""
-        while True:
-            offset = ENTRY_BYTES * (1 + len(self._offsets))
-            data = file.read(offset, ENTRY_BYTES)
+        """Take in the entries that were added since.
+
+        A bad one with others behind it is none: its writer failed, or it rotted, and its journal is not believed.
+        """
+        while data := file.read(self._scanned, ENTRY_BYTES):
             found = [_decode(data[:_COPY_BYTES]), _decode(data[_COPY_BYTES:])]
             names = {mark[0] for mark in found if mark is not None}
-            if len(names) != 1:
-                if file.read(offset + ENTRY_BYTES, 1):
-                    raise self._damaged(f"has a bad entry at {offset}")
-                return  # the end, or an entry that a crash kept from being made
-            self._offsets[names.pop()] = offset
+            if not names and not file.read(self._scanned + ENTRY_BYTES, 1):
+                return  # another process may be about to write it
+            self._offsets.update(dict.fromkeys(names, self._scanned))
+            self._scanned += ENTRY_BYTES
 
     def _marks(self, file: File, name: str) -> tuple[Mark, Mark]:
         offset = self._offsets[name]

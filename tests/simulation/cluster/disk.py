@@ -73,7 +73,9 @@ class HostDisk:
         for node in self.names.values():
             if how != "lose":
                 node.bring(node.dirty[:-1])
-                node.bring((at, data[:SECTOR_BYTES] if how == "torn" else data) for at, data in node.dirty[-1:])
+                node.bring(
+                    (at, data[:SECTOR_BYTES] if how == "torn" else data) for at, data in node.dirty[-1:]
+                )
             node.dirty.clear()
             node.seen = bytearray(node.durable)
             node.holder = None

@@ -118,7 +118,9 @@ class Monitor:
         guests = dict(self.hosts[host].guests)
         crash()
         self.hosts[host].known.clear()
-        self.hosts[host].lost_guests |= {one for one, guest in guests.items() if guest.state is not RunState.INMIGRATE}
+        self.hosts[host].lost_guests |= {
+            one for one, guest in guests.items() if guest.state is not RunState.INMIGRATE
+        }
         for machine, copies in before.items():
             if machine in self.lost or self.usable(machine):
                 continue
@@ -129,7 +131,9 @@ class Monitor:
     def usable(self, machine: str) -> set[str]:
         """Hosts with a copy of the latest state that the protocol may still run."""
         rights = {name: self.rights(name, machine) for name in self.hosts}
-        opened = [one.outgoing.attempt for one in rights.values() if not isinstance(one.outgoing, source.Quiet)]
+        opened = [
+            one.outgoing.attempt for one in rights.values() if not isinstance(one.outgoing, source.Quiet)
+        ]
         found = set()
         for name, host in self.hosts.items():
             guest, mine = host.guests.get(machine), rights[name]

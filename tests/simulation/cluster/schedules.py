@@ -170,11 +170,6 @@ def _retry(world: World) -> str:
     return _finish(world)
 
 
-_MANY: Final = 2
-"""With so many faults a run does not migrate once more afterwards: there are many of them."""
-SCENARIOS: Final = {"move": _move, "back": _back, "retry": _retry}
-
-
 def _storm(world: World) -> str:
     storm = world.storm
     assert storm is not None

@@ -85,7 +85,11 @@ class Copy:
 
     async def _send(self, frames: list[tuple[int, Any]]) -> None:
         await together(
-            *(lane.carry(frames[number::LANES]) for number, lane in enumerate(self._lanes) if frames[number::LANES])
+            *(
+                lane.carry(frames[number::LANES])
+                for number, lane in enumerate(self._lanes)
+                if frames[number::LANES]
+            )
         )
 
     async def last_round(self) -> None:

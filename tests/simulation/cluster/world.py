@@ -64,7 +64,9 @@ class Site:
 class World:
     """Everything, driven from outside."""
 
-    def __init__(self, hosts: str, machines: int, plan: Plan, *, loop: Loop, storm: Storm | None = None) -> None:
+    def __init__(
+        self, hosts: str, machines: int, plan: Plan, *, loop: Loop, storm: Storm | None = None
+    ) -> None:
         self.loop = loop
         self.monitor = Monitor()
         self.network = Network(self)
@@ -399,6 +401,7 @@ def _role_of(running: Running) -> Role:
 
 def _machine(number: int) -> MachineSpec:
     made = new_spec(f"m{number}", 1, "canary")
-    values = {name: getattr(made, name) for name in ("version", "name", "kind", "memory_mib", "vcpus", "microvm")}
+    values = {
+        name: getattr(made, name) for name in ("version", "name", "kind", "memory_mib", "vcpus", "microvm")
+    }
     return MachineSpec(uuid=f"00000000-0000-4000-8000-{number:012d}", **values)
-

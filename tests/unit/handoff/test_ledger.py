@@ -297,7 +297,7 @@ def test_a_torn_handover_is_not_taken_for_an_open_right(
     ledger.birth(MACHINE)
     write(ledger, AWAY, K.BEGUN, K.SEALED)
     with monkeypatch.context() as patch:
-        patch.setattr(Register, "note", lambda *_: None)
+        patch.setattr(Register, "note", lambda *_, **__: None)
         write(ledger, AWAY, K.HANDED_OFF)
     damage(file_of(ledger, Role.SOURCE), slot=3)
     assert ledger.rights(MACHINE).standing is Standing.LEAVING
