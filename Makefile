@@ -2,14 +2,19 @@
 #
 #   PYTHON=python3.12   the interpreter to work with
 #   ARGS="..."          further arguments of `make demo` and `make test`
+#   STRIDE=1            each so many-th first fault of two, of `make simulation` and `make proof`
+#   STORMS=2000 MUTANTS=40   how many of each
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
 
 PYTHON ?= python3
 ARGS ?=
+STRIDE ?= 8
+STORMS ?= 500
+MUTANTS ?= 40
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo playground test check check-style check-types check-protos check-guests check-contract \
+.PHONY: help setup demo playground test proof simulation mutants check check-style check-types check-protos check-guests check-contract \
         format protos guests lock clean
 
 help: ## Show this list
@@ -26,6 +31,18 @@ playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C 
 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
 	@$(BIN)/python -m pytest $(ARGS)
+
+proof: simulation ## Run the evidence for the hand-off, and print its figures
+	@$(BIN)/python -m pytest -q tests/simulation/test_two_hosts.py tests/unit/handoff
+	@$(BIN)/python scripts/mutants.py --sample $(MUTANTS)
+
+simulation: setup ## Strike the services with every fault at every boundary, with two, and with storms of them
+	@$(BIN)/python -m tests.simulation.campaign one-fault
+	@$(BIN)/python -m tests.simulation.campaign two-faults --stride $(STRIDE)
+	@$(BIN)/python -m tests.simulation.campaign storms --count $(STORMS)
+
+mutants: setup ## Take each guard and each sync from the hand-off's core: some suite must notice
+	@$(BIN)/python scripts/mutants.py $(ARGS)
 
 check: check-style check-types check-protos check-guests check-contract ## Run all checks that need no test to run
 

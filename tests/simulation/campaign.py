@@ -115,7 +115,7 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="only each so many-th")
     parser.add_argument(
         "--seed", type=int, default=int(os.environ.get("VMFERRY_SEED", random.randrange(2**31)))
-    )  # noqa: S311
+    )
     parser.add_argument("--count", type=int, default=1000, help="storms")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()

@@ -1,7 +1,7 @@
 """The real services on simulated hosts: every fault at every boundary, then two, then storms of them.
 
-Here runs a sample, each time the same one; ``make proof`` runs all of them (``tests.simulation.campaign``). What fails
-prints the command that does it again.
+Here runs a sample, each time the same one; ``make simulation`` runs all of them. What fails prints the command that
+does it again.
 """
 
 from __future__ import annotations
@@ -95,18 +95,18 @@ def test_a_name_that_was_not_on_disk_is_brought_there() -> None:
 
 
 def test_a_sync_that_failed_for_a_reader_is_not_tried_again() -> None:
-    """A host that resumes a guest syncs the journals of its other service first; when that fails it does not resume."""
+    """A host that resumes a guest syncs the journals of its other service first; if that fails it does not resume."""
     with quiet():
         found = schedules.run(Schedule("back")).boundaries
-    numbers = [
-        number
-        for number, one in enumerate(found)
-        if one.startswith("sync@b") and number > found.index("stop@b m0") - 30
-    ]
-    for number in numbers[::3]:
-        with quiet():
-            outcome = schedules.run(Schedule("back", ((number, "eio"),)))
-        assert not outcome.failure, (number, found[number])
+        paused = found.index("stop@b m0")
+        syncs = [
+            at
+            for at, one in enumerate(found)
+            if one.startswith("sync@b destination") and abs(at - paused) < 50
+        ]
+        for number in syncs:
+            assert not schedules.run(Schedule("back", ((number, "eio"),))).failure, number
+    assert syncs
 
 
 # The suite bites

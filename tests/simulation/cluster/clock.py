@@ -1,8 +1,9 @@
 """An event loop whose clock is simulated, and processes in it that can be killed between any two steps.
 
-Everything runs in one thread, in an order that depends on nothing but what was scheduled: what a run does once it does
-always. Time passes only when there is nothing to do at the present moment. Work for threads is done in one go, at a
-moment of its own. A killed process does not execute another step: its callbacks are thrown away when they are due.
+Everything runs in one thread, in an order that depends on nothing but what was scheduled: what a run does once it
+does always. Time passes only when there is nothing to do at the present moment. Work for threads is done in one go,
+at a moment of its own. A killed process does not execute another step: its callbacks are thrown away when they are
+due.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _end(work: Any) -> None:
     for _ in range(20):
         try:
             work.close()
-        except BaseException:  # noqa: BLE001, S112 - handlers of a world that is gone
+        except BaseException:  # noqa: BLE001 - handlers of a world that is gone
             continue
         return
 

@@ -108,9 +108,9 @@ class Monitor:
             self.broken(f"I2: {guest.host} resumes {machine} from {guest.pages}, not {self.latest[machine]}")
         host = self.hosts[guest.host]
         for path, node in host.disk.names.items():
-            if path.parent.name == machine and path.name in MACHINE_FILES:
-                if node.durable != node.seen or host.disk.durable_names.get(path) is not node:
-                    self.broken(f"I1b: {guest.host} resumes {machine} on what is not on disk: {path.name}")
+            on_disk = node.durable == node.seen and host.disk.durable_names.get(path) is node
+            if path.parent.name == machine and path.name in MACHINE_FILES and not on_disk:
+                self.broken(f"I1b: {guest.host} resumes {machine} on what is not on disk: {path.name}")
 
     def crashing(self, host: str, crash: Callable[[], None]) -> None:
         """A host crashes."""

@@ -125,7 +125,7 @@ class Stub:
         self._callee = callee
 
     def __getattr__(self, method: str) -> Any:
-        def call(request: Any, timeout: float) -> Any:  # noqa: ASYNC109 - the name that gRPC gives it
+        def call(request: Any, timeout: float) -> Any:
             return self._network.call(self._process, self._callee, method, request, timeout)
 
         return call

@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from tests.simulation.cluster.clock import Killed, Loop, Process, spawn

@@ -326,7 +326,7 @@ def test_adding_waits_for_the_disk_and_noting_does_not(
     small: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A journal's first record must find its entry on disk; a guest's pause must not wait for a mark."""
-    synced = []
+    synced: list[int] = []
     monkeypatch.setattr(os, "fdatasync", synced.append)
     small.note(NAME, mark(9))
     assert synced == []

@@ -166,7 +166,7 @@ def test_any_flipped_bit_is_noticed_by_whoever_asks(name: str) -> None:
     expected = host.seen()
     node = host.disk.names[JOURNALS / MACHINE / f"{name}.journal"]
     used = len(node.seen.rstrip(b"\0"))
-    for bit in (*range(0, used * 8, 61), *range(0, 48 * 8)):
+    for bit in (*range(0, used * 8, 61), *range(48 * 8)):
         node.seen[bit // 8] ^= 1 << bit % 8
         rights = host.seen()
         node.seen[bit // 8] ^= 1 << bit % 8
