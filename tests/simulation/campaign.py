@@ -6,6 +6,7 @@ Prints how many there were and how fast, and for each that breaks a promise the 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import multiprocessing
 import os
@@ -64,9 +65,9 @@ def do(batch: Iterable[Schedule]) -> Tally:
     return tally
 
 
-def _after(first: Schedule) -> Tally:
+def _after(first: Schedule, stride: int) -> Tally:
     with quiet():
-        return do(schedules.second_faults(first))
+        return do(schedules.second_faults(first)[::stride])
 
 
 def _each(work: Callable[..., Tally], parts: list[object], jobs: int) -> Tally:
@@ -88,18 +89,18 @@ def _batches(found: Iterable[Schedule]) -> list[object]:
     return list(iter(lambda: list(itertools.islice(pending, _BATCH)), []))
 
 
-def one_fault(scenario: str, *, stride: int = 1, start: int = 0, jobs: int = 1) -> Tally:
+def one_fault(scenario: str, *, stride: int = 1, jobs: int = 1) -> Tally:
     """Every fault at every boundary, or each ``stride``-th of them."""
     with quiet():
         found = schedules.one_fault(scenario)
-    return _each(do, _batches(found[start::stride]), jobs)
+    return _each(do, _batches(found[::stride]), jobs)
 
 
-def two_faults(scenario: str, *, stride: int = 1, start: int = 0, jobs: int = 1) -> Tally:
-    """Every main fault after every first one that leads elsewhere, or after each ``stride``-th of these."""
+def two_faults(scenario: str, *, stride: int = 1, second_stride: int = 1, jobs: int = 1) -> Tally:
+    """Every main fault after every first one that leads elsewhere, or each so many-th of both."""
     with quiet():
-        found = schedules.first_faults(scenario)
-    return _each(_after, list(found[start::stride]), jobs)
+        found = schedules.first_faults(scenario, stride)
+    return _each(functools.partial(_after, stride=second_stride), list(found), jobs)
 
 
 def storms(seed: int, count: int, *, jobs: int = 1) -> Tally:

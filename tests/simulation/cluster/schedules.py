@@ -211,10 +211,10 @@ def _main_faults(outcome: Outcome, start: int) -> Iterator[tuple[int, str]]:
                 yield number, "drop"
 
 
-def first_faults(scenario: str) -> list[Schedule]:
-    """One schedule for each different way in which a run can go on after one fault."""
+def first_faults(scenario: str, stride: int = 1) -> list[Schedule]:
+    """One schedule for each different way in which a run can go on after one fault, or after each so many-th one."""
     ways: dict[tuple[str, ...], Schedule] = {}
-    for number, fault in _main_faults(run(Schedule(scenario)), 0):
+    for number, fault in list(_main_faults(run(Schedule(scenario)), 0))[::stride]:
         outcome = run(Schedule(scenario, ((number, fault),)))
         ways.setdefault((*outcome.boundaries[number:], fault[:5]), outcome.schedule)
     return list(ways.values())
