@@ -10,18 +10,22 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from vmferry.config import HostConfig
-from vmferry.errors import InvalidArgumentError, MachineFailedError
+from vmferry.errors import ConfigError, InvalidArgumentError, MachineFailedError
+from vmferry.machines import network
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec
-
-_INTERFACES: Final = Path("/sys/class/net")
+from vmferry.memory.backings import HUGETLBFS
+from vmferry.memory.hugepages import check_folder
+from vmferry.negotiation.about_network import about_network
+from vmferry.negotiation.facts import Network
+from vmferry.negotiation.findings import FINDINGS, Finding, Severity
+from vmferry.v1 import compatibility_pb2
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,50 @@ class Refusal:
     """The field of the description."""
     message: str
     remedy: str
+    severity: Severity = Severity.BLOCKS
+
+    def __post_init__(self) -> None:
+        assert self.severity in FINDINGS[self.id], self.id
+
+    @classmethod
+    def of(cls, finding: Finding) -> Refusal:
+        """A finding about a field of the description."""
+        return cls(finding.id, finding.object, finding.message, finding.remedy, finding.severity)
+
+    def item(self) -> compatibility_pb2.CompatibilityItem:
+        """As a caller that asks beforehand gets it."""
+        return compatibility_pb2.CompatibilityItem(
+            severity=compatibility_pb2.Severity.ValueType(self.severity.value),
+            id=self.id,
+            message=self.message,
+            object=self.field,
+            remedy=self.remedy,
+        )
 
     def error(self) -> InvalidArgumentError:
         """The same for a caller that begins all the same."""
         return InvalidArgumentError(self.message, field=f"spec.{self.field}", remedy=self.remedy)
 
 
-def refusals(spec: MachineSpec, config: HostConfig) -> Iterator[Refusal]:
-    """Everything in a description that this host refuses; asks and tries the hypervisor, which takes a moment."""
+def refusals(
+    spec: MachineSpec, config: HostConfig, networks: Mapping[str, Network] | None = None
+) -> Iterator[Refusal]:
+    """Everything in a description that this host refuses; asks and tries the hypervisor, which takes a moment.
+
+    Args:
+        spec: the description.
+        config: what this host opens.
+        networks: the machine's interfaces as its source has them, by name, if it told.
+    """
     if spec.microvm is not None:
         yield from _about_netdev(spec.microvm.netdev, config.run_dir / "net")
     if spec.qemu is not None:
         yield from _about_hypervisor(spec.qemu, config)
+        yield from _about_memory(spec.qemu, config)
         for field, path in spec.qemu.host_files().items():
             yield from _about_file(field, Path(path), config)
         for number, nic in enumerate(spec.qemu.nics):
-            yield from _about_nic(f"qemu.nics[{number}].tap", nic, config)
-        yield from _about_disks(spec.qemu)
+            yield from _about_nic(f"qemu.nics[{number}].tap", nic, config, (networks or {}).get(nic.tap))
 
 
 def _about_netdev(netdev: str, root: Path) -> Iterator[Refusal]:
@@ -101,22 +132,44 @@ def _about_hypervisor(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
         yield Refusal("accelerator.unavailable", "qemu.accelerator", message, remedy)
 
 
+def _about_memory(part: QemuSpec, config: HostConfig) -> Iterator[Refusal]:
+    if part.memory_backing != HUGETLBFS:
+        return
+    problem = "this host has no folder for memory in huge pages"
+    if config.huge_root is not None:
+        try:
+            check_folder(config.huge_root)
+        except ConfigError as error:
+            problem = error.message
+        else:
+            return
+    remedy = "Mount a hugetlbfs and name it as huge_dir in the destination's configuration."
+    yield Refusal("memory.backing", "qemu.memory_backing", problem, remedy)
+
+
 def _about_file(field: str, path: Path, config: HostConfig) -> Iterator[Refusal]:
+    found = resolved_file(field, path, config)
+    if isinstance(found, Refusal):
+        yield found
+
+
+def resolved_file(field: str, path: Path, config: HostConfig) -> Path | Refusal:
+    """A file with all links followed, or why no machine may use it here."""
     roots = " and ".join(map(str, config.image_roots)) or "nowhere"
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
         # Whether it exists outside of the roots is nobody's business.
         if not any(path.is_relative_to(root) for root in config.image_roots):
-            yield _outside(field, path, roots)
-            return
+            return _outside(field, path, roots)
         message = f"{path} cannot be found: {getattr(error, 'strerror', None) or error}"
-        yield Refusal("file.missing", field, message, "Put the same file there, at the same path.")
-        return
+        return Refusal("file.missing", field, message, "Put the same file there, at the same path.")
     if not any(real.is_relative_to(root.resolve()) for root in config.image_roots):
-        yield _outside(field, path, roots)
-    elif not stat.S_ISREG(real.stat().st_mode):
-        yield Refusal("file.not-regular", field, f"{path} is not a regular file", "Name a regular file.")
+        return _outside(field, path, roots)
+    if not stat.S_ISREG(real.stat().st_mode):
+        remedy = "Name a regular file; block devices are not moved yet."
+        return Refusal("file.not-regular", field, f"{path} is not a regular file", remedy)
+    return real
 
 
 def _outside(field: str, path: Path, roots: str) -> Refusal:
@@ -127,25 +180,16 @@ def _outside(field: str, path: Path, roots: str) -> Refusal:
     return Refusal("file.outside-roots", field, message, remedy)
 
 
-def _about_nic(field: str, nic: NicSpec, config: HostConfig) -> Iterator[Refusal]:
+def _about_nic(field: str, nic: NicSpec, config: HostConfig, at_source: Network | None) -> Iterator[Refusal]:
     if nic.backend != "tap":
         return
     if nic.tap not in config.taps:
         remedy = "Add it to taps in the destination's configuration, if machines are to use it."
         yield Refusal("network.not-allowed", field, f"machines may not use {nic.tap} here", remedy)
-    elif not (_INTERFACES / nic.tap / "tun_flags").exists():
-        yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", "Make it first.")
-
-
-def _about_disks(part: QemuSpec) -> Iterator[Refusal]:
-    for number, disk in enumerate(part.disks):
-        field = f"qemu.disks[{number}].path"
-        if not disk.shared:
-            message = f"the disk {disk.path} is local to the source, and disks are not moved"
-            remedy = "Put it on storage that both hosts share, or run the machine without it."
-            yield Refusal("disk.not-shared", field, message, remedy)
-        else:
-            message = f"this release cannot prove yet that {disk.path} is the same disk on both hosts"
-            yield Refusal(
-                "disk.identity", field, message, "Run the machine without it, or wait for a release."
-            )
+        return
+    here = network.tap(nic.tap)
+    if here is None:
+        remedy = f"Make it first: ip tuntap add {nic.tap} mode tap"
+        yield Refusal("network.missing", field, f"there is no tap {nic.tap} on this host", remedy)
+    else:
+        yield from map(Refusal.of, about_network(field, at_source, here))

@@ -19,6 +19,7 @@ from vmferry.errors import (
     MachineNotOwnedError,
     VmferryError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
@@ -95,6 +96,8 @@ class Arrival:
                 assert_never(action)
 
     async def _append(self, action: Append) -> None:
+        place = action.record.kind.name.lower().replace("_", "-")
+        reach(f"dest.recording.{place}")
         try:
             if action.durable:
                 await asyncio.to_thread(self._journal.append, action)
@@ -105,6 +108,7 @@ class Arrival:
             # What is on disk is unknown now; a fresh process must find out. Nothing may follow in this one.
             self._on_broken_journal(error)
             raise
+        reach(f"dest.recorded.{place}")
         _LOG.info(
             "recorded", machine=self.machine_id, record=action.record.kind.name, note=action.record.note
         )
@@ -115,6 +119,7 @@ class Arrival:
             await receiver.discard()
         else:
             await discard_leftover(self.machine_id, self._directory)
+        reach("dest.discarded")
 
     async def _try_resume(self) -> None:
         """Resume; a failure leaves the attempt OWNED and is tried again until it works."""
@@ -132,6 +137,7 @@ class Arrival:
             try:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
+                reach("dest.resumed")
             except MachineNotOwnedError:
                 # It was sent on from here since, so it has run here.
                 await self._let_go(machine)
@@ -156,6 +162,7 @@ class Arrival:
         receiver, self.receiver = self.receiver, None
         if receiver is not None:
             await receiver.release()
+        reach("dest.released")
         await machine.close()
 
     async def _keep_resuming(self) -> None:

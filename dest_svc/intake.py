@@ -7,12 +7,19 @@ reopened or the attempt is discarded; nothing is acknowledged before it is in me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Final
 
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError, StaleAttemptError, StreamBrokenError
+from vmferry.failpoints import reach
+from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
+from vmferry.memory.digest import PageTable
+from vmferry.memory.regions import RamFile
+from vmferry.telemetry.tracing import phase
+from vmferry.together import together
 from vmferry.transfer.frames import Intake
 from vmferry.transfer.numbering import Arrival, ReceivingLane, Totals
 from vmferry.v1 import transfer_pb2
@@ -21,6 +28,8 @@ MAX_DEVICE_STATE_BYTES: Final = 64 * 1024 * 1024
 MAX_DEVICE_STATE_PIECES: Final = 1024
 """Bounds what crumbs would cost beyond their bytes."""
 Response = transfer_pb2.TransferResponse
+Take = Callable[[transfer_pb2.TransferRequest], Awaitable[int]]
+"""Puts a frame where it belongs, completely, and returns how many of its pages differed in a comparison."""
 
 
 class DeviceStateBuffer:
@@ -97,9 +106,9 @@ class Lane:
     async def serve(
         self,
         requests: AsyncIterable[transfer_pb2.TransferRequest],
-        take: Callable[[transfer_pb2.TransferRequest], int],
+        take: Take,
     ) -> AsyncIterator[Response]:
-        """Take in what one connection brings; ``take`` writes a frame and returns how many of its pages differed."""
+        """Take in what one connection brings."""
         self._connection += 1
         connection = self._connection
         async with self.lock:  # an older connection's last frame may still be on its way into memory
@@ -115,26 +124,24 @@ class Lane:
         self,
         connection: int,
         request: transfer_pb2.TransferRequest,
-        take: Callable[[transfer_pb2.TransferRequest], int],
+        take: Take,
     ) -> Response:
         async with self.lock:
             if self.closed:
                 raise StaleAttemptError("the attempt is closed")
             if connection != self._connection:
                 raise StaleAttemptError("the lane was reopened by a newer connection")
-            kind = request.WhichOneof("message")
-            if kind == "end":
+            if request.WhichOneof("message") == "end":
                 return self._end(request.end)
-            if kind not in ("chunk", "device_state"):
+            frame = _frame(request)
+            if frame is None:
                 raise StreamBrokenError("only frames and the end may follow the opening of a lane")
             if self.ended.is_set():
                 raise StreamBrokenError("a frame came after the lane's end")
-            frame = request.chunk if kind == "chunk" else request.device_state
             if self._numbering.arrival(frame.sequence) is Arrival.NEW:
-                self.different_pages += await asyncio.to_thread(take, request)
+                self.different_pages += await take(request)
                 self._numbering.taken(len(frame.data))
-                if kind == "chunk":
-                    self._digest.update(request.chunk.data_hash)
+                self._digest.update(_counted(request))
             ack = transfer_pb2.Ack(acknowledged=self.frames, different_pages=self.different_pages)
             return Response(ack=ack)
 
@@ -154,8 +161,33 @@ def _retrieve(task: asyncio.Task[Response]) -> None:
         task.exception()
 
 
+def _frame(
+    request: transfer_pb2.TransferRequest,
+) -> transfer_pb2.Chunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece | None:
+    match request.WhichOneof("message"):
+        case "chunk":
+            return request.chunk
+        case "device_state":
+            return request.device_state
+        case "stream_piece":
+            return request.stream_piece
+    return None
+
+
+def _counted(request: transfer_pb2.TransferRequest) -> bytes:
+    """What a frame adds to the lane's digest."""
+    match request.WhichOneof("message"):
+        case "chunk":
+            return request.chunk.data_hash
+        case "stream_piece":
+            return xxh3_128_digest(request.stream_piece.data)
+    return b""
+
+
 def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: transfer_pb2.TransferRequest) -> int:
     """Check one frame and put it where it belongs; returns how many pages differed in a comparison."""
+    if request.WhichOneof("message") == "stream_piece":
+        raise ChunkRejectedError("memory does not travel in a stream in this attempt", field="stream_piece")
     if request.WhichOneof("message") == "device_state":
         device_state.add(request.device_state)
         return 0
@@ -164,3 +196,36 @@ def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: transfe
         return intake.compare(request.chunk)
     intake.write(request.chunk)
     return 0
+
+
+class DirectMemory:
+    """Memory that is written here, and the device state that goes beside it."""
+
+    def __init__(self, machine: QmpMachine, ram: RamFile) -> None:
+        self._machine = machine
+        self._intake = Intake(ram, PageTable(machine.ram.page_count))
+        self._device_state = DeviceStateBuffer()
+
+    async def open(self) -> None:
+        """Do beforehand what loading needs."""
+        await self._machine.get_ready()
+
+    async def take(self, request: transfer_pb2.TransferRequest) -> int:
+        """Check one frame and write it."""
+        return await asyncio.to_thread(take_frame, self._intake, self._device_state, request)
+
+    async def seal(self) -> tuple[bytes, bytes]:
+        """Load the device state; returns the digest of memory, and the device state."""
+        device_state = self._device_state.whole()
+        # Hashing needs a core and no memory of the hypervisor's, so both go on at once.
+        root, _ = await together(asyncio.to_thread(self._intake.table.root), self._load(device_state))
+        return root, device_state
+
+    async def close(self) -> None:
+        """Nothing waits here."""
+
+    async def _load(self, device_state: bytes) -> None:
+        async with phase("load", device_state_bytes=len(device_state)):
+            if await self._machine.run_state() is RunState.INMIGRATE:
+                await self._machine.load_device_state(device_state)
+                reach("dest.loaded")

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
+from typing import Final
 
+from dest_svc.receiver import Receiver
+from vmferry.config import HostConfig
+from vmferry.errors import MachineFailedError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines import host
 from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.qemu import probe
+from vmferry.machines.spec import MachineSpec
+from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.path import PATHS
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2
+
+_MIB: Final = 1024 * 1024
+
+
+def left_for_newcomers(config: HostConfig, receivers: Iterable[Receiver]) -> list[host.MemoryBacking]:
+    """What guest memory can be here, and how much of each kind is left after what is promised to ``receivers``."""
+    promised = sum(
+        receiver.outstanding_bytes for receiver in receivers if receiver.spec.memory_backing != HUGETLBFS
+    )
+    spoken_for = promised + config.memory_headroom_mib * _MIB
+    return [
+        backing  # the kernel itself keeps account of the huge pages that it promised
+        if backing.name == HUGETLBFS
+        else replace(backing, available_bytes=max(0, backing.available_bytes - spoken_for))
+        for backing in host.memory_backings(config.ram_dir, config.huge_root)
+    ]
 
 
 def make_offer(
@@ -21,10 +47,12 @@ def make_offer(
     trackers: Sequence[TrackerFinding],
     *,
     qemu_binaries: Sequence[Path],
-    available_memory_bytes: int,
+    backings: Sequence[host.MemoryBacking],
     reserved_memory_bytes: int,
     incoming: int,
     max_incoming: int,
+    draining: bool,
+    certificate_not_after: datetime,
 ) -> compatibility_pb2.HostOffer:
     """The offer as a source gets it."""
     kinds = [
@@ -43,12 +71,12 @@ def make_offer(
         compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
         for found in trackers
     ]
-    return compatibility_pb2.HostOffer(
+    offer = compatibility_pb2.HostOffer(
         host=own.uri,
         software_version=host.software_version(),
         protocol_versions=PROTOCOL_VERSIONS,
         kinds=kinds,
-        available_memory_bytes=available_memory_bytes,
+        available_memory_bytes=next(found.available_bytes for found in backings if found.name == TMPFS),
         reserved_memory_bytes=reserved_memory_bytes,
         page_size_bytes=PAGE_SIZE_BYTES,
         encodings=ENCODINGS,
@@ -58,4 +86,32 @@ def make_offer(
         machine_names=[record.spec.name for record in directory.list()],
         held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
         trackers=findings,
+        draining=draining,
+        cpus=host.usable_cpus(),
+        clock_source=host.clock_source(),
+        memory_backings=[
+            compatibility_pb2.MemoryBackingOffer(
+                name=found.name, page_size_bytes=found.page_bytes, available_bytes=found.available_bytes
+            )
+            for found in backings
+        ],
+        paths=PATHS,
     )
+    offer.certificate_expire_time.FromDatetime(certificate_not_after)
+    return offer
+
+
+def guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2.CpuidWord]:
+    """What a guest of this description would see of its processor here; empty if that is not known."""
+    part = spec.qemu
+    # Nothing is started that the configuration does not allow.
+    if part is None or Path(part.binary) not in config.qemu_binaries or not part.resolved:
+        return []
+    try:
+        words = probe.guest_cpuid(part, spec.vcpus) or {}
+    except MachineFailedError:
+        return []
+    return [
+        compatibility_pb2.CpuidWord(leaf=leaf, subleaf=subleaf, register=register, bits=bits)
+        for (leaf, subleaf, register), bits in words.items()
+    ]

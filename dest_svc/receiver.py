@@ -11,10 +11,10 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator
-from functools import partial
 from typing import Final
 
-from dest_svc.intake import DeviceStateBuffer, Lane, Response, take_frame
+from dest_svc.intake import DirectMemory, Lane, Response
+from dest_svc.streaming import StreamedMemory
 from vmferry.config import HostConfig
 from vmferry.errors import (
     HashMismatchError,
@@ -23,19 +23,18 @@ from vmferry.errors import (
     PermissionDeniedError,
     StreamBrokenError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import start_machine, stop_machine
-from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import MachineSpec
-from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
+from vmferry.negotiation.path import STREAM
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
-from vmferry.together import together
-from vmferry.transfer.frames import Intake
 from vmferry.transfer.seal import seal_digest
+from vmferry.transfer.streams import MAX_PIECE_BYTES
 from vmferry.v1 import transfer_pb2
 
 _LOG: Final = get_logger(__name__)
@@ -47,7 +46,13 @@ class Receiver:
     """One open attempt's share of this host."""
 
     def __init__(
-        self, attempt: Attempt, spec: MachineSpec, directory: MachineDirectory, config: HostConfig, lanes: int
+        self,
+        attempt: Attempt,
+        spec: MachineSpec,
+        directory: MachineDirectory,
+        config: HostConfig,
+        lanes: int,
+        path: str,
     ) -> None:
         self.attempt = attempt
         self.spec = spec
@@ -56,9 +61,11 @@ class Receiver:
         self.machine: QmpMachine | None = None
         self._directory = directory
         self._lanes = [Lane(config.window_bytes // lanes) for _ in range(lanes)]
-        self._device_state = DeviceStateBuffer()
+        self._path = path
+        # A lane may always have one frame on its way, even where the window is smaller.
+        self._window_bytes = max(config.window_bytes, lanes * MAX_PIECE_BYTES)
         self._ram: RamFile | None = None
-        self._intake: Intake | None = None
+        self._memory: DirectMemory | StreamedMemory | None = None
         self._reservation: asyncio.Task[None] | None = None
         self._reserved_bytes = 0
 
@@ -81,11 +88,20 @@ class Receiver:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
             self.machine = await start_machine(self.spec, self._directory, incoming=True)
-            await self.machine.get_ready()
-            region = self.machine.ram
-            self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
-            self._intake = Intake(self._ram, PageTable(region.page_count))
-            self._reservation = asyncio.create_task(self._reserve(self._ram))
+            reach("dest.copy-started")
+            await self.machine.check_images()
+            if self.spec.shared_memory:
+                region = self.machine.ram
+                self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
+                self._reservation = asyncio.create_task(self._reserve(self._ram))
+            self._memory = self._way(self.machine)
+            await self._memory.open()
+
+    def _way(self, machine: QmpMachine) -> DirectMemory | StreamedMemory:
+        if self._path == STREAM:
+            return StreamedMemory(machine, window_bytes=self._window_bytes)
+        assert self._ram is not None, "only shared memory can be written from outside"
+        return DirectMemory(machine, self._ram)
 
     async def _reserve(self, ram: RamFile) -> None:
         for offset in range(0, self.memory_bytes, _RESERVE_STEP_BYTES):
@@ -112,17 +128,19 @@ class Receiver:
         self, lane: Lane, requests: AsyncIterable[transfer_pb2.TransferRequest]
     ) -> AsyncIterator[Response]:
         """Take in what one connection of a lane brings."""
-        assert self._intake is not None, "lanes open after Begin was answered"
-        take = partial(take_frame, self._intake, self._device_state)
-        async for response in lane.serve(requests, take):
+        assert self._memory is not None, "lanes open after Begin was answered"
+        async for response in lane.serve(requests, self._memory.take):
             self.progressed_at = time.monotonic()
+            reach("dest.frame-taken")
             yield response
 
     async def preflight(self) -> list[str]:
         """What stands in the way of finishing this attempt now."""
         self.progressed_at = time.monotonic()
         problems = []
-        if self._reservation is None or not self._reservation.done():
+        if self._reservation is None:  # memory that is no file is the hypervisor's own affair
+            pass
+        elif not self._reservation.done():
             problems.append(f"memory: {self._reserved_bytes} of {self.memory_bytes} bytes taken so far")
         elif (error := self._reservation.exception()) is not None:
             raise error
@@ -131,31 +149,22 @@ class Receiver:
         return problems
 
     async def seal(self) -> bytes:
-        """Close the lanes, load the device state, and return the digest of what this host holds.
+        """Close the lanes, have everything loaded, and return the digest of what this host holds.
 
         Raises:
             StreamBrokenError: something has not arrived.
             HashMismatchError: the byte-for-byte comparison found pages that differ.
         """
-        assert self.machine is not None
-        assert self._intake is not None
+        assert self._memory is not None
         async with phase("verify"):
             await self._until_ended()
             different = sum(lane.different_pages for lane in self._lanes)
             if different:
                 raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
-            device_state = self._device_state.whole()
-        # Hashing needs a core and no memory of the hypervisor's, so both go on at once.
-        root, _ = await together(asyncio.to_thread(self._intake.table.root), self._load(device_state))
+        root, device_state = await self._memory.seal()
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
         )
-
-    async def _load(self, device_state: bytes) -> None:
-        assert self.machine is not None
-        async with phase("load", device_state_bytes=len(device_state)):
-            if await self.machine.run_state() is RunState.INMIGRATE:
-                await self.machine.load_device_state(device_state)
 
     async def _until_ended(self) -> None:
         """Wait a moment for the ends of the lanes, which may be overtaken by the call that seals."""
@@ -179,6 +188,8 @@ class Receiver:
         if self._reservation is not None:
             self._reservation.cancel()
             await asyncio.gather(self._reservation, return_exceptions=True)
+        if self._memory is not None:
+            await self._memory.close()
         async with contextlib.AsyncExitStack() as stack:
             for lane in self._lanes:  # a frame on its way into memory ends first
                 await stack.enter_async_context(lane.lock)

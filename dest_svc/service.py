@@ -10,18 +10,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
 from typing import Final
 
 import grpc
 
-from dest_svc.admission import refusals
 from dest_svc.arrival import Arrival
-from dest_svc.offer import make_offer
+from dest_svc.judging import Judge, check_begin
+from dest_svc.measuring import Measurements
+from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
+    HostDrainingError,
     InsufficientMemoryError,
     InvalidArgumentError,
     MachineDeadError,
@@ -33,6 +34,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.records import attempt_from_ref
@@ -40,11 +42,12 @@ from vmferry.handoff.states import Answer, Attempt, AttemptState
 from vmferry.machines import host
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
-from vmferry.negotiation.report import PROTOCOL_VERSIONS
+from vmferry.negotiation.findings import Severity
+from vmferry.negotiation.path import DIRECT
 from vmferry.rpc.daemon import Host
-from vmferry.rpc.interceptors import current_caller, current_caller_key
+from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
-from vmferry.security.tickets import VerifiedTicket, open_ticket
+from vmferry.security.tickets import VerifiedTicket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.together import to_the_end
@@ -69,6 +72,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
         self._admission = asyncio.Lock()
+        self._measurements = Measurements(host.config.ram_dir)
+        self._judge = Judge(host.config)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -109,29 +114,39 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, request: handoff_pb2.NegotiateRequest, context: Context
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
-        spec = spec_from_message(request.spec) if request.HasField("spec") else None
-        offer = await asyncio.to_thread(self._offer)
         response = handoff_pb2.NegotiateResponse(
-            offer=offer, destination_incarnation=self._ledger.incarnation
+            offer=await asyncio.to_thread(self._offer), destination_incarnation=self._ledger.incarnation
         )
-        for refusal in await asyncio.to_thread(list, refusals(spec, self._config) if spec else ()):
-            response.items.add(
-                severity=compatibility_pb2.SEVERITY_BLOCKS,
-                id=refusal.id,
-                message=refusal.message,
-                object=refusal.field,
-                remedy=refusal.remedy,
-            )
+        if request.HasField("spec"):
+            spec = spec_from_message(request.spec)
+            found = await self._judge.against(spec, request.files, request.networks)
+            response.items.extend(refusal.item() for refusal in found)
+            response.cpuid.extend(await asyncio.to_thread(guest_cpuid, spec, self._config))
+        # The last thing: the clocks are compared by it.
+        response.offer.time.GetCurrentTime()
         return response
+
+    async def Measure(
+        self, request_iterator: AsyncIterator[handoff_pb2.MeasureRequest], context: Context
+    ) -> handoff_pb2.MeasureResponse:
+        """Take pages in, check and forget them."""
+        if self._stopping:
+            raise ServiceStoppingError("the destination service is stopping")
+        return await self._measurements.measure(current_caller(), request_iterator)
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""
         if self._stopping:
             raise ServiceStoppingError("the destination service is stopping")
+        if self._config.draining:
+            raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
         attempt = self._attempt(request.attempt)
-        spec, ticket = await asyncio.to_thread(self._check_begin, request, attempt)
+        spec, ticket = await asyncio.to_thread(check_begin, request, attempt, self._host)
+        for refusal in await self._judge.against(spec, request.files):
+            if refusal.severity is Severity.BLOCKS:
+                raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
-        receiver = await to_the_end(self._admit(attempt, spec, ticket, request.lanes))
+        receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
         return handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
@@ -225,49 +240,17 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             )
         return attempt
 
-    def _check_begin(
-        self, request: handoff_pb2.BeginRequest, attempt: Attempt
-    ) -> tuple[MachineSpec, VerifiedTicket]:
-        spec = spec_from_message(request.spec)
-        memory_bytes = spec.memory_mib * _MIB
-        ticket = open_ticket(request.ticket, ca_pem=self._host.tls.load().ca_pem, now=datetime.now(UTC))
-        ticket.check(
-            machine_id=attempt.machine_id,
-            source=current_caller(),
-            destination=self._own,
-            memory_bytes=memory_bytes,
-            vcpus=spec.vcpus,
-            source_key_sha256=current_caller_key(),
-            destination_key_sha256=self._host.tls.load().key_sha256,
-        )
-        if ticket.migration_id != attempt.migration_id:
-            raise InvalidArgumentError("the ticket is for another migration", field="attempt.migration_id")
-        if spec.uuid != attempt.machine_id:
-            raise InvalidArgumentError("the description is of another machine", field="spec.uuid")
-        if request.protocol_version not in PROTOCOL_VERSIONS:
-            raise InvalidArgumentError("this host does not speak that version", field="protocol_version")
-        if not 2 <= request.lanes <= 16:  # noqa: PLR2004 - the documented range
-            raise InvalidArgumentError("lanes must be between 2 and 16", field="lanes")
-        if [(region.name, region.size_bytes) for region in request.regions] != [("ram", memory_bytes)]:
-            raise InvalidArgumentError(
-                "regions must be one, 'ram', of the machine's memory size", field="regions"
-            )
-        for refusal in refusals(spec, self._config):
-            raise refusal.error()
-        return spec, ticket
-
     async def _admit(
-        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
+        self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, request: handoff_pb2.BeginRequest
     ) -> Receiver:
         async with self._admission:
             self._check_room(attempt, spec)
             arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
-                return await self._accept(arrival, attempt, spec, ticket, lanes)
+                await self._accept(arrival, attempt, ticket)
+                return await self._receive(arrival, attempt, spec, request)
 
-    async def _accept(
-        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, lanes: int
-    ) -> Receiver:
+    async def _accept(self, arrival: Arrival, attempt: Attempt, ticket: VerifiedTicket) -> None:
         async with self._ledger.locked(attempt.machine_id):
             await arrival.apply(
                 destination.BeginAsked(
@@ -277,8 +260,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     host_holds_machine=self._holds(arrival),
                 )
             )
+
+    async def _receive(
+        self, arrival: Arrival, attempt: Attempt, spec: MachineSpec, request: handoff_pb2.BeginRequest
+    ) -> Receiver:
         if arrival.receiver is None:
-            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, lanes)
+            path = request.path or DIRECT
+            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, request.lanes, path)
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()
@@ -311,19 +299,18 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise MachineExistsError(
                 f"a machine named {spec.name} is on this host already", field="spec.name"
             )
-        available = self._available_bytes()
+        backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
+        available = backings.get(spec.memory_backing, 0)
         if spec.memory_mib * _MIB > available:
             raise InsufficientMemoryError(
-                f"{spec.name} needs {spec.memory_mib} MiB, this host has {max(available, 0) // _MIB} MiB to give",
+                f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
+                f"this host has {available // _MIB} MiB to give",
                 field="spec.memory_mib",
             )
 
-    def _available_bytes(self) -> int:
-        promised = sum(
-            arrival.receiver.outstanding_bytes for arrival in self._arrivals.values() if arrival.receiver
-        )
-        headroom = self._config.memory_headroom_mib * _MIB
-        return host.available_memory_bytes(self._config.ram_dir) - promised - headroom
+    def _memory_backings(self) -> list[host.MemoryBacking]:
+        receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
+        return left_for_newcomers(self._config, receivers)
 
     async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
         async with arrival.lock:
@@ -341,6 +328,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             except (HashMismatchError, MachineDeadError) as error:
                 await arrival.lose_copy(error.message)
                 raise
+            reach("dest.verified")
             await arrival.apply(destination.Verified(attempt, own))
             arrival.settle_records()
             return own
@@ -400,10 +388,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._directory,
             self._host.trackers,
             qemu_binaries=self._config.qemu_binaries,
-            available_memory_bytes=max(0, self._available_bytes()),
+            backings=self._memory_backings(),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=len(receivers),
             max_incoming=self._config.max_incoming,
+            draining=self._config.draining,
+            certificate_not_after=self._host.tls.load().not_after,
         )
 
     async def _watch(self) -> None:

@@ -12,23 +12,25 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from source_svc.judging import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import HashMismatchError, NotConvergingError
+from vmferry.errors import HashMismatchError
+from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
-from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.frames import build_chunk
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
-_NOT_READY_S: Final = 0.05
 _REPORT_S: Final = 0.1
 
 
@@ -55,6 +57,9 @@ class Copy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
+        self.last_round_bytes = 0
+        """Pages of the last round, which the guest waited for."""
+        self._machine = machine
         self._destination = destination
         self._migration = migration
         self._settings = settings
@@ -72,6 +77,7 @@ class Copy:
         except BaseException:
             self._ram.close()
             raise
+        self._gives_up = machine.spec.qemu is not None and machine.spec.qemu.balloon
         self._lanes: Lanes | None = None
         self._started = time.monotonic()
         self._reported = 0.0
@@ -99,6 +105,8 @@ class Copy:
         )
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
+        await self._machine.get_ready()
+        reach("source.tracking")
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -112,37 +120,42 @@ class Copy:
         while True:
             history.append(await self._round(runs))
             decision = decide(history, limits)
-            self._show(decision)
+            show_decision(self._migration, decision)
             if decision.verdict is Verdict.GIVE_UP:
-                raise self._hopeless(decision, limits)
+                raise hopeless(self.round_number, decision, limits)
             if decision.verdict is Verdict.SWITCH:
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
-                await asyncio.sleep(_NOT_READY_S)
+                await asyncio.sleep(NOT_READY_S)
             runs = await asyncio.to_thread(self._tracker.scan)
 
-    def _hopeless(self, decision: Decision, limits: Limits) -> NotConvergingError:
-        return NotConvergingError(
-            f"after {self.round_number} rounds the guest writes {decision.dirty_bytes_per_second / 1e6:.0f} MB/s and "
-            f"{decision.bytes_per_second / 1e6:.0f} MB/s can be sent; the pause would be "
-            f"{decision.expected_downtime_s * 1e3:.0f} ms, the limit is {limits.downtime_s * 1e3:.0f} ms",
-            rounds=self.round_number,
-        )
+    async def pause(self) -> float:
+        """Pause the guest; returns a moment at which it certainly still ran."""
+        before = time.monotonic()
+        await self._machine.stop()
+        return before
 
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
         self.round_number += 1
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         span_attributes(pages=runs.page_count)
+        self.last_round_bytes = runs.page_count * PAGE_SIZE
         await self._send(runs)
+        reach("source.last-round-sent")
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""
-        runs = await asyncio.to_thread(self._tracker.scan)
+        runs = await asyncio.to_thread(self._rest)
         if runs:
             await self._open_lanes.drain()  # the same pages may be on their way in the last round
             await self._send(runs)
+
+    def _rest(self) -> PageRuns:
+        """What was written since the last scan, and what the guest gave up since it was sent: that reads as zero."""
+        runs = self._tracker.scan()
+        return runs.union(given_up(self._ram, self._table)) if self._gives_up else runs
 
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state."""
@@ -199,6 +212,7 @@ class Copy:
         async with phase("round", number=self.round_number, pages=runs.page_count):
             await self._send(runs)
             await self._open_lanes.drain()
+            reach("source.round-sent")
             seconds = time.monotonic() - started
             dirty = await asyncio.to_thread(self._tracker.count)
             span_attributes(dirty_pages=dirty)
@@ -230,22 +244,6 @@ class Copy:
                 await self._report()
 
         await together(*(read() for _ in range(_READERS)))
-
-    def _show(self, decision: Decision) -> None:
-        progress = self._migration.message.progress
-        progress.bytes_per_second = decision.bytes_per_second
-        progress.dirty_bytes_per_second = decision.dirty_bytes_per_second
-        progress.expected_downtime.FromNanoseconds(int(decision.expected_downtime_s * 1e9))
-        progress.ClearField("eta")
-        if decision.eta_s is not None:
-            progress.eta.FromNanoseconds(int(decision.eta_s * 1e9))
-        span_event(
-            "decision",
-            verdict=decision.verdict.name.lower(),
-            bytes_per_second=round(decision.bytes_per_second),
-            dirty_bytes_per_second=round(decision.dirty_bytes_per_second),
-            expected_downtime_ms=round(decision.expected_downtime_s * 1e3, 3),
-        )
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""

@@ -2,7 +2,8 @@
 
 Promise: every step is decided by ``vmferry.handoff.source.decide`` and done in its order: a record is on disk before
 the effect that needs it; the guest is resumed only with a permit minted from the journals; once the right to run
-was given up, nothing but the destination's answer moves anything here.
+was given up, nothing but the destination's answer moves anything here. A resume that the hypervisor refuses is tried
+again until it works.
 """
 
 from __future__ import annotations
@@ -13,7 +14,17 @@ from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
 from source_svc.peer import Destination
-from vmferry.errors import JournalDamagedError, MachineBusyError, VmferryError
+from vmferry.errors import (
+    JournalDamagedError,
+    MachineBusyError,
+    MachineDeadError,
+    MachineFailedError,
+    MachineNotFoundError,
+    MachineNotOwnedError,
+    VmferryError,
+    WrongPhaseError,
+)
+from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
@@ -42,6 +53,9 @@ class Story(Protocol):
     async def waits(self, why: str) -> None:
         """Nothing can be done now; the destination will be asked again."""
 
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet; that will be tried again."""
+
 
 class Departure:
     """One machine's journal at this source, and the means to act on it."""
@@ -62,6 +76,7 @@ class Departure:
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
         self._release_due = False
+        self._not_resumed: MachineFailedError | None = None
 
     @property
     def state(self) -> source.SourceState:
@@ -96,6 +111,7 @@ class Departure:
         if not isinstance(self.state, source.Quiet):
             raise MachineBusyError("the machine already has an open migration", machine=self.machine_id)
         await self._write(under_lock, durable=True)
+        reach("source.recorded.begun")
 
     def next_attempt_number(self) -> int:
         """A number no attempt of this machine has had at this host."""
@@ -116,7 +132,10 @@ class Departure:
     async def _do(self, action: Action) -> None:
         match action:
             case Append():
+                place = action.record.kind.name.lower().replace("_", "-")
+                reach(f"source.recording.{place}")
                 await self._write(lambda: self._journal.append(action), durable=action.durable)
+                reach(f"source.recorded.{place}")
                 _LOG.info(
                     "recorded",
                     machine=self.machine_id,
@@ -124,7 +143,7 @@ class Departure:
                     note=action.record.note,
                 )
             case Resume():
-                await self._resume()
+                await self._try_resume()
             case Release():
                 self._release_due = True
             case Wait(why=why):
@@ -147,17 +166,40 @@ class Departure:
             self._on_broken_journal(error)
             raise
 
+    async def _try_resume(self) -> None:
+        """Resume; the rest of a decision follows even if that fails, for it may be what stands in the way."""
+        self._not_resumed = None
+        try:
+            await self._resume()
+        except MachineFailedError as error:
+            self._not_resumed = error
+            _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
+        except (MachineDeadError, MachineNotFoundError, MachineNotOwnedError, WrongPhaseError) as error:
+            # It ended, was ended by an operator, or its guest shut down or crashed: there is nothing to resume.
+            _LOG.error("not resumed", machine=self.machine_id, reason=error.reason, detail=error.message)
+
     async def _resume(self) -> None:
         async with phase("resume"):
             machine = self.machine()
             try:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
+                reach("source.resumed")
             except JournalDamagedError as error:
                 self._on_broken_journal(error)
                 raise
             finally:
                 await machine.close()
+
+    async def keep_resuming(self, story: Story) -> None:
+        """Resume for as long as it takes, if it was due and failed.
+
+        A disk's lock may be held elsewhere for a while, and so may the hypervisor itself.
+        """
+        while self._not_resumed is not None:
+            await story.stays_paused(self._not_resumed)
+            await asyncio.sleep(story.retry_s)
+            await self._try_resume()
 
     async def settle_records(self) -> None:
         """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""
@@ -168,21 +210,26 @@ class Departure:
         if not self._release_due:
             return
         self._release_due = False
+        self._not_resumed = None
         async with phase("release"):
             await discard_leftover(self.machine_id, self._directory)
+            reach("source.released")
 
     def machine(self) -> QmpMachine:
         """A hold of the machine's hypervisor; raises MachineDeadError or MachineNotFoundError."""
         return self._directory.open(self._directory.find(self.machine_id))
 
     async def memory_intact(self) -> bool:
-        """Whether the hypervisor still has the guest's memory."""
+        """Whether the hypervisor has the guest's memory for certain; one that is silent now may resume it later."""
         try:
             machine = self._directory.open(self._directory.find(self.machine_id), observe=True)
             try:
                 return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
             finally:
                 await machine.close()
+        except MachineFailedError as error:
+            self._not_resumed = error
+            return False
         except VmferryError:
             return False
 
@@ -199,6 +246,7 @@ class Departure:
 
     async def _act_on(self, heard: source.Heard, tell: Tell, story: Story) -> list[Tell]:
         """Do what follows from an answer; what fails is tried again with the next one."""
+        reach("source.outcome-heard")
         try:
             await story.hears(heard)
             return await self.apply(replace(heard, memory_intact=await self.memory_intact()))

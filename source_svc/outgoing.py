@@ -11,15 +11,19 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
+from source_svc.files import incompatible, shown
+from source_svc.forecasts import Forecasts
 from source_svc.migrations import Migration
+from source_svc.orders import Order
 from source_svc.peer import Destination
-from source_svc.planning import Plan, incompatible
+from source_svc.planning import Plan
+from source_svc.streaming import StreamedCopy
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -32,11 +36,13 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.negotiation.path import STREAM
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
@@ -52,21 +58,6 @@ _ABORT_TRIES: Final = 3
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a caller asked for, with the configuration's values where they were silent."""
-
-    migration_id: bytes
-    ticket: bytes
-    lanes: int
-    downtime_limit_s: float
-    total_timeout_s: float
-    stall_timeout_s: float
-    reserve_timeout_s: float
-    compare_bytes: bool
-    tracker: str
-
-
 class Outgoing:
     """A migration in progress."""
 
@@ -80,6 +71,8 @@ class Outgoing:
         config: HostConfig,
         material: TlsMaterial,
         plan: Plan,
+        *,
+        forecasts: Forecasts,
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
@@ -91,12 +84,14 @@ class Outgoing:
         self._config = config
         self._material = material
         self._plan = plan
+        self._forecasts = forecasts
+        self._subject = order.subject(machine, destination, config)
         self._committed = False
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
         self._paused_at = 0.0
         self._last_heard: AttemptState | None = None
-        self._copy: Copy | None = None
+        self._copy: Copy | StreamedCopy | None = None
         self._attempt: Attempt | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -148,7 +143,7 @@ class Outgoing:
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
-            async with phase("precopy", tracker=self._copy.tracker_kind):
+            async with phase("precopy", path=self.migration.message.path, tracker=self._copy.tracker_kind):
                 await self._copy.converge(self._preflight)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
@@ -168,11 +163,24 @@ class Outgoing:
     async def _negotiate(self) -> None:
         await self.migration.enter(pb.MIGRATION_PHASE_NEGOTIATING)
         async with phase("negotiate"):
-            report = await self._plan.report(self._machine, self._destination, self._order.tracker)
-            self.migration.message.tracker = report.tracker
-            span_attributes(tracker=report.tracker, findings=len(report.findings))
+            order = self._order
+            self._plan.forecast = self._forecasts.planned(self._subject)
+            report = await self._plan.report(
+                self._machine,
+                self._destination,
+                order.tracker,
+                path=order.path,
+                compare_bytes=order.compare_bytes,
+            )
+            message = self.migration.message
+            message.tracker, message.path, message.path_reason = (
+                report.tracker,
+                report.path,
+                report.path_reason,
+            )
+            span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
-                raise incompatible(report)
+                raise incompatible(report.blocking)
             self._attempt = self._plan.attempt(
                 self._order.migration_id, self._departure.next_attempt_number(), self._destination.address
             )
@@ -182,31 +190,49 @@ class Outgoing:
         await self.migration.enter(pb.MIGRATION_PHASE_RESERVING)
         assert self._attempt is not None
         order, attempt = self._order, self._attempt
-        async with phase("reserve"):
+        tracker = self.migration.message.tracker
+        async with (
+            self._forecasts.meanwhile(self._subject, tracker, self.migration.message),
+            phase("reserve"),
+        ):
             await self._departure.begin(attempt)
-            begun = await self._destination.begin(
-                attempt,
-                ticket=order.ticket,
-                spec=self._machine.spec,
-                lanes=order.lanes,
-                protocol_version=self._protocol_version,
-                timeout_s=order.reserve_timeout_s,
-            )
+            machine = self._machine
+            async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
+                files.check()
+                begun = await self._destination.begin(
+                    attempt,
+                    ticket=order.ticket,
+                    spec=machine.spec,
+                    lanes=order.lanes,
+                    protocol_version=self._protocol_version,
+                    files=files.identities,
+                    path=self.migration.message.path,
+                    timeout_s=order.reserve_timeout_s,
+                )
+            reach("source.accepted")
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
             min(self._config.window_bytes, begun.window_bytes),
             self._config.chunk_bytes,
-            order.downtime_limit_s,
+            self._downtime_limit_s,
             self._config.max_rounds,
             order.stall_timeout_s,
-            self.migration.message.tracker,
+            tracker,
             self._plan.trackers,
         )
-        self._copy = Copy(self._machine, self._destination, self.migration, settings)
+        if self.migration.message.path == STREAM:
+            self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
+        else:
+            self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
-        await self._machine.get_ready()
         self._reserved_at = time.monotonic()
+
+    @property
+    def _downtime_limit_s(self) -> float:
+        """Longest pause the guest may see in the way that was chosen."""
+        live = self.migration.message.path != STREAM or self._machine.spec.streams_live
+        return self._order.downtime_limit_s if live else self._order.standstill_limit_s
 
     async def _preflight(self) -> bool:
         """Whether both sides could finish now; checked before the guest is paused."""
@@ -235,29 +261,41 @@ class Outgoing:
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
             limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+        if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
+            limit_s += self._downtime_limit_s
         async with _limit("switch_timeout", limit_s):
-            self._paused_at = time.monotonic()
             async with phase("pause"):
-                await self._machine.stop()
-            # Saving takes a while and hardly touches memory, so it goes on beside the last round.
-            _, device_state = await together(self._last_round(), self._save_device_state())
-            if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
-                await self._copy.leftovers()
-            await self._copy.send_device_state(device_state)
-            if self._order.compare_bytes:
-                async with phase("compare"):
-                    await self._copy.compare_all()
+                self._paused_at = await self._copy.pause()
+            reach("source.paused")
+            if isinstance(self._copy, StreamedCopy):
+                await self._copy.rest()
+                device_state = b""  # it has gone with memory
+            else:
+                device_state = await self._rest(self._copy)
             async with phase("seal"):
                 return await self._seal(device_state, limit_s)
 
-    async def _last_round(self) -> None:
-        assert self._copy is not None
+    async def _rest(self, copy: Copy) -> bytes:
+        """Send what is left of the paused guest; returns its device state."""
+        # Saving takes a while and hardly touches memory, so it goes on beside the last round.
+        device_state: bytes
+        _, device_state = await together(self._last_round(copy), self._save_device_state())
+        if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
+            await copy.leftovers()
+        await copy.send_device_state(device_state)
+        if self._order.compare_bytes:
+            async with phase("compare"):
+                await copy.compare_all()
+        return device_state
+
+    async def _last_round(self, copy: Copy) -> None:
         async with phase("last round"):
-            await self._copy.last_round()
+            await copy.last_round()
 
     async def _save_device_state(self) -> bytes:
         async with phase("device state"):
             data = await self._machine.save_device_state()
+            reach("source.state-saved")
             span_attributes(bytes=len(data))
             if self._machine.spec.kind == QEMU:
                 sections = _whole(data, self._machine.spec).sections
@@ -284,6 +322,7 @@ class Outgoing:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
+        reach("source.ready-heard")
         return replace(heard, memory_intact=True)
 
     # Afterwards
@@ -310,11 +349,22 @@ class Outgoing:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet."""
+        span_event("not resumed yet", why=why.message)
+        self.migration.message.owner = self._material.identity.uri
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
+
     async def _conclude(self) -> None:
+        last_round_bytes = self._copy.last_round_bytes if isinstance(self._copy, Copy) else 0
         await self._tidy_up()
         await self._departure.release()
+        await self._departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
+            self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
             return
         self.migration.message.owner = self._material.identity.uri
         error = MachineFailedError("the destination returned the machine instead of running it")
@@ -336,11 +386,12 @@ class Outgoing:
         )
         tells = await self._departure.apply(wanted)
         if isinstance(self._departure.state, source.Quiet):
-            if self._attempt is not None and tells:
-                await self._say_goodbye(self._attempt)
+            goodbye = [self._say_goodbye(self._attempt)] if self._attempt is not None and tells else []
+            await together(*goodbye, self._departure.keep_resuming(self))
         else:
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
+            await self._departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return

@@ -6,8 +6,8 @@ catalogue; an answer names the incarnation of the journal that gave it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import grpc
 import grpc.aio
@@ -18,15 +18,17 @@ from vmferry.handoff.source import Heard
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
+from vmferry.negotiation.facts import Network
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
-from vmferry.v1 import handoff_pb2, handoff_pb2_grpc
+from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
+_SLOWEST_READING_BYTES_PER_S: Final = 100e6
 
 
 class Destination:
@@ -52,12 +54,32 @@ class Destination:
         """Close the control connection."""
         await self._channel.close(None)
 
-    async def negotiate(self, spec: MachineSpec) -> handoff_pb2.NegotiateResponse:
-        """What the host offers for this machine."""
+    async def negotiate(
+        self,
+        spec: MachineSpec,
+        networks: Sequence[Network],
+        files: Sequence[compatibility_pb2.FileIdentity],
+        *,
+        timeout_s: float,
+    ) -> handoff_pb2.NegotiateResponse:
+        """What the host offers for this machine, whose interfaces and files are like this here."""
         request = handoff_pb2.NegotiateRequest(
-            spec=spec_to_message(spec), protocol_versions=PROTOCOL_VERSIONS
+            spec=spec_to_message(spec),
+            protocol_versions=PROTOCOL_VERSIONS,
+            networks=[
+                compatibility_pb2.NetworkIdentity(tap=one.tap, bridge=one.bridge, mtu_bytes=one.mtu_bytes)
+                for one in networks
+            ],
+            files=files,
         )
-        return await self._ask(self._stub.Negotiate(request, timeout=self._timeout_s))
+        return await self._ask(self._stub.Negotiate(request, timeout=timeout_s + _reading_s(files)))
+
+    async def measure(
+        self, channel: grpc.aio.Channel, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+    ) -> handoff_pb2.MeasureResponse:
+        """Have pages taken in and forgotten, over a channel of :meth:`new_channel`."""
+        stub = handoff_pb2_grpc.DestinationServiceStub(channel)
+        return await self._ask(stub.Measure(requests, timeout=self._timeout_s))
 
     async def begin(
         self,
@@ -67,6 +89,8 @@ class Destination:
         spec: MachineSpec,
         lanes: int,
         protocol_version: int,
+        files: Sequence[compatibility_pb2.FileIdentity] = (),
+        path: str,
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -78,8 +102,10 @@ class Destination:
             regions=[region],
             lanes=lanes,
             protocol_version=protocol_version,
+            files=files,
+            path=path,
         )
-        return await self._ask(self._stub.Begin(request, timeout=timeout_s))
+        return await self._ask(self._stub.Begin(request, timeout=timeout_s + _reading_s(files)))
 
     async def preflight(self, attempt: Attempt, *, timeout_s: float) -> list[str]:
         """What stands in the destination's way of finishing the attempt now."""
@@ -119,6 +145,11 @@ class Destination:
                     f"the host at {self.address} is not {self.expected}", field="destination.host"
                 ) from error
             raise from_rpc_error(error) from error
+
+
+def _reading_s(files: Iterable[compatibility_pb2.FileIdentity]) -> float:
+    """How long the destination may take to read what it has to compare by content."""
+    return sum(file.size_bytes for file in files if file.sha256) / _SLOWEST_READING_BYTES_PER_S
 
 
 def _heard(attempt: Attempt, status: handoff_pb2.AttemptStatus) -> Heard:

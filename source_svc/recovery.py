@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Final
 
 from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import (
+    MachineBusyError,
+    MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
@@ -23,11 +26,14 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
-from vmferry.machines.directory import MachineDirectory
+from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
+from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
+
+_LOG: Final = get_logger(__name__)
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -46,6 +52,58 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
                 await machine.cont(permit)
     finally:
         await machine.close()
+
+
+class Returned:
+    """Machines that came back to this host while their hypervisors did not answer; resumed as soon as these do.
+
+    Nothing else may begin with such a machine meanwhile: to resume it must never meet a pause that is meant.
+    """
+
+    def __init__(self, ledger: HostLedger, directory: MachineDirectory, retry_s: float) -> None:
+        self._ledger = ledger
+        self._directory = directory
+        self._retry_s = retry_s
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def __contains__(self, machine_id: str) -> bool:
+        return machine_id in self._tasks
+
+    def add(self, machine_id: str) -> None:
+        """Begin to look after a machine."""
+        if machine_id not in self._tasks:
+            task = asyncio.create_task(self._settle(machine_id), name=f"return-{machine_id}")
+            self._tasks[machine_id] = task
+            task.add_done_callback(lambda _: self._tasks.pop(machine_id, None))
+
+    async def stop(self) -> None:
+        """Leave the rest to the next start."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _settle(self, machine_id: str) -> None:
+        while True:
+            try:
+                await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError as error:
+                _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
+            except VmferryError as error:
+                _LOG.error("cannot be resumed", machine=machine_id, detail=error.message)
+                return
+            else:
+                return
+            await asyncio.sleep(self._retry_s)
+
+
+def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
+    """Why nothing can begin with a machine that came back and is not resumed."""
+    return MachineBusyError(
+        f"the hypervisor of {record.spec.name} did not answer when it was to resume its guest, and is asked again",
+        machine=record.spec.uuid,
+        remedy="Try again when the machine runs, or end it (vmferry machine stop).",
+    )
 
 
 class Recovered:
@@ -107,6 +165,7 @@ class Recovered:
                     await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
         await departure.settle(self._destination, tells, self)
         await departure.release()
+        await departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
@@ -123,3 +182,10 @@ class Recovered:
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
+
+    async def stays_paused(self, why: MachineFailedError) -> None:
+        """The machine belongs here and its guest cannot go on yet."""
+        self.migration.message.owner = self._own
+        if self._stopping:
+            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
+        await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)

@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from source_svc.departure import Departure
+from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
-from source_svc.outgoing import Order, Outgoing
+from source_svc.orders import Order, read_destination, read_order, required
+from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, settle_quiet
+from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
+    MachineFailedError,
     MachineNotOwnedError,
     ServiceStoppingError,
     TicketUsedError,
@@ -37,10 +38,14 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
 from vmferry.machines.directory import MachineRecord
+from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
+from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.wire import spec_to_message
+from vmferry.negotiation.path import STREAM
+from vmferry.negotiation.report import Report
 from vmferry.rpc.daemon import Host
-from vmferry.security.identity import Identity, Kind
+from vmferry.security.identity import Identity
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
@@ -49,9 +54,6 @@ from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.migration_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
-_LONGEST_LIMIT_S: Final = 366 * 24 * 3600
-"""Beyond it, times overflow somewhere in the libraries below."""
-_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _STATES: Final = {
     RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
     RunState.PAUSED: machine_pb2.MACHINE_STATE_PAUSED,
@@ -75,7 +77,10 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._migrations = Migrations()
+        self._forecasts = Forecasts(host.trackers)
+        self._contents = Contents()
         self._running: dict[str, Outgoing | Recovered] = {}
+        self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._starting = asyncio.Lock()
         self._stopping = False
 
@@ -91,6 +96,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
+            except MachineFailedError:
+                self._returned.add(machine_id)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
@@ -100,6 +107,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
         self._stopping = True
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
+        await self._returned.stop()
 
     async def close(self) -> None:
         """Nothing is left: every migration let go of what it held when it was stopped."""
@@ -110,20 +118,28 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self, request: pb.PlanMigrationRequest, context: Context
     ) -> pb.PlanMigrationResponse:
         """Ask both hosts and change nothing."""
-        record = self._directory.find(_required(request.machine, "machine"))
-        host, address = self._destination(request.destination)
-        self._order(request.options, b"", b"")  # refuses bad options by name
+        record = self._directory.find(required(request.machine, "machine"))
+        host, address = read_destination(request.destination, self._own)
+        order = read_order(request.options, self._host)  # refuses bad options by name
         destination = self._peer(address, host)
         machine = self._directory.open(record, observe=True) if record.alive else None
         try:
             plan = self._plan(record, host)
             plan.migrating = self._migrations.open_of(record.spec.uuid) is not None
-            report = await plan.report(machine, destination, request.options.tracker)
+            predict = None if request.without_prediction else self._predict(order, machine, destination)
+            report = await plan.report(
+                machine,
+                destination,
+                order.tracker,
+                path=order.path,
+                compare_bytes=order.compare_bytes,
+                predict=predict,
+            )
         finally:
             await destination.close()
             if machine is not None:
                 await machine.close()
-        return pb.PlanMigrationResponse(report=report_to_message(report))
+        return pb.PlanMigrationResponse(report=report_to_message(report, plan.forecast.message))
 
     async def StartMigration(
         self, request: pb.StartMigrationRequest, context: Context
@@ -141,7 +157,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self, request: pb.GetMigrationRequest, context: Context
     ) -> pb.GetMigrationResponse:
         """Return one migration."""
-        return pb.GetMigrationResponse(migration=self._migrations.get(_required(request.id, "id")).snapshot())
+        return pb.GetMigrationResponse(migration=self._migrations.get(required(request.id, "id")).snapshot())
 
     async def ListMigrations(
         self, request: pb.ListMigrationsRequest, context: Context
@@ -156,14 +172,14 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self, request: pb.WatchMigrationRequest, context: Context
     ) -> AsyncIterator[pb.WatchMigrationResponse]:
         """Send the migration now and after each change until it has ended."""
-        async for message in self._migrations.get(_required(request.id, "id")).watch():
+        async for message in self._migrations.get(required(request.id, "id")).watch():
             yield pb.WatchMigrationResponse(migration=message)
 
     async def CancelMigration(
         self, request: pb.CancelMigrationRequest, context: Context
     ) -> pb.CancelMigrationResponse:
         """Cancel a migration whose hand-off has not begun; an ended one stays as it is."""
-        migration = self._migrations.get(_required(request.id, "id"))
+        migration = self._migrations.get(required(request.id, "id"))
         running = self._running.get(migration.id)
         if running is not None:
             running.cancel("cancelled by a caller")
@@ -180,20 +196,39 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def GetMachine(self, request: pb.GetMachineRequest, context: Context) -> pb.GetMachineResponse:
         """Return one machine."""
-        record = self._directory.find(_required(request.machine, "machine"))
+        record = self._directory.find(required(request.machine, "machine"))
         return pb.GetMachineResponse(machine=await self._machine(record))
 
     # What they are made of
 
+    def _predict(
+        self, order: Order, machine: QmpMachine | None, destination: Destination
+    ) -> Callable[[Report], Awaitable[Forecast]]:
+        """What predicts a planned migration, once it is known that it could take place."""
+
+        async def predict(report: Report) -> Forecast:
+            if machine is None or report.blocking:
+                return Forecast(why_not="the machine cannot move as things are")
+            if report.path == STREAM:
+                return Forecast(why_not="its memory travels in the hypervisor's own stream")
+            machine_id = machine.spec.uuid
+            return await self._forecasts.of_plan(
+                order.subject(machine, destination, self._config),
+                report.tracker,
+                lambda: not self._stopping and self._migrations.open_of(machine_id) is None,
+            )
+
+        return predict
+
     def _start(self, request: pb.StartMigrationRequest) -> Migration:
         if self._stopping:
             raise ServiceStoppingError("the source service is stopping")
-        record = self._directory.find(_required(request.machine, "machine"))
-        host, address = self._destination(request.destination)
+        record = self._directory.find(required(request.machine, "machine"))
+        host, address = read_destination(request.destination, self._own)
         ticket = self._check_ticket(request.ticket, record, host)
         if self._migrations.known(ticket.migration_id.hex()):
             raise TicketUsedError("the ticket has started a migration already", field="ticket")
-        order = self._order(request.options, ticket.migration_id, request.ticket)
+        order = read_order(request.options, self._host, ticket.migration_id, request.ticket)
         self._check_free(record)
         message = pb.Migration(
             id=ticket.migration_id.hex(),
@@ -214,6 +249,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._config,
             self._host.tls.load(),
             self._plan(record, host),
+            forecasts=self._forecasts,
         )
         self._follow(outgoing, request.request_id)
         return outgoing.migration
@@ -224,6 +260,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             raise MachineBusyError(
                 f"{record.spec.name} already has an open migration", machine=record.spec.uuid
             )
+        if record.spec.uuid in self._returned:
+            raise not_resumed_yet(record)
         rights = self._ledger.rights(record.spec.uuid)
         if not rights.permitted:
             raise MachineNotOwnedError(
@@ -256,51 +294,14 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
         return ticket
 
-    def _order(self, options: pb.MigrationOptions, migration_id: bytes, ticket: bytes) -> Order:
-        config = self._config
-        if options.lanes and not 2 <= options.lanes <= 16:  # noqa: PLR2004 - the documented range
-            raise InvalidArgumentError("lanes must be between 2 and 16", field="options.lanes")
-        if options.verify not in pb.VerifyMode.values():
-            raise InvalidArgumentError(f"there is no verify mode {options.verify}", field="options.verify")
-        known = [tracker.kind for tracker in self._host.trackers]
-        if options.tracker and options.tracker not in known:
-            raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
-        return Order(
-            migration_id=migration_id,
-            ticket=ticket,
-            lanes=options.lanes or config.lanes,
-            downtime_limit_s=_seconds(options, "downtime_limit", config.downtime_limit_ms / 1000),
-            total_timeout_s=_seconds(options, "total_timeout", config.total_timeout_s),
-            stall_timeout_s=_seconds(options, "stall_timeout", config.stall_timeout_s),
-            reserve_timeout_s=_seconds(options, "reserve_timeout", config.reserve_timeout_s),
-            compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
-            tracker=options.tracker,
-        )
-
-    def _destination(self, destination: pb.Destination) -> tuple[Identity, str]:
-        _required(destination.host, "destination.host")
-        try:
-            host = Identity.parse(destination.host)
-        except VmferryError as error:
-            raise InvalidArgumentError(error.message, field="destination.host") from error
-        if host.kind is not Kind.VMHOST or host.trust_domain != self._own.trust_domain:
-            raise InvalidArgumentError(
-                f"{host} is not a host of {self._own.trust_domain}", field="destination.host"
-            )
-        if host == self._own:
-            raise InvalidArgumentError("the machine is on this host already", field="destination.host")
-        match = _ADDRESS.fullmatch(destination.address)
-        if match is None or not 0 < int(match[2]) < 65536:  # noqa: PLR2004 - port numbers
-            raise InvalidArgumentError("address must be NAME:PORT", field="destination.address")
-        return host, destination.address
-
     def _follow(self, one: Outgoing | Recovered, request_id: str = "") -> None:
         self._migrations.add(one.migration, request_id)
         self._running[one.migration.id] = one
         task = one.start()
-        task.add_done_callback(lambda done: self._forget(one.migration.id, done))
+        task.add_done_callback(lambda done: self._forget(one, done))
 
-    def _forget(self, migration_id: str, task: asyncio.Task[None]) -> None:
+    def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
+        migration_id = one.migration.id
         self._running.pop(migration_id, None)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
         asyncio.get_running_loop().call_soon(gc.collect)
@@ -344,7 +345,17 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return Plan(record.spec, self._ledger, self._host.trackers, self._own.uri, host.uri)
+        return Plan(
+            record.spec,
+            self._ledger,
+            self._host.trackers,
+            self._own.uri,
+            host.uri,
+            self._host.tls.load().not_after.timestamp(),
+            self._config.switch_timeout_s,
+            self._config.negotiate_timeout_s,
+            self._contents,
+        )
 
     async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
         rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)
@@ -374,12 +385,6 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             await machine.close()
 
 
-def _required(value: str, field: str) -> str:
-    if not value:
-        raise InvalidArgumentError(f"{field} is required", field=field)
-    return value
-
-
 def _check_request_id(request_id: str) -> None:
     try:
         uuid.UUID(request_id)
@@ -389,15 +394,3 @@ def _check_request_id(request_id: str) -> None:
             field="request_id",
             remedy="Make one up per migration and repeat it when you repeat the call.",
         ) from None
-
-
-def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
-    if not options.HasField(name):  # type: ignore[arg-type]  # the name is one of its fields
-        return default
-    value: Duration = getattr(options, name)
-    seconds = value.seconds + value.nanos / 1e9
-    if not 0 < seconds <= _LONGEST_LIMIT_S:
-        raise InvalidArgumentError(
-            f"{name} must be longer than 0 and at most {_LONGEST_LIMIT_S} s", field=f"options.{name}"
-        )
-    return seconds

@@ -29,7 +29,9 @@ class HostConfig:
     run_dir: Path = Path("/run/vmferry")
     """Machines' sockets, process records and logs; may be lost in a reboot, as the machines are."""
     ram_dir: Path = Path("/dev/shm/vmferry")  # noqa: S108 - guest memory belongs on tmpfs; files are 0600 in a 0700 folder
-    """Where guest memory files are made; must be tmpfs or hugetlbfs."""
+    """Where guest memory files are made; must be tmpfs."""
+    huge_dir: Path = Path()
+    """Where guest memory in huge pages is made; must be on hugetlbfs. Empty string: such machines are refused."""
     trace_dir: Path = Path("/var/lib/vmferry/traces")
     """Spans as JSON lines, one file per service; empty string switches the file off."""
 
@@ -50,6 +52,8 @@ class HostConfig:
     """Page contents per message."""
     downtime_limit_ms: int = 300
     """Longest pause a guest may see; pre-copy goes on until the rest fits."""
+    standstill_limit_s: float = 60.0
+    """The same for a guest whose memory can only be sent while it stands still, unless a caller names a limit."""
     max_rounds: int = 30
     """Pre-copy gives up after so many rounds."""
     reserve_timeout_s: float = 60.0
@@ -62,6 +66,10 @@ class HostConfig:
     """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
     rpc_timeout_s: float = 10.0
     """Limit of one control call between the services."""
+    qmp_timeout_s: float = 10.0
+    """Limit of one command to a hypervisor."""
+    negotiate_timeout_s: float = 20.0
+    """Limit for the destination to say what it offers; the first time, it tries its hypervisors for that."""
     handoff_retry_s: float = 0.5
     """Pause between two attempts to learn the outcome of a hand-off."""
     receive_timeout_s: float = 60.0
@@ -70,6 +78,8 @@ class HostConfig:
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
     """Migrations arriving at this host at a time."""
+    draining: bool = False
+    """Take no newcomers, because this host is being emptied; machines may leave."""
     qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
     """The only binaries that a QEMU machine may name when it arrives here."""
     image_roots: tuple[Path, ...] = (Path("/var/lib/vmferry/images"),)
@@ -84,8 +94,9 @@ class HostConfig:
     def __post_init__(self) -> None:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
-            "switch_timeout_s", "rpc_timeout_s", "handoff_retry_s", "receive_timeout_s",
-            "max_outgoing", "max_incoming", "downtime_limit_ms",
+            "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
+            "qmp_timeout_s",
+            "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -108,6 +119,11 @@ class HostConfig:
     def machines_dir(self) -> Path:
         """Where the machines of this host have their folders."""
         return self.run_dir / "machines"
+
+    @property
+    def huge_root(self) -> Path | None:
+        """``huge_dir``, if this host has one."""
+        return self.huge_dir if self.huge_dir != Path() else None
 
     def admin_target(self, role: str) -> str:
         """Address of a service's admin listener as gRPC spells it; ``role`` is ``source`` or ``dest``."""
@@ -163,6 +179,10 @@ def render_config(config: HostConfig) -> str:
 
 
 def _rendered(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(map(_rendered, value))}]"
+    if value == Path():
+        return '""'
     return f'"{value}"' if isinstance(value, (str, Path)) else str(value)

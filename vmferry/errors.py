@@ -219,6 +219,15 @@ class TooManyMigrationsError(VmferryError):
     remedy = "Wait for a running migration to end, or raise the limit in the configuration."
 
 
+class HostDrainingError(VmferryError):
+    """The host is being emptied and takes no newcomers."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "HOST_DRAINING"
+    exit_code = ExitCode.PRECONDITION
+    remedy = "Choose another destination, or set draining = false there and restart its destination service."
+
+
 class TrackerUnavailableError(VmferryError):
     """No tracker that sees every write works for this machine on this host."""
 

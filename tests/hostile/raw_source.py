@@ -169,10 +169,10 @@ class RawSource:
         }
         return handoff_pb2.BeginRequest(**(values | changes))
 
-    async def begin(self) -> handoff_pb2.BeginResponse:
-        """Begin, as it should be."""
+    async def begin(self, **changes: Any) -> handoff_pb2.BeginResponse:
+        """Begin, as it should be but for what is changed."""
         self.world.guests.append(self.guest)
-        response = await self.stub.Begin(self.begin_request(), timeout=DEADLINE_S)
+        response = await self.stub.Begin(self.begin_request(**changes), timeout=DEADLINE_S)
         self.token = response.transfer_token
         self.ref.destination_incarnation = response.destination_incarnation
         return response

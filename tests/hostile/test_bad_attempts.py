@@ -22,7 +22,7 @@ from tests.hostile.raw_source import (
     RawSource,
     raw_source,
 )
-from tests.integration.hosts import Bystander, World
+from tests.integration.hosts import Bystander, World, configured
 from tests.integration.services import DOMAIN, eventually, refusal
 from vmferry.machines.wire import spec_to_message
 from vmferry.memory.runs import PAGE_SIZE
@@ -213,7 +213,10 @@ async def test_params_that_no_guest_has_end_the_attempt(source: RawSource) -> No
         ({"lanes": 1}, "lanes"),
         ({"lanes": 17}, "lanes"),
         ({"protocol_version": 0}, "protocol_version"),
-        ({"protocol_version": 2}, "protocol_version"),
+        ({"protocol_version": 3}, "protocol_version"),
+        ({"path": "by air"}, "path"),
+        ({"path": "stream"}, "path"),
+        ({"path": "stream", "protocol_version": 2}, "path"),
         ({"regions": []}, "regions"),
         ({"regions": [handoff_pb2.RegionLayout(name="ram", size_bytes=MAX_U64)]}, "regions"),
         ({"regions": [handoff_pb2.RegionLayout(name="rom", size_bytes=MEMORY_MIB << 20)]}, "regions"),
@@ -325,6 +328,17 @@ async def test_two_attempts_fill_a_host_and_a_third_is_told_so(
         assert three.spec.uuid not in world.b.ledger.machines()
         await one.abort()
         await three.begin()
+    await bystander.assert_unharmed()
+
+
+async def test_a_host_that_is_emptied_refuses_all_the_same(
+    world: World, bystander: Bystander, model: Model
+) -> None:
+    """A source that does not ask beforehand is told at its Begin, and nothing is recorded of it."""
+    async with configured(world.b.dest, draining=True), raw_source(world, world.b, model) as source:
+        error = await refusal(source.stub.Begin(source.begin_request()))
+        assert error.reason == "HOST_DRAINING"
+        assert source.spec.uuid not in world.b.ledger.machines()
     await bystander.assert_unharmed()
 
 

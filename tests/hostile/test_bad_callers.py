@@ -142,6 +142,7 @@ async def test_an_operator_cannot_play_the_source(world: World, bystander: Bysta
     async with raw_source(world, world.b, model, "admin") as source:
         for call in (
             lambda: source.stub.Negotiate(handoff_pb2.NegotiateRequest()),
+            lambda: source.stub.Measure(iter([handoff_pb2.MeasureRequest()])),
             lambda: source.stub.Begin(source.begin_request()),
             source.seal,
             source.go,
@@ -319,6 +320,8 @@ def misshapen(world: World, bystander: Bystander) -> dict[str, Callable[[Any], A
         "options.lanes ": start(options__lanes=17),
         "options.verify": start(options__verify=77),
         "options.tracker": start(options__tracker="guess"),
+        "options.path": start(options__path="by air"),
+        "options.tracker ": options(path="stream", tracker="hash"),
         "options.downtime_limit": options(downtime_limit=-1.0),
         "options.total_timeout": options(total_timeout=0.0),
         "options.stall_timeout": options(stall_timeout=-0.5),

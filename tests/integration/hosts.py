@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from tests.integration.services import (
     DEADLINE_S,
     DOMAIN,
     Host,
+    Place,
     Service,
     eventually,
     open_trackers,
@@ -285,11 +286,14 @@ def migration_options(**options: Any) -> pb.MigrationOptions:
 
 
 @contextlib.asynccontextmanager
-async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]:
+async def open_world(
+    names: str = "ab", places: Mapping[str, Place] | None = None, **settings: Any
+) -> AsyncIterator[World]:
     """Hosts with running services; ended and removed afterwards.
 
     Args:
         names: one letter per host.
+        places: where in the network they are, if not on loopback.
         settings: what all configurations have instead of values that suit tests.
     """
     values: dict[str, Any] = {
@@ -305,7 +309,10 @@ async def open_world(names: str = "ab", **settings: Any) -> AsyncIterator[World]
         root = Path(run)
         _certificates(root / "tls")
         (root / "logs").mkdir()
-        hosts = {name: _host(name, root, Path(ram), values | settings) for name in names}
+        hosts = {
+            name: _host(name, root, Path(ram), values | settings, (places or {}).get(name, Place()))
+            for name in names
+        }
         world = World(root, hosts)
         try:
             await asyncio.gather(*(service.start() for service in world.services))
@@ -334,20 +341,22 @@ def _certificates(folder: Path) -> None:
     issue(folder / "authority", Identity(DOMAIN, Kind.ADMIN, "operator"), folder / "admin")
 
 
-def _host(name: str, root: Path, ram: Path, values: dict[str, Any]) -> Host:
+def _host(name: str, root: Path, ram: Path, values: dict[str, Any], place: Place) -> Host:
+    if "huge_dir" in values:
+        values = values | {"huge_dir": values["huge_dir"] / name}
     config = HostConfig(
         tls_dir=root / "tls" / name,
         state_dir=root / "state" / name,
         run_dir=root / name,
         ram_dir=ram / name,
         trace_dir=root / "traces",
-        source_listen="127.0.0.1:0",
-        dest_listen="127.0.0.1:0",
+        source_listen=f"{place.address}:0",
+        dest_listen=f"{place.address}:0",
         **values,
     )
     for folder in (config.state_dir, config.run_dir, config.ram_dir):
         folder.mkdir(mode=0o700, parents=True)
-    return Host(name, config, root / f"host-{name}.toml", root / "logs")
+    return Host(name, config, root / f"host-{name}.toml", root / "logs", place)
 
 
 async def _end_everything(world: World) -> None:

@@ -103,15 +103,20 @@ class Proxy:
             if wanted:
                 event.clear()
 
+    def let_go(self) -> None:
+        """Pass on what was silenced, and what comes; unlike :meth:`heal`, nothing was lost and nothing is broken."""
+        self.up_bytes_per_s = None
+        self._free_at = 0.0
+        self._on_call = None
+        self._up.set()
+        self._down.set()
+
     def heal(self) -> None:
         """Carry again; connections that were silenced are broken, as their ends will have noticed."""
         if not (self._up.is_set() and self._down.is_set()):
             self.reset_all()
         self.cut = False
-        self.up_bytes_per_s = None
-        self._on_call = None
-        self._up.set()
-        self._down.set()
+        self.let_go()
 
     def reset_all(self) -> None:
         """Break every open connection."""

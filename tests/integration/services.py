@@ -22,7 +22,7 @@ import grpc.aio
 import pytest
 
 import vmferry
-from vmferry.cli.machine import directory_of
+from vmferry.cli.machine import directory_of, run_machine
 from vmferry.config import HostConfig, render_config
 from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger
@@ -70,6 +70,19 @@ async def refusal(call: Awaitable[object]) -> VmferryError:
     return error
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in the network a host is: by default on loopback, with everybody else."""
+
+    address: str = "127.0.0.1"
+    namespace: str = ""
+    """The network namespace that its services and machines live in."""
+
+    def command(self, *command: str) -> list[str]:
+        """A command line, to be run there."""
+        return [*(("ip", "netns", "exec", self.namespace) if self.namespace else ()), *command]
+
+
 class Service:
     """One service process."""
 
@@ -78,12 +91,16 @@ class Service:
         self.port = 0
         self.log = log
         self.host = host
+        self.environment: dict[str, str] = {}
+        """What it finds in its environment beyond what the tests have."""
+        self.within: tuple[str, ...] = ()
+        """A command that runs it in other surroundings."""
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def address(self) -> str:
         """Where it listens."""
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host.place.address}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -100,12 +117,15 @@ class Service:
         """Start it, and return when it takes calls."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)),
+                *self.within,
+                *self.host.place.command(
+                    sys.executable, "-m", f"{self.role}_svc", "--config", str(self.host.config_file)
+                ),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
                 cwd=self.log.parent,
-                env=os.environ | {"PYTHONPATH": _SOURCES},
+                env=os.environ | {"PYTHONPATH": _SOURCES} | self.environment,
                 start_new_session=True,
             )
         assert self._process.stdout is not None
@@ -169,8 +189,11 @@ class Service:
 class Host:
     """One host with both its services."""
 
-    def __init__(self, name: str, config: HostConfig, config_file: Path, logs: Path) -> None:
+    def __init__(
+        self, name: str, config: HostConfig, config_file: Path, logs: Path, place: Place | None = None
+    ) -> None:
         self.name = name
+        self.place = place or Place()
         self.identity = Identity(DOMAIN, Kind.VMHOST, name)
         self.config = config
         self.config_file = config_file
@@ -182,6 +205,24 @@ class Host:
         """Give services that start from now on other settings; without any, its own."""
         text = render_config(dataclasses.replace(self.config, **settings))
         self.config_file.write_text(text, encoding="utf-8")
+
+    async def run(self, spec: MachineSpec) -> MachineRecord:
+        """Start a machine here, in this host's network, and let its guest run."""
+        if not self.place.namespace:
+            return await run_machine(spec, self.config)
+        description = self.config_file.with_name(f"{spec.name}.toml")
+        description.write_text(spec.to_toml(), encoding="utf-8")
+        process = await asyncio.create_subprocess_exec(
+            *self.place.command(sys.executable, "-m", "vmferry.cli.main", "machine", "run"),
+            *(str(description), "--config", str(self.config_file)),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": _SOURCES},
+        )
+        _, said = await process.communicate()
+        assert process.returncode == 0, said.decode()
+        return self.record(spec.uuid)
 
     @property
     def directory(self) -> MachineDirectory:
@@ -204,7 +245,9 @@ class Host:
 
     def holdings(self, machine: MachineSpec | None = None) -> list[str]:
         """Everything that a machine, or any machine, has on this host: folder, memory file, process."""
-        folders = (self.config.machines_dir, self.config.ram_dir)
+        folders = [self.config.machines_dir, self.config.ram_dir]
+        if self.config.huge_root is not None:
+            folders.append(self.config.huge_root)
         files = [path for folder in folders if folder.exists() for path in folder.iterdir()]
         processes = processes_with(str(self.config.machines_dir))
         if machine is not None:

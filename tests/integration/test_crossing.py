@@ -258,6 +258,8 @@ async def test_broken_connections_are_not_a_broken_migration(world: World, link:
     migration_id = await world.start(
         guest, world.a, world.b, address=link.address, verify=pb.VERIFY_MODE_BYTES, lanes=4
     )
+    # Before that, connections carry pages to measure with.
+    await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
     cuts = 0
     for number in range(6):
         await eventually(lambda: len(link.lanes) == 4, "all lanes are connected")
@@ -302,7 +304,8 @@ async def test_a_plan_changes_nothing(world: World) -> None:
         )
         report = (await stub.PlanMigration(request, timeout=DEADLINE_S)).report
     assert report.compatible
-    assert report.protocol_version == 1
+    assert report.protocol_version == 2
+    assert (report.path, report.path_reason != "") == ("direct", True)
     assert report.tracker
     await world.assert_stays(guest, world.a, world.b)
 

@@ -9,7 +9,7 @@ import pytest
 
 from dest_svc.admission import refusals
 from vmferry.config import HostConfig
-from vmferry.machines.qemu.spec import DiskSpec, NicSpec, QemuSpec
+from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import new_qemu_spec
 
 MAC = "52:54:00:12:34:56"
@@ -38,9 +38,7 @@ def found(root: Path, config: dict[str, Any] | None = None, **part: Any) -> list
     assert all(refusal.message and refusal.remedy for refusal in told)
     assert all(refusal.error().field == f"spec.{refusal.field}" for refusal in told)
     return [
-        (refusal.id, refusal.field)
-        for refusal in told
-        if refusal.id.split(".")[0] in {"file", "network", "disk"}
+        (refusal.id, refusal.field) for refusal in told if refusal.id.split(".")[0] in {"file", "network"}
     ]
 
 
@@ -66,16 +64,6 @@ def test_a_file_elsewhere_is_refused(root: Path, name: str, refusal: str) -> Non
     """By its place after all links are followed; whether a file elsewhere exists is not told."""
     for field in ("kernel", "firmware"):
         assert found(root, **{field: str(root.parent / name)}) == [(refusal, f"qemu.{field}")]
-
-
-def test_disks_are_refused_with_what_to_do(root: Path) -> None:
-    """Local ones because they are not moved, shared ones because nobody can prove yet that they are the same."""
-    path = str(root / "vmlinuz")
-    disks = (DiskSpec(path=path, format="raw"), DiskSpec(path=path, format="raw", shared=True))
-    assert found(root, disks=disks) == [
-        ("disk.not-shared", "qemu.disks[0].path"),
-        ("disk.identity", "qemu.disks[1].path"),
-    ]
 
 
 def test_only_named_taps_may_be_used(root: Path) -> None:

@@ -15,6 +15,10 @@ def test_a_configuration_survives_its_file(tmp_path: Path) -> None:
     file = tmp_path / "host.toml"
     for config in (
         HostConfig(),
+        HostConfig(
+            image_roots=(Path("/a"), Path("/b c")), qemu_binaries=(), taps=("tap0", "tap1"), draining=True
+        ),
+        HostConfig(huge_dir=Path("/dev/hugepages/vmferry"), trace_dir=Path()),
         HostConfig(image_roots=(Path("/a"), Path("/b c")), qemu_binaries=(), taps=("tap0", "tap1")),
     ):
         file.write_text(render_config(config), encoding="utf-8")

@@ -41,6 +41,7 @@ PURE = (
     "vmferry.negotiation",
     "vmferry.transfer.numbering",
     "vmferry.transfer.convergence",
+    "vmferry.transfer.prediction",
 )
 IMPURE = {
     "asyncio",

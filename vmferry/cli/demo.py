@@ -23,7 +23,7 @@ from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
 from vmferry.cli.demo_report import Crossing, Report
 from vmferry.cli.machine import run_machine
-from vmferry.cli.migrate import LanesOption, Verify, migration_options
+from vmferry.cli.migrate import LanesOption, PathOption, Verify, Way, migration_options
 from vmferry.cli.output import JsonOption, console, print_document, say, size
 from vmferry.cli.progress import outcome_name, progress_view
 from vmferry.cli.watch import follow
@@ -46,6 +46,8 @@ LINUX_MIB: Final = 96
 """What a Linux kernel takes to boot and run, with its initial file system."""
 LINUX_SHARE: Final = 8
 """Unless told otherwise, a Linux guest fills one part in so many: QEMU without KVM takes its time to check it."""
+STREAM_MS_PER_MIB: Final = 50
+"""What a streamed crossing may pause the guest, for each MiB of its memory; far longer than it takes."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SIGNALLED: Final = 128
 """Added to a signal's number: the exit code by which shells tell it."""
@@ -68,6 +70,7 @@ class Wishes:
     kind: str
     vcpus: int
     kernel: Path | None
+    path: Way | None
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -93,6 +96,8 @@ class Wishes:
                 field="--resident-mib",
                 remedy="Choose less of --resident-mib or --working-set-mib, or more of --memory-mib.",
             )
+        if self.path is Way.STREAM and self.kind != QEMU:
+            raise InvalidArgumentError("only QEMU has a stream of its own", field="--path")
         require_memory(self.memory_mib * _MIB, used_mib * _MIB)
         if self.kind == QEMU:
             probe.probe_binary(QemuSpec.binary)
@@ -138,6 +143,7 @@ def demo(
         Path | None,
         typer.Option("--kernel", metavar="PATH", help="Linux kernel for QEMU; default: the newest in /boot."),
     ] = None,
+    path: PathOption = None,
     keep: Annotated[
         Path | None, typer.Option("--keep", metavar="DIR", help="Keep logs, traces and journals here.")
     ] = None,
@@ -156,6 +162,7 @@ def demo(
         kind=machine.value,
         vcpus=vcpus,
         kernel=kernel,
+        path=path,
     )
     wishes.check()
     report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
@@ -233,10 +240,13 @@ async def _cross(
     tell: Callable[[str], None],
 ) -> bool:
     """Move the guest once and note how it went; whether it arrived."""
+    # A stream cannot be compared byte for byte, so the crossing that compares is left to take the direct way.
+    way = wishes.path if verify is Verify.DIGEST else None
+    options = migration_options(_pause_ms(wishes, way), wishes.lanes, verify, None, way)
     order = migrate.Order(
         machine=guest.spec.uuid,
         destination=Destination(host=there.host.identity.uri, address=there.dest.address),
-        options=migration_options(None, wishes.lanes, verify, None),
+        options=options,
         request_id=migrate.new_request_id(),
     )
     async with open_source(here.source.address, here.host.identity.uri, world.admin_tls) as source:
@@ -249,6 +259,11 @@ async def _cross(
     report.crossings.append(crossing)
     tell(_sentence(crossing))
     return crossing.completed
+
+
+def _pause_ms(wishes: Wishes, way: Way | None) -> int | None:
+    """Without KVM a guest whose memory is streamed is paused all the while."""
+    return wishes.memory_mib * STREAM_MS_PER_MIB if way is Way.STREAM else None
 
 
 def _sentence(crossing: Crossing) -> str:

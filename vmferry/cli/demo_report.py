@@ -62,6 +62,7 @@ class Crossing:
             "rounds": self.migration.progress.round,
             "wire_bytes": self.migration.progress.wire_bytes,
             "verified": self.verified,
+            "path": self.migration.path,
             "trace_id": self.migration.trace_id,
         }
 
@@ -127,6 +128,7 @@ class Report:
             "memory_identical": self.memory_identical,
             "guest_ok": self.guest_ok,
             "tracker": first.tracker,
+            "path": first.path,
             "trace_id": first.trace_id,
             "spans": tree_json(span_tree(self.spans)),
             "crossings": [crossing.document() for crossing in self.crossings],

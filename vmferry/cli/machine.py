@@ -1,4 +1,4 @@
-"""``vmferry machine``: starts, shows and stops the machines of the host it runs on.
+"""``vmferry machine``: starts, shows, types at and stops the machines of the host it runs on.
 
 Promise: a machine's guest runs only after its birth is recorded in the host's journal; one that is on its way to or
 from another host is never stopped.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vmferry.cli.console import attach
 from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
 from vmferry.config import HostConfig, load_config
 from vmferry.errors import InvalidArgumentError, MachineDeadError, MachineFailedError
@@ -22,8 +24,10 @@ from vmferry.machines.launcher import start_machine, stop_machine
 from vmferry.machines.microvm.guests import PROGRAMS
 from vmferry.machines.port import RunState
 from vmferry.machines.qemu.probe import resolve
+from vmferry.machines.qemu.spec import SERIAL_SOCKET
 from vmferry.machines.spec import MachineSpec, new_spec
 from vmferry.machines.wire import spec_to_message
+from vmferry.memory.backings import TMPFS
 from vmferry.v1 import machine_pb2
 
 app = typer.Typer(help="Start, show and stop the machines of this host.", no_args_is_help=True)
@@ -43,7 +47,9 @@ _STATES = {
 
 def directory_of(config: HostConfig) -> MachineDirectory:
     """Where the machines of a host lie."""
-    return MachineDirectory(config.machines_dir, config.ram_dir)
+    return MachineDirectory(
+        config.machines_dir, config.ram_dir, config.huge_root, qmp_timeout_s=config.qmp_timeout_s
+    )
 
 
 async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
@@ -117,7 +123,7 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             machine.name,
             label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
-            f"{machine.spec.memory_mib} MiB",
+            _memory(machine.spec),
             _label(machine.spec),
             machine.uuid,
         )
@@ -184,6 +190,27 @@ def stop(
         say(f"{record.spec.name} is stopped and removed")
 
 
+@app.command()
+def console(
+    name: Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")],
+    config: ConfigOption = None,
+) -> None:
+    """Connect this terminal to a machine's serial port; Ctrl-] leaves."""
+    record = directory_of(load_config(config)).find(name)
+    part = record.spec.qemu
+    if part is None or part.serial != SERIAL_SOCKET:
+        raise InvalidArgumentError(
+            f"the serial port of {record.spec.name} leads to a file alone: {record.paths.serial}",
+            field="qemu.serial",
+            remedy='Describe the machine with serial = "socket"; what it wrote is in that file.',
+        )
+    if not record.alive:
+        raise MachineDeadError(f"machine {record.spec.name} has no running process", machine=record.spec.uuid)
+    say(f"connected to {record.spec.name}; Ctrl-] leaves")
+    attach(record.paths.serial_socket, sys.stdin.fileno(), sys.stdout.fileno())
+    say(f"left {record.spec.name}")
+
+
 async def _run(spec: MachineSpec, config: HostConfig) -> machine_pb2.Machine:
     return await describe(await run_machine(spec, config), config)
 
@@ -217,6 +244,12 @@ def _check_program(spec: MachineSpec) -> None:
             field="microvm.program",
         )
     program.slots(spec.microvm.params)
+
+
+def _memory(spec: machine_pb2.MachineSpec) -> str:
+    """How much memory a machine has, and of which kind if it is not the usual one."""
+    kind = spec.qemu.memory_backing if spec.HasField("qemu") else TMPFS
+    return f"{spec.memory_mib} MiB" + ("" if kind == TMPFS else f" {kind}")
 
 
 def _label(spec: machine_pb2.MachineSpec) -> str:

@@ -21,7 +21,8 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
-from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
+from vmferry.cli.findings import report_lines
+from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
 from vmferry.errors import (
@@ -35,7 +36,6 @@ from vmferry.security.identity import Identity
 from vmferry.security.tickets import TicketSigner
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1 import migration_pb2
-from vmferry.v1.compatibility_pb2 import CompatibilityReport, Severity
 from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     CancelMigrationRequest,
@@ -68,6 +68,13 @@ class Tracker(enum.StrEnum):
     PAGEMAP_SCAN = "pagemap-scan"
     SOFT_DIRTY = "soft-dirty"
     HASH = "hash"
+
+
+class Way(enum.StrEnum):
+    """Ways for memory to travel."""
+
+    DIRECT = "direct"
+    STREAM = "stream"
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,12 @@ VerifyOption = Annotated[
     Verify, typer.Option("--verify", help="'bytes' compares all memory while the guest is paused.")
 ]
 TrackerOption = Annotated[Tracker | None, typer.Option("--tracker", help="Insist on this write tracker.")]
+PathOption = Annotated[
+    Way | None,
+    typer.Option(
+        "--path", help="Insist on how memory travels: 'direct', or in the hypervisor's own 'stream'."
+    ),
+]
 
 
 @calls_source
@@ -116,19 +129,25 @@ async def plan(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
+    prediction: Annotated[
+        bool,
+        typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
     if json:
         print_document(as_document(answer.report))
     else:
-        _print_report(answer.report)
+        print("\n".join(report_lines(answer.report)))
     if not answer.report.compatible:
         raise typer.Exit(IncompatibleError.exit_code)
 
@@ -144,6 +163,7 @@ async def migrate(
     lanes: LanesOption = None,
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
+    path: PathOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -158,7 +178,7 @@ async def migrate(
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -242,10 +262,14 @@ def destination(to_host: str, to_address: str) -> Destination:
 
 
 def migration_options(
-    downtime_limit_ms: int | None, lanes: int | None, verify: Verify, tracker: Tracker | None
+    downtime_limit_ms: int | None,
+    lanes: int | None,
+    verify: Verify,
+    tracker: Tracker | None,
+    path: Way | None = None,
 ) -> MigrationOptions:
     """The options of a migration; what is not given is left to the source's configuration."""
-    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "")
+    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "", path=path or "")
     if downtime_limit_ms is not None:
         options.downtime_limit.CopyFrom(
             Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)
@@ -283,13 +307,3 @@ def _print_started(migration: Migration, *, json: bool) -> None:
         return
     print(migration.id)
     say(f"{migration.machine} is being migrated: vmferry watch {migration.id}")
-
-
-def _print_report(report: CompatibilityReport) -> None:
-    verdict = "could move" if report.compatible else "cannot move"
-    print(f"{verdict}; protocol version {report.protocol_version}, tracker {report.tracker or 'none'}")
-    rows = [
-        (label(Severity, item.severity, "SEVERITY_"), item.id, item.object, item.message, item.remedy)
-        for item in report.items
-    ]
-    print_table(("SEVERITY", "FINDING", "ON", "MESSAGE", "REMEDY"), rows, empty="no findings")

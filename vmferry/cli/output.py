@@ -50,15 +50,16 @@ def console(*, stderr: bool = True) -> Console:
     )
 
 
-def say(text: str) -> None:
-    """Tell a person something that is not data.
-
-    Other hosts have a part in such texts, and must not get to command this terminal.
-    """
-    harmless = "".join(
+def harmless(text: str) -> str:
+    """The same on a terminal: other hosts have a part in such texts, and must not get to command it."""
+    return "".join(
         char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text
     )
-    print(harmless, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Tell a person something that is not data."""
+    print(harmless(text), file=sys.stderr, flush=True)
 
 
 def say_error(error: VmferryError) -> None:

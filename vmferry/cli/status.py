@@ -10,6 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.machine import print_machines
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, print_table
+from vmferry.cli.prediction import outcome_lines
 from vmferry.cli.progress import facts, outcome_name, phase_name
 from vmferry.cli.watch import MigrationArgument
 from vmferry.errors import InvalidArgumentError
@@ -103,9 +104,12 @@ def _details(migration: Migration) -> list[str]:
         f"started     {_time(migration.create_time)}",
         f"trace       {migration.trace_id}",
     ]
+    if migration.path:
+        lines += [f"path        {migration.path}: {migration.path_reason}"]
     for timing in migration.timings:
         name = MigrationPhase.Name(timing.phase).removeprefix("MIGRATION_PHASE_").lower()
         lines.append(f"  {name:<12} {milliseconds(timing.elapsed):10.1f} ms")
+    lines += outcome_lines(migration)
     if migration.reason.reason:
         lines += [f"reason      {migration.reason.reason}: {migration.reason.message}"]
         lines += [f"remedy      {migration.reason.remedy}"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmferry.errors import (
+    ConfigError,
     MachineBusyError,
     MachineDeadError,
     MachineExistsError,
@@ -23,6 +24,8 @@ from vmferry.machines.paths import MachinePaths, write_whole
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.qmp import DEFAULT_QMP_TIMEOUT_S, QmpMachine
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory.backings import HUGETLBFS
+from vmferry.memory.hugepages import check_folder
 
 __all__ = ["DirectoryProblem", "MachineDirectory", "MachinePaths", "MachineRecord"]
 
@@ -59,10 +62,18 @@ class MachineDirectory:
         problems: what the latest ``list`` or ``find`` could not make sense of.
     """
 
-    def __init__(self, root: Path, ram_root: Path, *, qmp_timeout_s: float = DEFAULT_QMP_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        root: Path,
+        ram_root: Path,
+        huge_root: Path | None = None,
+        *,
+        qmp_timeout_s: float = DEFAULT_QMP_TIMEOUT_S,
+    ) -> None:
         # A machine's process has another working directory, so its paths must not depend on ours.
         self.root = root.absolute()
         self.ram_root = ram_root.absolute()
+        self.huge_root = huge_root.absolute() if huge_root is not None else None
         self.problems: Sequence[DirectoryProblem] = ()
         self.qmp_timeout_s = qmp_timeout_s
 
@@ -70,9 +81,18 @@ class MachineDirectory:
         """Where the files of a machine lie, or would lie.
 
         Raises:
-            ConfigError: the paths would be too long for its sockets.
+            ConfigError: the paths would be too long for its sockets, or this host has no place for its memory.
         """
-        return MachinePaths.of(self.root, self.ram_root, name=spec.name, uuid=spec.uuid)
+        ram_root = self.ram_root
+        if spec.memory_backing == HUGETLBFS:
+            if self.huge_root is None:
+                raise ConfigError(
+                    f"this host has no place for memory in huge pages, which {spec.name} needs",
+                    field="huge_dir",
+                    remedy="Mount a hugetlbfs and name it as huge_dir in the configuration.",
+                )
+            ram_root = self.huge_root
+        return MachinePaths.of(self.root, ram_root, name=spec.name, uuid=spec.uuid)
 
     def find(self, name_or_uuid: str) -> MachineRecord:
         """The machine with this name or identity.
@@ -128,11 +148,13 @@ class MachineDirectory:
 
         Raises:
             MachineExistsError: the name or the identity is taken.
-            ConfigError: the paths would be too long for its sockets.
+            ConfigError: the paths would be too long for its sockets, or this host has no place for its memory.
         """
         paths = self.paths(spec)
+        if spec.memory_backing == HUGETLBFS:
+            check_folder(paths.ram.parent)
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.ram_root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        paths.ram.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for record in self.list():
             if record.spec.uuid == spec.uuid:
                 raise _taken(f"identity {spec.uuid}", record.spec.name, spec)

@@ -10,12 +10,17 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from vmferry.errors import InvalidArgumentError
 
 SCALARS: Final = (int, str, bool)
+
+ADDED_IN_2: Final = types.MappingProxyType({"added": 2})
+"""Metadata of a field that version 1 does not have: what is left at its default is not said at all."""
+WIDENED_IN_2: Final = types.MappingProxyType({"widened": 2})
+"""Metadata of a field of which version 1 knows the default alone."""
 
 Record = TypeVar("Record")
 
@@ -46,6 +51,32 @@ def check_pattern(key: str, value: str, pattern: re.Pattern[str], form: str) -> 
         raise invalid(key, f"{value!r} has the wrong form", f"it must be {form}")
 
 
+def needed_version(record: Any) -> int:
+    """The least version of a description that can say what this one says."""
+    versions = [1]
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if value != field.default:
+            versions += field.metadata.values()
+        versions += [needed_version(part) for part in _parts(value)]
+    return max(versions)
+
+
+def canonical(record: Any) -> dict[str, Any]:
+    """The description as plain values, in the form that every release that understands it computes alike."""
+    found = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if "added" in field.metadata and value == field.default:
+            continue
+        if isinstance(value, tuple):
+            value = [canonical(part) for part in value]
+        elif is_dataclass(value):
+            value = canonical(value)
+        found[field.name] = value
+    return found
+
+
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a word that is not one of a few."""
     if value not in choices:
@@ -54,12 +85,13 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def read_table(cls: type[Record], values: Mapping[str, object], prefix: str = "") -> Record:
     """Make a dataclass from a table of TOML; its own ``__post_init__`` checks what the values mean."""
-    hints = _hints(cls)
+    hints = {field.name: hint for field, hint in _hinted(cls) if field.init}
     for key in values:
         if key not in hints:
             raise invalid(prefix + key, "unknown key", f"known keys are {', '.join(hints)}")
-    for field in fields(cls):  # type: ignore[arg-type]  # the callers pass dataclasses
-        if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+    for field, _ in _hinted(cls):
+        optional = not field.init or field.default is not MISSING or field.default_factory is not MISSING
+        if field.name not in values and not optional:
             raise invalid(prefix + field.name, "missing", "every description needs it")
     return cls(**{key: _read(hints[key], value, prefix + key) for key, value in values.items()})
 
@@ -81,8 +113,20 @@ def write_table(record: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _hints(cls: Any) -> dict[str, Any]:
+    return {field.name: hint for field, hint in _hinted(cls)}
+
+
+def _hinted(cls: Any) -> list[tuple[Field[Any], Any]]:
+    """The fields of a dataclass, each with its annotation."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    return [(field, hints[field.name]) for field in fields(cls)]
+
+
+def _parts(value: object) -> tuple[Any, ...]:
+    """The dataclasses that a value is or holds."""
+    if isinstance(value, tuple):
+        return value
+    return (value,) if is_dataclass(value) else ()
 
 
 def _part(hint: Any) -> Any:

@@ -7,31 +7,67 @@ import os
 import platform
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from vmferry.errors import MachineFailedError
+from vmferry.errors import ConfigError, MachineFailedError
 from vmferry.machines.microvm import devicestate
 from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.spec import ACCELERATORS, QemuSpec
 from vmferry.machines.spec import MICROVM, QEMU
-from vmferry.negotiation.report import KindOffer
+from vmferry.memory import hugepages
+from vmferry.memory.backings import ANONYMOUS, HUGETLBFS, MEMFD, TMPFS
+from vmferry.memory.runs import PAGE_SIZE
+from vmferry.negotiation.facts import KindOffer
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CLOCK_SOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
-def available_memory_bytes(ram_root: Path) -> int:
-    """Memory that new guests could take now: bounded by the host, by its control group and by the RAM folder."""
+@dataclass(frozen=True)
+class MemoryBacking:
+    """A kind of guest memory that this host can make."""
+
+    name: str
+    page_bytes: int
+    available_bytes: int
+    """How much of it new guests could take now."""
+
+
+def memory_backings(ram_root: Path, huge_root: Path | None) -> list[MemoryBacking]:
+    """What guest memory can be here, and how much of each kind is left."""
+    free = _available_memory_bytes()
+    room = _file_system_room(ram_root)
+    found = [
+        MemoryBacking(TMPFS, PAGE_SIZE, min(free, room)),
+        MemoryBacking(MEMFD, PAGE_SIZE, free),
+        MemoryBacking(ANONYMOUS, PAGE_SIZE, free),
+    ]
+    if huge_root is not None:
+        with contextlib.suppress(ConfigError, OSError):
+            hugepages.check_folder(huge_root)
+            found.append(
+                MemoryBacking(HUGETLBFS, hugepages.HUGE_PAGE_BYTES, hugepages.available_bytes(huge_root))
+            )
+    return found
+
+
+def _available_memory_bytes() -> int:
+    """Memory that new guests could take now: bounded by the host and by its control group."""
     values = dict(
         line.split(":", 1)
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         if ":" in line
     )
     available = int(values["MemAvailable"].split()[0]) * 1024
-    folder = ram_root if ram_root.exists() else _existing_parent(ram_root)
-    file_system = os.statvfs(folder)
-    return max(0, min(available, file_system.f_bavail * file_system.f_frsize, _control_group_room()))
+    return max(0, min(available, _control_group_room()))
+
+
+def _file_system_room(ram_root: Path) -> int:
+    file_system = os.statvfs(ram_root if ram_root.exists() else _existing_parent(ram_root))
+    return file_system.f_bavail * file_system.f_frsize
 
 
 def _existing_parent(path: Path) -> Path:
@@ -52,6 +88,19 @@ def _control_group_room() -> int:
 def kernel_release() -> str:
     """Release of the running kernel."""
     return platform.release()
+
+
+def clock_source() -> str:
+    """What the kernel counts time by; empty if it does not say."""
+    try:
+        return _CLOCK_SOURCE.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def usable_cpus() -> int:
+    """Processors that this process, and the machines it starts, may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def software_version() -> str:

@@ -12,6 +12,7 @@ itself.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.errors import (
+    InsufficientMemoryError,
     MachineDeadError,
     MachineExistsError,
     MachineFailedError,
@@ -36,14 +38,20 @@ from vmferry.machines.port import RunState
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory import memfd
+from vmferry.memory.backings import HUGETLBFS, MEMFD, TMPFS
+from vmferry.memory.hugepages import available_bytes
 from vmferry.memory.regions import RamFile
 
 DEFAULT_START_TIMEOUT_S: Final = 20.0
 
+FILES: Final = (TMPFS, HUGETLBFS)
+"""Kinds of guest memory that are files with names."""
+
 _QUIT_S: Final = 5.0
 _TERM_S: Final = 2.0
 _KILL_S: Final = 5.0
-_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG")
+_PASSED_ON: Final = ("PATH", "PYTHONPATH", "LANG", "VMFERRY_ACTIVITY_DIR")
 _MIB: Final = 1024 * 1024
 
 
@@ -66,6 +74,8 @@ async def start_machine(
 
     Raises:
         MachineExistsError: the name or the identity is taken.
+        InsufficientMemoryError: there are not enough huge pages.
+        ConfigError: this host has no place for its memory.
         MachineFailedError: the process ended or does not answer; with the last lines of its log.
     """
     paths = directory.claim(spec)
@@ -74,11 +84,10 @@ async def start_machine(
     try:
         if ram_exists:
             _check_ram(paths.ram, spec.memory_mib * _MIB)
-        else:
-            _make_ram(paths.ram, spec.memory_mib * _MIB)
+        elif spec.memory_backing in FILES:
+            _make_ram(spec, paths.ram)
             own_ram = True
-        command = render_command(spec, paths, incoming=incoming)
-        made = MachineRecord(spec, paths, _spawn(command, paths), alive=True)
+        made = MachineRecord(spec, paths, _start(spec, paths, incoming=incoming), alive=True)
         return await _ready(directory, made, incoming=incoming, start_timeout_s=start_timeout_s)
     except BaseException:
         await _undo(directory, made, remove_ram=own_ram)
@@ -91,11 +100,14 @@ async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None
     Raises:
         MachineFailedError: the process cannot be ended; nothing was removed.
     """
-    with contextlib.suppress(MachineDeadError, MachineFailedError):
-        await machine.quit()
-    for number, patience_s in ((None, _QUIT_S), (signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
-        if number is not None:
-            machine.process.send_signal(number)
+    with contextlib.suppress(MachineDeadError, MachineFailedError, TimeoutError):
+        async with asyncio.timeout(_QUIT_S):
+            await machine.quit()
+            await machine.process.wait_ended(_QUIT_S)
+    for number, patience_s in ((signal.SIGTERM, _TERM_S), (signal.SIGKILL, _KILL_S)):
+        if not machine.process.alive():
+            break
+        machine.process.send_signal(number)
         if await machine.process.wait_ended(patience_s):
             break
     else:
@@ -167,8 +179,15 @@ async def _undo(directory: MachineDirectory, made: MachineRecord, *, remove_ram:
             directory.forget(made, remove_ram=remove_ram)
 
 
-def _make_ram(path: Path, size_bytes: int) -> None:
+def _make_ram(spec: MachineSpec, path: Path) -> None:
     """Make an empty memory file. No page of it is taken before the guest or the receiver writes to it."""
+    size_bytes = spec.memory_mib * _MIB
+    if spec.memory_backing == HUGETLBFS and (room := available_bytes(path.parent)) < size_bytes:
+        raise InsufficientMemoryError(
+            f"{spec.name} needs {spec.memory_mib} MiB in huge pages, this host has {room // _MIB} MiB to give",
+            field="memory_mib",
+            remedy="Have the kernel set more aside: sysctl vm.nr_hugepages=N, each of 2 MiB.",
+        )
     try:
         RamFile.create(path, size_bytes).close()
     except FileExistsError as error:
@@ -191,7 +210,19 @@ def _check_ram(path: Path, size_bytes: int) -> None:
         )
 
 
-def _spawn(command: list[str], paths: MachinePaths) -> ProcessIdentity:
+def _start(spec: MachineSpec, paths: MachinePaths, *, incoming: bool) -> ProcessIdentity:
+    """Start the process, which inherits the memory of a machine whose memory has no name."""
+    if spec.memory_backing != MEMFD:
+        return _spawn(render_command(spec, paths, incoming=incoming), paths)
+    descriptor = memfd.make(spec.uuid, spec.memory_mib * _MIB)
+    try:
+        command = render_command(spec, paths, incoming=incoming, memory_fd=descriptor)
+        return _spawn(command, paths, inherits=(descriptor,))
+    finally:
+        os.close(descriptor)
+
+
+def _spawn(command: list[str], paths: MachinePaths, *, inherits: tuple[int, ...] = ()) -> ProcessIdentity:
     environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
     # With the umask of a machine, the folders of its byte code would be shut to everybody else.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
@@ -206,7 +237,7 @@ def _spawn(command: list[str], paths: MachinePaths) -> ProcessIdentity:
             env=environment,
             cwd="/",
             umask=0o077,
-            close_fds=True,
+            pass_fds=inherits,
             start_new_session=True,
         )
     except OSError as error:

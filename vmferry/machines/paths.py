@@ -27,7 +27,7 @@ class MachinePaths:
     home: Path
     """The machine's own folder, mode 0700."""
     ram: Path
-    """Guest memory, mode 0600."""
+    """Guest memory, mode 0600, of machines whose memory is a file with a name."""
 
     @classmethod
     def of(cls, root: Path, ram_root: Path, *, name: str, uuid: str) -> MachinePaths:
@@ -71,6 +71,16 @@ class MachinePaths:
     def state_socket(self) -> Path:
         """The socket through which device state comes and goes; it exists only meanwhile."""
         return self.home / "device-state.sock"
+
+    @property
+    def serial_socket(self) -> Path:
+        """The socket that leads to the guest's serial port, of machines whose port leads to one."""
+        return self.home / "serial.sock"
+
+    @property
+    def stream_socket(self) -> Path:
+        """The socket of the hypervisor's own migration stream; it exists until both ends have met."""
+        return self.home / "stream.sock"
 
     @property
     def serial(self) -> Path:

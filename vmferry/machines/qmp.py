@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from vmferry.errors import (
@@ -21,15 +20,21 @@ from vmferry.errors import (
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    TrackerUnavailableError,
     WrongPhaseError,
 )
 from vmferry.handoff.gate import ResumePermit
+from vmferry.machines.inspection import Inspection, inspect
+from vmferry.machines.migrating import MigrationControl, StreamProgress
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
+from vmferry.machines.qemu.spec import IMAGE_FORMATS
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
+from vmferry.memory import memfd
+from vmferry.memory.backings import MEMFD
 from vmferry.memory.regions import Region
 
 DEFAULT_QMP_TIMEOUT_S: Final = 10.0
@@ -59,22 +64,8 @@ _RUN_STATES: Final = {
     "watchdog": RunState.FAILED,
 }
 _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
-_SAVING: Final = frozenset({"setup", "active", "device", "pre-switchover", "cancelling", "wait-unplug"})
-_ENDED_BADLY: Final = frozenset({"failed", "cancelled", "cancelling"})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
-
-
-_IGNORE_SHARED: Final = "x-ignore-shared"
-
-
-@dataclass(frozen=True)
-class HypervisorFacts:
-    """What a running hypervisor says about itself."""
-
-    version: str
-    blockers: Sequence[str]
-    """Why it would not let its machine go; empty if nothing stands in the way."""
 
 
 class QmpMachine(Machine):
@@ -95,7 +86,13 @@ class QmpMachine(Machine):
         address = paths.observer if observe and spec.kind == QEMU else paths.qmp
         self._monitor = Monitor(spec, paths, process, address, qmp_timeout_s=qmp_timeout_s)
         self._lock = asyncio.Lock()
-        self._ignoring_shared = False
+        self._migration = MigrationControl(
+            self._monitor,
+            self._failure,
+            qemu=spec.kind == QEMU,
+            disks=spec.qemu is not None and bool(spec.qemu.disks),
+            timeout_s=qmp_timeout_s,
+        )
         self._loaded: bytes | None = None
         self.paths = paths
         self.process = process
@@ -112,8 +109,21 @@ class QmpMachine(Machine):
 
     @property
     def ram(self) -> Region:
-        """The guest's memory."""
-        return Region(name="ram", path=self.paths.ram, size_bytes=self._spec.memory_mib * _MIB)
+        """The guest's memory.
+
+        Raises:
+            TrackerUnavailableError: it cannot be reached from outside of the machine's process.
+        """
+        path = self.paths.ram
+        if self._spec.memory_backing == MEMFD:
+            path = memfd.find(self.pid, self._spec.uuid)
+        elif not self._spec.shared_memory:
+            raise TrackerUnavailableError(
+                f"the memory of {self._spec.name} is private to process {self.pid}",
+                remedy="Describe the machine with another memory_backing.",
+                pid=self.pid,
+            )
+        return Region(name="ram", path=path, size_bytes=self._spec.memory_mib * _MIB)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the process, which was just started, takes commands."""
@@ -122,15 +132,19 @@ class QmpMachine(Machine):
 
     async def run_state(self) -> RunState:
         """What the vCPUs are doing."""
+        return (await self.status())[0]
+
+    async def status(self) -> tuple[RunState, str]:
+        """What the vCPUs are doing, and the hypervisor's own word for it."""
         async with self._lock:
-            return await self._run_state()
+            return await self._status()
 
     async def stop(self) -> None:
         """Pause the guest. The hypervisor answers once the vCPUs stand; its state is asked to be sure."""
         async with self._lock:
             await self._monitor.execute("stop", repeatable=True)
             if await self._run_state() is RunState.RUNNING:
-                raise self._failure("stop", "the guest still runs")
+                raise self._failure("stop", "the guest still runs, or is asleep and cannot be held still")
 
     async def cont(self, permit: ResumePermit) -> None:
         """Let the guest run, with a permit for this machine."""
@@ -143,12 +157,15 @@ class QmpMachine(Machine):
         async with self._lock:
             state = await self._run_state()
             if state is RunState.RUNNING:
+                # A stream that was begun with the guest running is of no use to anybody any more.
+                await self._migration.end()
                 return
             # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
             # wish and start the guest by itself as soon as the state has come.
             self._require(state, _STOPPED, "be resumed")
             if self._loaded is None:
-                await self._end_saving()
+                # QEMU does not go on in the middle of a save, maybe one that another process had begun.
+                await self._migration.end()
             self._loaded = None
             await self._monitor.execute("cont", repeatable=True)
             if await self._run_state() in _STOPPED:
@@ -157,7 +174,24 @@ class QmpMachine(Machine):
     async def get_ready(self) -> None:
         """Do beforehand what saving and loading need, so that the guest's pause is shorter."""
         async with self._lock:
-            await self._ignore_shared_memory()
+            await self._migration.end()
+            await self._migration.prepare_device_state()
+
+    async def check_images(self) -> None:
+        """Refuse a hypervisor that opened other images than its description names.
+
+        A header may name more of them, and whoever writes to an image may have changed it since it was looked at.
+        """
+        disks = self._spec.qemu.disks if self._spec.qemu is not None else ()
+        if not disks:
+            return
+        async with self._lock:
+            nodes = await self._monitor.execute("query-named-block-nodes", {"flat": True}, repeatable=True)
+        named = {("file", disk.path) for disk in disks}
+        opened = {(str(node["drv"]), str(node["file"])) for node in nodes if node["drv"] not in IMAGE_FORMATS}
+        if opened - named:
+            words = ", ".join(f"{driver}:{file}" for driver, file in sorted(opened - named))
+            raise self._failure("query-named-block-nodes", f"it has opened what no disk names: {words}")
 
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM, asked for anew by each call."""
@@ -177,10 +211,67 @@ class QmpMachine(Machine):
             try:
                 await self._load(data)
             except MachineDeadError as error:
-                # QEMU ends itself over device state it does not understand, and says why in its log.
-                words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
-                raise self._failure("migrate-incoming", words) from error
+                raise self._ended_while_loading() from error
             self._loaded = digest
+
+    async def get_ready_to_stream(self) -> None:
+        """Do beforehand what the hypervisor's own migration stream needs."""
+        async with self._lock:
+            await self._migration.end()
+            await self._migration.prepare_stream()
+
+    async def begin_stream(self, path: Path) -> None:
+        """Have the hypervisor, which was got ready for it, stream memory and all to the socket at ``path``."""
+        async with self._lock:
+            await self._migration.send(path)
+
+    async def stream_progress(self) -> StreamProgress:
+        """How that stream stands; raises the hypervisor's words if it failed."""
+        async with self._lock:
+            return await self._migration.progress()
+
+    async def finish_stream(self) -> None:
+        """Have the rest sent, once the hypervisor has paused for that."""
+        async with self._lock:
+            await self._migration.go_on()
+
+    async def wait_stream_completed(self) -> None:
+        """Wait until the hypervisor says that all was sent, and has settled down with its guest paused."""
+        async with self._lock:
+            while True:
+                completed = await self._migration.completed("migrate")
+                if completed and await self._run_state() is RunState.POSTMIGRATE:
+                    return
+                await asyncio.sleep(_POLL_S)
+
+    async def end_stream(self) -> None:
+        """End a stream that is not wanted any more; returns when it has ended."""
+        async with self._lock:
+            await self._migration.end()
+
+    async def receive_stream(self, path: Path) -> None:
+        """Have a waiting hypervisor listen at ``path`` for such a stream."""
+        async with self._lock:
+            self._require(await self._run_state(), frozenset({RunState.INMIGRATE}), "take in a stream")
+            await self._migration.prepare_incoming_stream()
+            await self._migration.receive(path)
+
+    async def wait_stream_loaded(self) -> None:
+        """Wait until the hypervisor has loaded a stream that it was given to its end, and is paused."""
+        async with self._lock:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    state = await self._until_loaded()
+            except TimeoutError as error:
+                raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
+            except MachineDeadError as error:
+                raise self._ended_while_loading() from error
+            self._check_loaded(state)
+            self._loaded = b""
+
+    def stream_refused(self) -> MachineFailedError:
+        """What to say of a hypervisor that hung up on its stream."""
+        return self._ended_while_loading()
 
     async def announce(self) -> None:
         """Tell the network where the machine is now."""
@@ -215,21 +306,10 @@ class QmpMachine(Machine):
         except (KeyError, TypeError, ValueError) as error:
             raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
 
-    async def hypervisor(self) -> HypervisorFacts:
-        """Ask for the release, and for what forbids a migration."""
+    async def inspect(self) -> Inspection:
+        """What QEMU says of its release, its parts, and what forbids a migration."""
         async with self._lock:
-            release = await self._monitor.execute("query-version", repeatable=True)
-            capabilities = await self._monitor.execute("query-migrate-capabilities", repeatable=True)
-            progress = await self._monitor.execute("query-migrate", repeatable=True)
-        try:
-            numbers = release["qemu"]
-            version = f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
-            blockers = [str(reason) for reason in progress.get("blocked-reasons", ())]
-            if _IGNORE_SHARED not in {capability["capability"] for capability in capabilities}:
-                blockers.append(f"it has no capability {_IGNORE_SHARED}")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._failure("query-version", f"an answer without sense: {error!r}") from error
-        return HypervisorFacts(version, tuple(blockers))
+            return await inspect(self._monitor, self._migration.needed)
 
     async def alive(self) -> bool:
         """Whether the machine's process runs."""
@@ -251,6 +331,9 @@ class QmpMachine(Machine):
             await self._monitor.close()
 
     async def _run_state(self) -> RunState:
+        return (await self._status())[0]
+
+    async def _status(self) -> tuple[RunState, str]:
         answer = await self._monitor.execute("query-status", repeatable=True)
         word = answer.get("status") if isinstance(answer, dict) else None
         state = _RUN_STATES.get(str(word))
@@ -258,12 +341,12 @@ class QmpMachine(Machine):
             raise self._failure(
                 "query-status", f"the hypervisor names a state that is not known here: {word!r}"
             )
-        return state
+        return state, str(word)
 
     async def _save(self) -> bytes:
-        await self._ignore_shared_memory()
+        await self._migration.prepare_device_state()
         async with receiving(self.paths.state_socket) as received:
-            await self._monitor.execute("migrate", {"uri": f"unix:{self.paths.state_socket}"})
+            await self._migration.send(self.paths.state_socket)
             await self._until_completed(received)
             try:
                 data = received.result()
@@ -283,37 +366,34 @@ class QmpMachine(Machine):
                     await asyncio.wait((received,), timeout=_WATCH_S)
                     if received.done() and received.exception() is not None:
                         return
-                    if await self._migration_completed("migrate") and received.done():
+                    if await self._migration.completed("migrate") and received.done():
                         return
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
             raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
 
-    async def _end_saving(self) -> None:
-        """End a save that was broken off, maybe by another process; QEMU does not go on in the middle of one."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                while (await self._migration_status())[0] in _SAVING:
-                    if self._spec.kind == QEMU:
-                        await self._monitor.execute("migrate_cancel", repeatable=True)
-                    await asyncio.sleep(_POLL_S)
-        except TimeoutError as error:
-            raise self._failure("migrate_cancel", f"no end within {self._timeout_s:g} s") from error
-
     async def _load(self, data: bytes) -> None:
-        await self._ignore_shared_memory()
+        await self._migration.prepare_device_state()
         path = self.paths.state_socket
         try:
             with temporary(path):
-                await self._monitor.execute("migrate-incoming", {"uri": f"unix:{path}"})
+                await self._migration.receive(path)
                 async with asyncio.timeout(self._timeout_s), sending(path, data):
                     state = await self._until_loaded()
         except TimeoutError as error:
             raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
         except OSError as error:
             raise self._failure("migrate-incoming", f"its socket cannot be reached: {error}") from error
+        self._check_loaded(state)
+
+    def _check_loaded(self, state: RunState) -> None:
         if state not in {RunState.PAUSED, RunState.PRELAUNCH}:
             raise self._failure("migrate-incoming", f"the machine is {state} after loading")
+
+    def _ended_while_loading(self) -> MachineFailedError:
+        """QEMU ends itself over a state it does not understand, and says why in its log."""
+        words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
+        return self._failure("migrate-incoming", words)
 
     async def _until_loaded(self) -> RunState:
         loop = asyncio.get_running_loop()
@@ -321,32 +401,9 @@ class QmpMachine(Machine):
         while (state := await self._run_state()) is RunState.INMIGRATE:
             # The guest stands still meanwhile, so only a load that takes long is asked whether it failed.
             if loop.time() > look_after:
-                await self._migration_completed("migrate-incoming")
+                await self._migration.completed("migrate-incoming")
             await asyncio.sleep(_POLL_S)
         return state
-
-    async def _migration_completed(self, command: str) -> bool:
-        """Whether the hypervisor says it is through; raises its words if it failed."""
-        status, words = await self._migration_status()
-        if status in _ENDED_BADLY:
-            raise self._failure(command, words or status)
-        return status == "completed"
-
-    async def _migration_status(self) -> tuple[str, str]:
-        """How the hypervisor says its own migration stands, and what went wrong with it."""
-        answer = await self._monitor.execute("query-migrate", repeatable=True)
-        found = answer if isinstance(answer, dict) else {}
-        return str(found.get("status", "")), str(found.get("error-desc", ""))
-
-    async def _ignore_shared_memory(self) -> None:
-        """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
-        if self._ignoring_shared:
-            return
-        capability = {"capability": _IGNORE_SHARED, "state": True}
-        await self._monitor.execute(
-            "migrate-set-capabilities", {"capabilities": [capability]}, repeatable=True
-        )
-        self._ignoring_shared = True  # for as long as the process lives
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:

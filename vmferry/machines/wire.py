@@ -10,8 +10,8 @@ from typing import Any
 
 from vmferry.errors import InvalidArgumentError
 from vmferry.machines.microvm.spec import MicrovmSpec
-from vmferry.machines.qemu.spec import DiskSpec, NicSpec, QemuSpec
-from vmferry.machines.spec import MachineSpec
+from vmferry.machines.qemu.spec import DeviceSpec, DiskSpec, NicSpec, QemuSpec
+from vmferry.machines.spec import MachineSpec, check_version
 from vmferry.v1 import machine_pb2
 
 
@@ -31,6 +31,7 @@ def spec_to_message(spec: MachineSpec) -> machine_pb2.MachineSpec:
         values = _values(spec.qemu)
         values["disks"] = [machine_pb2.QemuDisk(**_values(disk)) for disk in spec.qemu.disks]
         values["nics"] = [machine_pb2.QemuNic(**_values(nic)) for nic in spec.qemu.nics]
+        values["devices"] = [machine_pb2.QemuDevice(**_values(device)) for device in spec.qemu.devices]
         message.qemu.CopyFrom(machine_pb2.QemuSpec(**values))
     return message
 
@@ -42,8 +43,8 @@ def spec_from_message(message: machine_pb2.MachineSpec) -> MachineSpec:
         InvalidArgumentError: a field is wrong; ``field`` is its path in the request.
     """
     try:
-        return MachineSpec(
-            version=message.version,
+        given = check_version(message.version)
+        spec = MachineSpec(
             name=message.name,
             uuid=message.uuid,
             kind=message.kind,
@@ -52,9 +53,11 @@ def spec_from_message(message: machine_pb2.MachineSpec) -> MachineSpec:
             microvm=_microvm(message.microvm) if message.HasField("microvm") else None,
             qemu=_qemu(message.qemu) if message.HasField("qemu") else None,
         )
+        spec.check_said(given)
     except InvalidArgumentError as error:
         error.field = f"spec.{error.field}"
         raise
+    return spec
 
 
 def _microvm(message: machine_pb2.MicrovmSpec) -> MicrovmSpec:
@@ -65,6 +68,7 @@ def _qemu(message: machine_pb2.QemuSpec) -> QemuSpec:
     parts = {
         "disks": tuple(DiskSpec(**_read(DiskSpec, disk)) for disk in message.disks),
         "nics": tuple(NicSpec(**_read(NicSpec, nic)) for nic in message.nics),
+        "devices": tuple(DeviceSpec(**_read(DeviceSpec, device)) for device in message.devices),
     }
     return QemuSpec(**_read(QemuSpec, message) | parts)
 
@@ -75,4 +79,9 @@ def _values(record: Any) -> dict[str, Any]:
 
 
 def _read(cls: Any, message: Any) -> dict[str, Any]:
-    return {field.name: getattr(message, field.name) for field in fields(cls)}
+    """What a message says; a field that version 1 did not have and that is empty says its default."""
+    return {
+        field.name: getattr(message, field.name)
+        for field in fields(cls)
+        if getattr(message, field.name) or "added" not in field.metadata
+    }

@@ -97,8 +97,13 @@ class PageMap:
         pages whose table entry was dropped since. The second finds page tables that are missing as a whole:
         :meth:`protect` made all of them, so a missing one was thrown away with the notes it held (this happens
         when a huge page is split), and all its pages must count as written.
+
+        The pages of a hugetlbfs file are never split, reclaimed or moved to swap, so there one without an entry was
+        not touched, or was let go by its own process together with its content; protecting it changes nothing.
         """
         written = self._pages(WP_MATCHING, mask=WRITTEN)
+        if self._mapped.huge:
+            return written
         dropped = self._pages(WP_MATCHING, mask=ABSENT, inverted=ABSENT)
         return written.union(dropped) if dropped else written
 
@@ -110,6 +115,10 @@ class PageMap:
                 for inverted, mask in ((0, WRITTEN), (ABSENT, ABSENT))
                 for starts, ends in self._walk(CHECK_WPASYNC, mask=mask, inverted=inverted)
             )
+
+    def peek_written(self) -> PageRuns:
+        """The pages that :meth:`take_written` would report, of memory in huge pages; protects nothing."""
+        return self._pages(0, mask=WRITTEN)
 
     def _pages(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
         """Walk the region; the pages whose categories match."""

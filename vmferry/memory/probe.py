@@ -24,6 +24,7 @@ from vmferry.memory.trackers import (
     PAGEMAP_SCAN_KIND,
     SOFT_DIRTY_KIND,
     HashTracker,
+    HugePageTracker,
     PagemapScanTracker,
     SoftDirtyTracker,
     Tracker,
@@ -44,7 +45,9 @@ for line in sys.stdin:
 
 _Make = Callable[[MappedRegion, RamFile, PageTable], Tracker]
 _TRACKERS: Final[dict[str, _Make]] = {
-    PAGEMAP_SCAN_KIND: lambda mapped, _ram, _sent: PagemapScanTracker(mapped),
+    PAGEMAP_SCAN_KIND: lambda mapped, ram, sent: (
+        HugePageTracker(mapped, ram, sent) if mapped.huge else PagemapScanTracker(mapped)
+    ),
     SOFT_DIRTY_KIND: SoftDirtyTracker,
     HASH_KIND: lambda _mapped, ram, sent: HashTracker(ram, sent),
 }
@@ -88,6 +91,9 @@ def choose_tracker(
         TrackerUnavailableError: there is no such tracker, or it does not work here.
     """
     findings = probe_trackers() if findings is None else findings
+    if mapped.huge:
+        # The kernel keeps no such bits for huge pages, and says nothing about it.
+        findings = [finding for finding in findings if finding.kind != SOFT_DIRTY_KIND]
     for finding in findings:
         if finding.usable and insist in ("", finding.kind):
             return _TRACKERS[finding.kind](mapped, ram, sent)

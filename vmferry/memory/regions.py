@@ -1,8 +1,8 @@
 """Where guest memory is: the RAM file, and the place where a machine's process maps it.
 
 Promise: :func:`find_mapping` answers only for memory whose every write a tracker can see (one shared mapping
-of the whole file), and :class:`RamFile` moves pages between the file and a caller's buffer without ever mapping
-them, so that the resident memory of a service does not grow with the machine.
+of the whole file), and :class:`RamFile` moves pages between the file and a caller's buffer without mapping more
+than one page of it at a time, so that the resident memory of a service does not grow with the machine.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vmferry.errors import (
     MachineFailedError,
     TrackerUnavailableError,
 )
+from vmferry.memory.hugepages import file_page_bytes, path_page_bytes, write_spans
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
 _KEEP_SIZE: Final = 1
@@ -65,6 +66,8 @@ class MappedRegion:
     region: Region
     pid: int
     address: int
+    huge: bool = False
+    """Whether it consists of huge pages, of which the kernel notes writes as a whole."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def find_mapping(pid: int, region: Region) -> MappedRegion:
             pid=pid,
             region=region.name,
         )
-    return MappedRegion(region, pid, address)
+    return MappedRegion(region, pid, address, huge=path_page_bytes(region.path) > 0)
 
 
 def data_runs(fd: int, size_bytes: int) -> PageRuns:
@@ -172,6 +175,7 @@ class RamFile:
         self.path = path
         self.size_bytes = size_bytes
         self.page_count = size_bytes // PAGE_SIZE
+        self._huge_page_bytes = file_page_bytes(fd)
 
     @classmethod
     def open(cls, path: Path, size_bytes: int, *, writable: bool = False) -> Self:
@@ -241,6 +245,10 @@ class RamFile:
         spans = self._spans(runs, len(data))
         if sum(length for _, length in spans) != len(data):
             raise ChunkRejectedError(f"the runs do not fill {len(data)} bytes", path=self.path)
+        if self._huge_page_bytes:
+            with _out_of_memory(self.path):
+                write_spans(self._fd, self._huge_page_bytes, spans, data)
+            return
         position = 0
         for offset, length in spans:
             done = 0

@@ -8,7 +8,8 @@ What no tracker but ``hash`` can see, because no page table entry of the machine
 through another process's mapping or through the RAM file itself, and data that a device or the kernel still
 transfers to pages it pinned earlier (VFIO; also disk reads with O_DIRECT, ``cache.direct=on``, that were begun
 before a scan and end after the read). The negotiation refuses machines that have such devices.
-Giving memory back by punching a hole (a balloon) is not a write: its content was given up.
+Giving memory back by punching a hole (a balloon) is not a write: its content was given up. What reads as zero
+since then and was sent as something else is found by :func:`given_up`.
 """
 
 from __future__ import annotations
@@ -97,10 +98,45 @@ class PagemapScanTracker:
             self._pagemap.close()
             self._pagemap = None
 
+    def peek(self) -> PageRuns:
+        """What the next scan would report, of memory in huge pages; protects nothing."""
+        return self._armed().peek_written()
+
     def _armed(self) -> PageMap:
         if self._pagemap is None:
             raise TrackerUnavailableError(f"the tracker of process {self._mapped.pid} is not armed")
         return self._pagemap
+
+
+class HugePageTracker:
+    """The same for memory in huge pages: the kernel names whole huge pages, and the pages in them are compared.
+
+    A guest that writes a little everywhere writes to every huge page all the time. So the pages of those that were
+    written are compared by digest with what was sent, which costs less than sending all of them.
+    """
+
+    kind: Final = PAGEMAP_SCAN_KIND
+
+    def __init__(self, mapped: MappedRegion, ram: RamFile, sent: PageTable) -> None:
+        self._tracker = PagemapScanTracker(mapped)
+        self._ram = ram
+        self._sent = sent
+
+    def arm(self) -> None:
+        """Protect every page."""
+        self._tracker.arm()
+
+    def scan(self) -> PageRuns:
+        """Protect, then read and compare what was written."""
+        return _differing(self._ram, self._sent, self._tracker.scan())
+
+    def count(self) -> int:
+        """Read and compare what was written, protecting nothing."""
+        return _differing(self._ram, self._sent, self._tracker.peek()).page_count
+
+    def disarm(self) -> None:
+        """Undo the injection."""
+        self._tracker.disarm()
 
 
 class SoftDirtyTracker:
@@ -180,6 +216,12 @@ class HashTracker:
 
     def disarm(self) -> None:
         """Nothing is left to undo."""
+
+
+def given_up(ram: RamFile, sent: PageTable) -> PageRuns:
+    """The pages that are holes now and were sent as something else than zero."""
+    holes = PageRuns.whole(ram.page_count).difference(ram.data_runs())
+    return PageRuns(_punched(sent, holes))
 
 
 def _differing(ram: RamFile, sent: PageTable, pages: PageRuns) -> PageRuns:

@@ -6,96 +6,51 @@ started only if nothing blocks. Pure: facts in, findings out.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-PROTOCOL_VERSIONS = (1,)
+from vmferry.negotiation.about_cpu import about_cpu
+from vmferry.negotiation.about_host import (
+    about_certificates,
+    about_clocks,
+    about_kernels,
+    about_memory,
+    about_room,
+    about_software,
+)
+from vmferry.negotiation.about_machine import about_kind, about_parts, about_state
+from vmferry.negotiation.facts import (
+    PAGE_SIZE_BYTES,
+    HostFacts,
+    KindOffer,
+    MachineFacts,
+    Offer,
+    TrackerFact,
+)
+from vmferry.negotiation.findings import Finding, Severity, finding
+from vmferry.negotiation.path import STREAM, PathFacts, PathWishes, choose_path
+
+PROTOCOL_VERSIONS = (2, 1)
 """What this release speaks, newest first."""
-PAGE_SIZE_BYTES = 4096
+LOST_BELOW = {2: "a machine whose memory cannot be read from outside cannot be moved"}
+"""What cannot be done with a destination that does not speak a version yet."""
 ENCODINGS = ("none",)
-_MIB = 1024 * 1024
+"""What page contents may be sent as, the preferred first."""
 
-
-class Severity(enum.IntEnum):
-    """How much a finding matters; the values are those of ``vmferry.v1.Severity``."""
-
-    NOTE = 1
-    WARNS = 2
-    BLOCKS = 3
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    severity: Severity
-    id: str
-    message: str
-    object: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class KindOffer:
-    """A machine kind a host can run."""
-
-    kind: str
-    version: str
-    oldest_state_version: int
-    newest_state_version: int
-    binary: str = ""
-    machine_types: Sequence[str] = ()
-    accelerators: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class MachineFacts:
-    """What the source knows about the machine."""
-
-    name: str
-    machine_id: str
-    kind: str
-    state_version: int
-    memory_bytes: int
-    vcpus: int
-    running: bool
-    owned: bool
-    migrating: bool
-    binary: str = ""
-    """The hypervisor that its description names, if it names one."""
-    hypervisor_version: str = ""
-    """Of its running process, for kinds whose hosts have different ones."""
-    blockers: Sequence[str] = ()
-    """Why its hypervisor would not let it go, in its own words."""
-
-
-@dataclass(frozen=True)
-class TrackerFact:
-    """What a probe found about one write tracker at the source."""
-
-    kind: str
-    usable: bool
-    reason: str
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What the destination offers."""
-
-    host: str
-    software_version: str
-    protocol_versions: Sequence[int]
-    kinds: Sequence[KindOffer]
-    available_memory_bytes: int
-    page_size_bytes: int
-    encodings: Sequence[str]
-    incoming_migrations: int
-    max_incoming_migrations: int
-    machine_names: Sequence[str]
-    held_machine_ids: Sequence[str]
-    refusals: Sequence[Finding] = ()
-    """What it found wrong with the machine's description."""
+__all__ = [
+    "ENCODINGS",
+    "PAGE_SIZE_BYTES",
+    "PROTOCOL_VERSIONS",
+    "Finding",
+    "HostFacts",
+    "KindOffer",
+    "MachineFacts",
+    "Offer",
+    "Report",
+    "Severity",
+    "TrackerFact",
+    "compare",
+]
 
 
 @dataclass(frozen=True)
@@ -105,30 +60,69 @@ class Report:
     findings: Sequence[Finding]
     protocol_version: int
     tracker: str
+    path: str = ""
+    path_reason: str = ""
 
     @property
     def blocking(self) -> list[Finding]:
         """The findings that forbid the migration."""
-        return [finding for finding in self.findings if finding.severity is Severity.BLOCKS]
+        return [found for found in self.findings if found.severity is Severity.BLOCKS]
 
 
 def compare(
-    machine: MachineFacts, offer: Offer, trackers: Sequence[TrackerFact], *, insist_on_tracker: str = ""
+    machine: MachineFacts,
+    offer: Offer,
+    trackers: Sequence[TrackerFact],
+    *,
+    here: HostFacts | None = None,
+    insist_on_tracker: str = "",
+    insist_on_path: str = "",
+    compare_bytes: bool = False,
+    switch_timeout_s: float = 0.0,
 ) -> Report:
     """Everything that is to be said about moving ``machine`` to the host of ``offer``."""
+    here = here or HostFacts()
     common = [version for version in PROTOCOL_VERSIONS if version in offer.protocol_versions]
     tracker = _choose(trackers, insist_on_tracker)
+    wishes = PathWishes(insist_on_path, insist_on_tracker, compare_bytes)
+    way = choose_path(_path_facts(machine, offer, trackers, tracker, max(common, default=0)), wishes)
     findings = [
-        *_about_protocol(common, offer),
-        *_about_machine(machine),
-        *_about_kind(machine, offer),
-        *_about_host(machine, offer),
-        *_about_trackers(tracker, trackers, insist_on_tracker),
+        *about_protocol(PROTOCOL_VERSIONS, offer),
+        *_about_encodings(offer),
+        *about_state(machine),
+        *about_parts(machine),
+        *about_kind(machine, offer),
+        *about_cpu(machine, offer),
+        *about_room(machine, offer),
+        *about_memory(machine, offer),
+        *way.findings,
+        *(_about_trackers(tracker, trackers, insist_on_tracker) if way.path != STREAM else ()),
+        *about_kernels(here, offer),
+        *about_clocks(machine, here, offer),
+        *about_certificates(machine, here, offer, switch_s=switch_timeout_s),
+        *about_software(here, offer),
     ]
-    told = {finding.id for finding in findings}
-    findings += [finding for finding in offer.refusals if finding.id not in told]
-    findings.sort(key=lambda finding: -finding.severity)
-    return Report(tuple(findings), max(common, default=0), tracker)
+    told = {found.id for found in findings}
+    findings += [found for found in offer.refusals if found.id not in told]
+    findings.sort(key=lambda found: -found.severity)
+    used = tracker if way.path != STREAM else ""
+    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason)
+
+
+def _path_facts(
+    machine: MachineFacts, offer: Offer, trackers: Sequence[TrackerFact], tracker: str, version: int
+) -> PathFacts:
+    return PathFacts(
+        machine=machine.name,
+        kind=machine.kind,
+        shared_memory=machine.shared_memory,
+        streams_live=machine.streams_live,
+        tracker=tracker,
+        tracker_problem="; ".join(f"{found.kind}: {found.reason}" for found in trackers if not found.usable),
+        protocol_version=version,
+        destination=offer.host,
+        receives=offer.paths,
+    )
 
 
 def _choose(trackers: Sequence[TrackerFact], insist: str) -> str:
@@ -138,155 +132,63 @@ def _choose(trackers: Sequence[TrackerFact], insist: str) -> str:
     return usable[0] if usable else ""
 
 
-def _about_protocol(common: Sequence[int], offer: Offer) -> Iterator[Finding]:
+def about_protocol(spoken: Sequence[int], offer: Offer) -> Iterator[Finding]:
+    """Whether the hosts understand each other, and what is lost if only an older version is common.
+
+    Args:
+        spoken: what this host speaks, newest first.
+        offer: the destination's.
+    """
+    common = [version for version in spoken if version in offer.protocol_versions]
     if not common:
-        yield Finding(
-            Severity.BLOCKS,
+        yield finding(
             "protocol.no-common-version",
-            f"this host speaks {list(PROTOCOL_VERSIONS)}, {offer.host} speaks {list(offer.protocol_versions)}",
+            f"this host speaks {_listed(spoken)}, {offer.host} speaks {_listed(offer.protocol_versions)}",
             offer.host,
             "Update the older host; neighbouring releases share a version.",
         )
-    if offer.page_size_bytes != PAGE_SIZE_BYTES:
-        yield Finding(
-            Severity.BLOCKS,
-            "memory.page-size",
-            f"pages have {PAGE_SIZE_BYTES} bytes here and {offer.page_size_bytes} at {offer.host}",
+    elif max(common) < max(spoken):
+        lost = [what for version, what in LOST_BELOW.items() if max(common) < version <= max(spoken)]
+        yield finding(
+            "protocol.old",
+            f"this host speaks {_listed(spoken)}, {offer.host} only {_listed(offer.protocol_versions)}"
+            + "".join(f"; {what}" for what in lost),
             offer.host,
-            "Choose a destination with the same page size.",
+            "Update the destination; until then everything else works as before.",
         )
-    if not set(ENCODINGS) & set(offer.encodings):
-        yield Finding(
-            Severity.BLOCKS,
+
+
+def _listed(versions: Sequence[int]) -> str:
+    return " and ".join(f"version {version}" for version in versions) or "none"
+
+
+def _about_encodings(offer: Offer) -> Iterator[Finding]:
+    common = [encoding for encoding in ENCODINGS if encoding in offer.encodings]
+    if common:
+        yield finding("encoding.chosen", f"memory may travel as: {', '.join(common)}", ", ".join(common))
+    else:
+        yield finding(
             "encoding.no-common",
-            f"no encoding in common with {offer.host}",
+            f"this host sends memory as {', '.join(ENCODINGS)}, {offer.host} takes "
+            f"{', '.join(offer.encodings) or 'nothing'}",
             offer.host,
             "Update the older host.",
         )
 
 
-def _about_machine(machine: MachineFacts) -> Iterator[Finding]:
-    if not machine.owned:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.not-owned",
-            f"this host has no right to send {machine.name} away",
-            machine.name,
-            "Call the host that owns the machine.",
-        )
-    if machine.migrating:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.busy",
-            f"{machine.name} already has an open migration",
-            machine.name,
-            "Wait for it to end, or cancel it.",
-        )
-    if not machine.running:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.not-running",
-            f"{machine.name} is not running",
-            machine.name,
-            "Only a running machine is migrated live; start or resume it first.",
-        )
-    for blocker in machine.blockers:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.not-migratable",
-            f"the hypervisor of {machine.name} says: {blocker}",
-            machine.name,
-            "Remove the device that forbids it, or shut the machine down and start it elsewhere.",
-        )
-
-
-def _about_kind(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
-    same = [kind for kind in offer.kinds if kind.kind == machine.kind]
-    kind = next((kind for kind in same if kind.binary == machine.binary), None)
-    if kind is None:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.kind-unsupported",
-            f"{offer.host} cannot run machines of kind {machine.kind}",
-            machine.kind,
-            "Choose a destination that can, or install the hypervisor there.",
-        )
-    elif not kind.oldest_state_version <= machine.state_version <= kind.newest_state_version:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.state-version",
-            f"the device state has version {machine.state_version}, {offer.host} loads "
-            f"{kind.oldest_state_version} to {kind.newest_state_version}",
-            machine.kind,
-            "Update the destination first; machines move from older to newer software.",
-        )
-    elif machine.hypervisor_version and _release(kind.version) < _release(machine.hypervisor_version):
-        yield Finding(
-            Severity.WARNS,
-            "hypervisor.older",
-            f"{machine.name} runs on {machine.kind} {machine.hypervisor_version}, {offer.host} has {kind.version}; "
-            "the machine type is known there, but going back a release is tested by nobody",
-            machine.kind,
-            "Update the destination first; machines move from older to newer software.",
-        )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number, by which releases of a hypervisor compare."""
-    return tuple(int(number) for number in version.split(".")[:2] if number.isdecimal())
-
-
-def _about_host(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
-    if machine.memory_bytes > offer.available_memory_bytes:
-        yield Finding(
-            Severity.BLOCKS,
-            "memory.insufficient",
-            f"{machine.name} needs {machine.memory_bytes // _MIB} MiB, {offer.host} has "
-            f"{offer.available_memory_bytes // _MIB} MiB to give",
-            offer.host,
-            "Free memory on the destination or choose another one.",
-        )
-    if machine.machine_id in offer.held_machine_ids:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.already-there",
-            f"{offer.host} owns this machine already, or is sending it away",
-            machine.machine_id,
-            "Nothing to do, or wait for the destination to finish its own migration of it.",
-        )
-    if machine.name in offer.machine_names:
-        yield Finding(
-            Severity.BLOCKS,
-            "machine.name-taken",
-            f"{offer.host} has a machine named {machine.name} already",
-            machine.name,
-            "Rename or stop the other machine.",
-        )
-    if offer.incoming_migrations >= offer.max_incoming_migrations:
-        yield Finding(
-            Severity.BLOCKS,
-            "host.full",
-            f"{offer.host} takes in {offer.max_incoming_migrations} migrations at a time and has as many",
-            offer.host,
-            "Wait for one to end, or raise max_incoming there.",
-        )
-
-
 def _about_trackers(chosen: str, trackers: Sequence[TrackerFact], insist: str) -> Iterator[Finding]:
     if insist and not chosen:
-        found = next(
+        reason = next(
             (tracker.reason for tracker in trackers if tracker.kind == insist), "there is no such tracker"
         )
-        yield Finding(
-            Severity.BLOCKS,
+        yield finding(
             "tracker.unavailable",
-            f"tracker {insist}: {found}",
+            f"tracker {insist}: {reason}",
             insist,
-            "Leave the choice to vmferry.",
+            "Leave the choice to vmferry (without --tracker).",
         )
     elif not chosen:
-        yield Finding(
-            Severity.BLOCKS,
+        yield finding(
             "tracker.none",
             "no write tracker works here: "
             + "; ".join(f"{found.kind}: {found.reason}" for found in trackers),
@@ -294,15 +196,14 @@ def _about_trackers(chosen: str, trackers: Sequence[TrackerFact], insist: str) -
             "See 'vmferry probe' for what was tried.",
         )
     elif chosen == "hash":
-        yield Finding(
-            Severity.WARNS,
+        yield finding(
             "tracker.slow",
             "writes are found by comparing hashes of all memory, which costs time in every round and in the pause",
             chosen,
             "A kernel from 6.7 on tracks writes directly; see 'vmferry probe'.",
         )
     yield from (
-        Finding(Severity.NOTE, f"tracker.{found.kind}", found.reason, found.kind, "")
+        finding(f"tracker.{found.kind}", found.reason, found.kind)
         for found in trackers
         if not found.usable and found.kind != insist
     )

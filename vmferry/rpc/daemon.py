@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from typing import Final, Protocol
 
 import grpc.aio
 
+from vmferry import failpoints
 from vmferry.config import HostConfig, load_config
 from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger, Role
@@ -78,6 +80,7 @@ def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Serv
     parser.add_argument("--config", type=Path, help="configuration file of this host (TOML)")
     arguments = parser.parse_args()
     try:
+        failpoints.activate(os.environ)
         config = load_config(arguments.config)
         tls = TlsFiles(config.tls_dir)
         own = tls.load().identity
@@ -112,7 +115,9 @@ async def _run(
             tls,
             tls.load().identity,
             ledger,
-            MachineDirectory(config.machines_dir, config.ram_dir),
+            MachineDirectory(
+                config.machines_dir, config.ram_dir, config.huge_root, qmp_timeout_s=config.qmp_timeout_s
+            ),
             await asyncio.to_thread(probe_trackers),
             journal_broken,
         )

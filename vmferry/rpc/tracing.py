@@ -2,7 +2,7 @@
 
 Promise: a call's span is its caller's child, by W3C ``traceparent`` in the call's metadata; every span ends when
 its call ends, also when that is cancelled, fails, or is a stream its caller reads and writes by hand; there is no
-span per message, and none for health checks or reflection.
+span per message, and none for health checks, reflection or the bursts that a link is measured with.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _TRACER: Final = trace.get_tracer("vmferry")
 _PROPAGATOR: Final = TraceContextTextMapPropagator()
 _TRACED: Final = "/vmferry."
 """Only calls of our own services are traced; a method's name is otherwise whatever a peer chose to send."""
+_MEASURE: Final = "/vmferry.v1.DestinationService/Measure"
+"""A measurement is many calls, most of them cut short on purpose."""
 
 # As the conventions say, an answer such as INVALID_ARGUMENT is no error of the server. CANCELLED is none either by
 # them; it is one here, because a lane that was cut off has to stand out in the timeline.
@@ -46,7 +48,7 @@ class ServerTracingInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type
     ) -> Handler:
         """Put the span around the method's handler."""
         handler = await find_handler(continuation, handler_call_details)
-        if not handler_call_details.method.startswith(_TRACED):
+        if not _is_traced(handler_call_details.method):
             return handler
         return wrap_handler(handler, handler_call_details.method, _server_span)
 
@@ -105,7 +107,7 @@ class _StreamStream(grpc.aio.StreamStreamClientInterceptor):  # type: ignore[typ
 
 async def _traced_call(continuation: Any, details: Any, request: Any) -> Any:
     method = details.method.decode() if isinstance(details.method, bytes) else details.method
-    if not method.startswith(_TRACED):
+    if not _is_traced(method):
         return await continuation(details, request)
     span = _TRACER.start_span(_span_name(method), kind=SpanKind.CLIENT, attributes=_rpc_attributes(method))
     headers: dict[str, str] = {}
@@ -199,6 +201,10 @@ def _set_status(span: Span, code: str, details: str | None, is_error: Callable[[
     if is_error(code):
         span.set_attribute(semconv.ERROR_TYPE, code)
         span.set_status(Status(StatusCode.ERROR, details or code))
+
+
+def _is_traced(method: str) -> bool:
+    return method.startswith(_TRACED) and method != _MEASURE
 
 
 def _span_name(method: str) -> str:

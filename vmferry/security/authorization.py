@@ -40,6 +40,7 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.SourceService/ListMachines": _OPERATORS,
         "/vmferry.v1.SourceService/GetMachine": _OPERATORS,
         "/vmferry.v1.DestinationService/Negotiate": _HOSTS,
+        "/vmferry.v1.DestinationService/Measure": _HOSTS,
         "/vmferry.v1.DestinationService/Begin": _HOSTS,
         "/vmferry.v1.DestinationService/Transfer": _HOSTS,
         "/vmferry.v1.DestinationService/Seal": _HOSTS,

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -30,6 +33,7 @@ from vmferry.telemetry import semconv
 _FLUSH_MS: Final = 200
 """Longest time an ended span waits before it is written to the file."""
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_METRIC_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 _ID_FIELDS: Final = ("traceId", "spanId", "parentSpanId")
 
 
@@ -52,6 +56,22 @@ def record_spans(service_name: str, trace_dir: Path | None, *, host: str) -> Cal
     if any(os.environ.get(name) for name in _ENDPOINTS):
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
+    end_metrics = _record_metrics(resource)
+
+    def finish() -> None:
+        provider.shutdown()
+        end_metrics()
+
+    return finish
+
+
+def _record_metrics(resource: Resource) -> Callable[[], None]:
+    """Send metrics to a collector, if the environment names one; they go nowhere else."""
+    readers = []
+    if any(os.environ.get(name) for name in _METRIC_ENDPOINTS):
+        readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
+    provider = MeterProvider(readers, resource)
+    metrics.set_meter_provider(provider)
     return provider.shutdown
 
 

@@ -1,4 +1,4 @@
-"""Names of attributes on spans, in one place because the conventions for RPC are still being renamed.
+"""Names of metrics and attributes, in one place because the conventions for RPC are still being renamed.
 
 Promise: every attribute name that OpenTelemetry defines and vmferry uses stands here, as in the semantic conventions
 for RPC (release candidate, August 2026); our own names all begin with :data:`PREFIX`.
@@ -25,3 +25,7 @@ GRPC: Final = "grpc"
 
 PREFIX: Final = "vmferry."
 """Begins the name of every attribute that OpenTelemetry does not define."""
+
+PREDICTION_TOTAL_ERROR: Final = "vmferry.prediction.total_error"
+PREDICTION_DOWNTIME_ERROR: Final = "vmferry.prediction.downtime_error"
+MACHINE_KIND: Final = "vmferry.kind"

@@ -53,6 +53,8 @@ class Decision:
 
 # Pausing, device state, seal, two synced records and the resume: measured at 5 to 15 ms, allowed for generously.
 FIXED_DOWNTIME_S = 0.020
+NOT_READY_S = 0.05
+"""What the source waits after a round when only the destination is not ready yet."""
 _LITTLE_BYTES = 1024 * 1024
 """What is sent in a few milliseconds anyway."""
 _MUCH_LESS = 0.5

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutError, VmferryError
 from vmferry.rpc.status import from_rpc_error
@@ -28,7 +28,7 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 2.0
 _GOODBYE_S: Final = 1.0
 
-Frame = BuiltChunk | transfer_pb2.DeviceState
+Frame = BuiltChunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece
 Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
 
 
@@ -105,6 +105,15 @@ class Lanes:
     async def drain(self) -> None:
         """Wait until everything sent was written at the destination."""
         await self._until(lambda: not self._outstanding)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes that were sent and are not known to be written at the destination."""
+        return sum(lane.in_flight_bytes for lane in self._lanes)
+
+    async def drain_to(self, limit_bytes: int) -> None:
+        """Wait until no more than so many bytes are in flight."""
+        await self._until(lambda: self.in_flight_bytes <= limit_bytes)
 
     async def finish(self) -> None:
         """End all lanes in band; returns when the destination agrees that each was whole."""
@@ -188,6 +197,11 @@ class _Lane:
         self._room = asyncio.Event()
         self._session_welcomed = asyncio.Event()
         self._different_pages = 0
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of frames that are not acknowledged."""
+        return self._numbering.in_flight_bytes
 
     async def run(self) -> None:
         """Carry frames until the lane has ended in band."""
@@ -323,6 +337,11 @@ class _Lane:
             data_bytes = frame.data_bytes
             self._digest.update(frame.chunk.data_hash)
             traffic.zero_pages += 0 if frame.chunk.compare_only else frame.zero_pages
+        elif isinstance(frame, transfer_pb2.StreamPiece):
+            frame.sequence = sequence
+            request = transfer_pb2.TransferRequest(stream_piece=frame)
+            data_bytes = len(frame.data)
+            self._digest.update(xxh3_128_digest(frame.data))
         else:
             frame.sequence = sequence
             request = transfer_pb2.TransferRequest(device_state=frame)

@@ -50,6 +50,11 @@ class SendingLane(Generic[Frame]):
         """The highest acknowledged number."""
         return self._acknowledged
 
+    @property
+    def in_flight_bytes(self) -> int:
+        """Bytes of frames that are not acknowledged."""
+        return self._in_flight_bytes
+
     def has_room(self, frame_bytes: int) -> bool:
         """Whether a frame may be sent now; an empty lane takes any."""
         return self.idle or self._in_flight_bytes + frame_bytes <= self.window_bytes

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hosts import Guest, World, open_world
+from tests.integration.qemu import firmware
 from tests.integration.services import Host, eventually
 from tests.support import require
-from vmferry.cli.machine import end_machine, run_machine
+from vmferry.cli.machine import end_machine
 from vmferry.machines.qemu import guest
 from vmferry.machines.qemu.guest import verdict
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
@@ -23,7 +24,7 @@ from vmferry.machines.spec import MachineSpec, new_mac, new_qemu_spec
 
 QEMU = Path(QemuSpec.binary)
 BOOT_S = 60.0
-SPEAKS_S = 30.0
+SPEAKS_S = 60.0
 
 
 @dataclass
@@ -67,7 +68,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     (folder / "vmlinuz").write_bytes(guest.newest_kernel().read_bytes())
     (folder / "initrd").write_bytes(guest.initramfs())
+    (folder / "ticker.rom").write_bytes(firmware.image())
     return folder
+
+
+@pytest.fixture(scope="session")
+def card_modules(images: Path) -> list[Path]:
+    """The modules by which the kernel in the folder of images drives a network card."""
+    found = guest.modules_of(guest.newest_kernel(), ("virtio_pci", "virtio_net"))
+    require(found, "the modules of the kernel in /boot are not installed (they come with its package)")
+    return found
 
 
 @pytest.fixture(scope="package")
@@ -91,6 +101,12 @@ def linux_spec(
     return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"lin-{uuid.uuid4().hex[:8]}")
 
 
+def ticker_spec(images: Path, *, machine: str = "q35", vcpus: int = 1, memory_mib: int = 16) -> MachineSpec:
+    """A description of the smallest guest that checks itself, which is up at once."""
+    part = QemuSpec(accelerator="tcg", machine=machine, firmware=str(images / "ticker.rom"))
+    return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"tic-{uuid.uuid4().hex[:8]}")
+
+
 async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> LinuxGuest:
     """Run a machine, and wait until its guest is ready and speaks."""
     host = host or world.a
@@ -105,7 +121,7 @@ async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> Lin
 
 
 async def _boot_once(world: World, spec: MachineSpec, host: Host) -> LinuxGuest | None:
-    record = await run_machine(spec, host.config)
+    record = await host.run(spec)
     linux = LinuxGuest(record.spec, host)
     world.guests.append(linux)
     deadline = time.monotonic() + BOOT_S

@@ -15,9 +15,9 @@ import pytest
 from tests.integration.hosts import MIB, World, configured
 from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec
+from tests.integration.qemu.leftovers import left_in_process
 from tests.integration.services import (
     DEADLINE_S,
-    Host,
     descriptors,
     eventually,
     eventually_async,
@@ -34,14 +34,6 @@ from vmferry.v1 import migration_pb2 as pb
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(240)]
 
 SLOW = 8 * MIB
-
-
-def left_in_process(host: Host, guest: LinuxGuest) -> list[str]:
-    """What write tracking left in a machine's process: descriptors, and memory whose writes the kernel notes."""
-    pid = host.machine_pid(guest.id)
-    smaps = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
-    noted = [line for line in smaps if line.startswith("VmFlags:") and "uw" in line.split()]
-    return noted + [what for what in descriptors(pid) if "userfaultfd" in what]
 
 
 async def arriving(world: World, guest: LinuxGuest, link: Proxy) -> str:
@@ -244,14 +236,15 @@ def with_disks(spec: MachineSpec, folder: Path) -> MachineSpec:
 
 
 async def test_a_plan_names_all_that_stands_in_the_way(world: World, images: Path, tmp_path: Path) -> None:
-    """Disks and files outside of the roots block together; the machine runs on, and a start is refused."""
+    """A local disk and a file outside of the roots block together; the machine runs on, and a start is refused."""
     spec = with_disks(linux_spec(images), images)
     (tmp_path / "initrd").write_bytes((images / "initrd").read_bytes())
     assert spec.qemu is not None
     spec = replace(spec, qemu=replace(spec.qemu, initrd=str(tmp_path / "initrd")))
     guest = await boot(world, spec)
     found = await plan(world, guest)
-    assert set(found) == {"disk.not-shared", "disk.identity", "file.outside-roots"}
+    assert set(found) == {"disk.not-shared", "file.outside-roots"}
+    assert found["disk.not-shared"].object == "qemu.disks[0].path"
     assert found["file.outside-roots"].object == "qemu.initrd"
     migration = await world.migrate(guest, world.a, world.b)
     assert migration.reason.reason == "INCOMPATIBLE"

@@ -135,7 +135,7 @@ async def test_a_started_machine_is_locked_down(machine: QmpMachine) -> None:
     assert await machine.run_state() is RunState.PRELAUNCH
     assert open_to_others(machine) == []
     assert filtered(machine.pid)
-    facts = await machine.hypervisor()
+    facts = await machine.inspect()
     assert facts.version == probe.probe_binary(str(QEMU)).version_text
     assert facts.blockers == ()
     assert await machine.vcpu_times() is None
@@ -184,7 +184,7 @@ async def test_a_save_that_is_broken_off_does_not_hold_the_machine(
 ) -> None:
     """The service that took the state dies in the middle of it: the next one has the guest go on."""
     path = machine.paths.state_socket
-    await machine._ignore_shared_memory()
+    await machine._migration.prepare_device_state()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
         listener.listen(1)
@@ -208,7 +208,7 @@ async def test_a_save_that_is_broken_off_does_not_hold_the_machine(
 async def test_a_guest_that_goes_on_is_not_saved_any_more(machine: QmpMachine, tmp_path: Path) -> None:
     """A save that takes long is ended first: QEMU would stop the guest again when it comes to its end."""
     path = machine.paths.state_socket
-    await machine._ignore_shared_memory()
+    await machine._migration.prepare_device_state()
     await machine._monitor.execute("migrate-set-parameters", {"max-bandwidth": 1000})
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(path))
@@ -216,12 +216,12 @@ async def test_a_guest_that_goes_on_is_not_saved_any_more(machine: QmpMachine, t
         await machine._monitor.execute("migrate", {"uri": f"unix:{path}"})
 
         async def saves() -> bool:
-            return (await machine._migration_status())[0] == "active"
+            return await machine._migration.status() == "active"
 
         await eventually_async(saves, "QEMU is in the middle of it")
         await machine.cont(HostLedger(tmp_path).birth(machine.spec.uuid))
         assert await machine.run_state() is RunState.RUNNING
-        assert (await machine._migration_status())[0] == "cancelled"
+        assert await machine._migration.status() == "cancelled"
     path.unlink()
 
 

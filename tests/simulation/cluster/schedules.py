@@ -103,7 +103,7 @@ def run(schedule: Schedule) -> Outcome:
             world.start()
             failure = act(world)
             monitor = world.monitor
-            failure = monitor.violation or failure
+            failure = monitor.violation or failure or "; ".join(world.internal_errors())
             return Outcome(
                 schedule,
                 failure,

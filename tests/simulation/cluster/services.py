@@ -7,29 +7,39 @@ touches memory (``Copy``, ``Receiver``), tickets, negotiation, and the transport
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
+from dest_svc.judging import Judge
 from dest_svc.service import DestinationService
+from source_svc.forecasts import Forecast
+from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan
+from source_svc.recovery import Recovered
 from source_svc.service import SourceService
 from tests.simulation.cluster.clock import Loop, Process
 from tests.simulation.cluster.network import Network, identity_of
 from tests.simulation.cluster.transfer import Copy, Frame, Receiver
 from vmferry.config import HostConfig
+from vmferry.errors import VmferryError
 from vmferry.handoff.journal import SLOT_BYTES
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineRecord
+from vmferry.machines.fileidentity import Contents
+from vmferry.machines.host import MemoryBacking
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
-from vmferry.negotiation.report import PROTOCOL_VERSIONS
+from vmferry.memory.backings import TMPFS
+from vmferry.negotiation.path import DIRECT
+from vmferry.negotiation.report import PROTOCOL_VERSIONS, Report
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
 from vmferry.v1 import handoff_pb2
@@ -58,12 +68,12 @@ _TICKET_UNTIL: Final = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 class SimulatedDestination(DestinationService):
     """A destination service that takes frames as calls and anybody's ticket."""
 
-    def _check_begin(self, request: handoff_pb2.BeginRequest, attempt: Attempt) -> tuple[MachineSpec, Any]:
-        ticket = SimpleNamespace(nonce=attempt.migration_id, start_by=_TICKET_UNTIL)
-        return spec_from_message(request.spec), ticket
+    def __init__(self, host: Host) -> None:
+        super().__init__(host)
+        self._judge = LenientJudge(host.config)
 
-    def _available_bytes(self) -> int:
-        return 1 << 40
+    def _memory_backings(self) -> list[MemoryBacking]:
+        return [MemoryBacking(TMPFS, 4096, 1 << 40)]
 
     async def Negotiate(self, request: Any, context: Any) -> handoff_pb2.NegotiateResponse:
         """Everything is compatible."""
@@ -92,12 +102,20 @@ class SimulatedSource(SourceService):
 
     network: Network
     process: Process
+    unexpected: Callable[[str], None]
+
+    def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
+        super()._forget(one, task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, Exception) and not isinstance(error, VmferryError):
+            self.unexpected(f"a migration ended in {error!r}")
 
     def _peer(self, address: str, host: Identity) -> Destination:
         return Peer(self.network, self.process, address, host)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        return AnyPlan(record.spec, self._ledger, (), self._own.uri, host.uri)
+        until = _FOREVER.timestamp()
+        return AnyPlan(record.spec, self._ledger, (), self._own.uri, host.uri, until, 1.0, 1.0, Contents())
 
     def _check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> Any:
         return SimpleNamespace(migration_id=data)
@@ -134,13 +152,51 @@ class Stub:
 class AnyPlan(Plan):
     """A plan to which nothing is incompatible."""
 
-    async def report(self, machine: Any, destination: Destination, tracker: str) -> Any:
+    async def report(self, machine: Any, destination: Destination, tracker: str, **wishes: Any) -> Report:
         """Ask the destination who it is."""
-        answer = await destination.negotiate(self.spec)
+        answer = await destination.negotiate(self.spec, (), (), timeout_s=CONFIG.rpc_timeout_s)
         self.destination_incarnation = answer.destination_incarnation
-        return SimpleNamespace(
-            tracker="simulated", findings=(), blocking=(), protocol_version=PROTOCOL_VERSIONS[0]
-        )
+        return Report((), PROTOCOL_VERSIONS[0], tracker, DIRECT)
+
+
+class LenientJudge(Judge):
+    """Judges nothing."""
+
+    async def against(self, *what: Any, **how: Any) -> list[Any]:
+        """There is nothing to be said against any machine."""
+        return []
+
+
+def any_begin(request: handoff_pb2.BeginRequest, attempt: Attempt, host: Host) -> tuple[MachineSpec, Any]:
+    """Anybody's ticket is good."""
+    return spec_from_message(request.spec), SimpleNamespace(
+        nonce=attempt.migration_id, start_by=_TICKET_UNTIL
+    )
+
+
+class NoForecasts:
+    """Predicts nothing."""
+
+    def __init__(self, trackers: object) -> None:
+        """Nothing is measured."""
+
+    def planned(self, subject: object) -> Forecast:
+        """There is no plan."""
+        return Forecast()
+
+    @contextlib.asynccontextmanager
+    async def meanwhile(self, *what: object) -> AsyncIterator[None]:
+        """Nothing is measured."""
+        yield
+
+    def judge(self, *what: object) -> None:
+        """Nothing is learnt."""
+
+
+@contextlib.asynccontextmanager
+async def no_files(*what: Any, **how: Any) -> AsyncIterator[Any]:
+    """Machines have no files."""
+    yield SimpleNamespace(check=lambda: None, identities=())
 
 
 def make_host(name: str, ledger: HostLedger, directory: Any, journal_broken: Any) -> Host:
@@ -179,6 +235,9 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
     clock = Clock(loop)
     parts = {
         "source_svc.outgoing.Copy": Copy,
+        "source_svc.service.Forecasts": NoForecasts,
+        "source_svc.outgoing.shown": no_files,
+        "dest_svc.service.check_begin": any_begin,
         "source_svc.outgoing.time": clock,
         "source_svc.migrations.time": clock,
         "source_svc.service.gc": SimpleNamespace(collect=lambda: None),

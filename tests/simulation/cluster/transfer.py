@@ -54,6 +54,7 @@ class Copy:
 
     def __init__(self, machine: Machine, destination: Any, migration: Any, settings: Any) -> None:
         self.round_number = 0
+        self.last_round_bytes = 0
         self._machine = machine
         self._stub = destination._stub
         self._stall_s = settings.stall_timeout_s
@@ -91,6 +92,11 @@ class Copy:
                 if frames[number::LANES]
             )
         )
+
+    async def pause(self) -> float:
+        """Pause the guest."""
+        await self._machine.stop()
+        return asyncio.get_running_loop().time()
 
     async def last_round(self) -> None:
         """Send what was written until the pause."""
@@ -165,7 +171,7 @@ class Receiver:
     """The destination's side; takes the place of ``dest_svc.receiver.Receiver``."""
 
     def __init__(
-        self, attempt: Attempt, spec: MachineSpec, directory: Directory, config: object, lanes: int
+        self, attempt: Attempt, spec: MachineSpec, directory: Directory, config: object, lanes: int, path: str
     ) -> None:
         self.attempt = attempt
         self.spec = spec

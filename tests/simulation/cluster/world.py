@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections.abc import Callable, Mapping
 from contextvars import Context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from tests.simulation.cluster.clock import Killed, Loop, Process, spawn
@@ -26,7 +26,7 @@ from tests.simulation.cluster.services import (
     make_host,
     start_request,
 )
-from vmferry.errors import VmferryError
+from vmferry.errors import InternalError, VmferryError
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.machines.port import RunState
 from vmferry.machines.spec import MachineSpec, new_spec
@@ -150,6 +150,7 @@ class World:
         if role is Role.SOURCE:
             service: Any = SimulatedSource(stands_on)
             service.network, service.process = self.network, process
+            service.unexpected = self.unexpected
         else:
             service = SimulatedDestination(stands_on)
         running = Running(process, service)
@@ -326,6 +327,18 @@ class World:
             self.loop.run_until_complete(asyncio.sleep(min(_POLL_S, end - self.loop.time())))
         return not self.monitor.violation and (not until_settled or self.settled())
 
+    def internal_errors(self) -> list[str]:
+        """Migrations that ended for a reason that nobody has thought of."""
+        return [
+            message.reason.message
+            for site in self.sites.values()
+            if Role.SOURCE in site.services
+            for migration in site.services[Role.SOURCE].service._migrations.select(
+                machine="", open_only=False
+            )
+            if (message := migration.message).reason.reason == InternalError.reason
+        ]
+
     def settled(self) -> bool:
         """Whether every machine has come to rest, and every service answers."""
         return all(map(self._idle, self.sites.values())) and not any(self.unsettled())
@@ -400,7 +413,4 @@ def _role_of(running: Running) -> Role:
 
 def _machine(number: int) -> MachineSpec:
     made = new_spec(f"m{number}", 1, "canary")
-    values = {
-        name: getattr(made, name) for name in ("version", "name", "kind", "memory_mib", "vcpus", "microvm")
-    }
-    return MachineSpec(uuid=f"00000000-0000-4000-8000-{number:012d}", **values)
+    return replace(made, uuid=f"00000000-0000-4000-8000-{number:012d}")

@@ -219,3 +219,23 @@ def migration(
 
 def _abort(context: Any, error: VmferryError) -> None:
     context.abort_with_status(to_grpc_status(error))
+
+
+def prediction() -> compatibility_pb2.Prediction:
+    """A prediction as a source would report it."""
+    made = compatibility_pb2.Prediction(
+        converges=True,
+        rounds=4,
+        dirty_bytes_per_second=20.0 * MIB,
+        dirty_error_bytes_per_second=1.0 * MIB,
+        link_bytes_per_second=400.0 * MIB,
+        link_error_bytes_per_second=10.0 * MIB,
+        reserve_bytes_per_second=2048.0 * MIB,
+        resident_bytes=64 * MIB,
+    )
+    made.sampled.FromMilliseconds(500)
+    for length, (expected, low, high) in ((made.total, (2000, 1500, 3000)), (made.downtime, (40, 30, 60))):
+        length.expected.FromMilliseconds(expected)
+        length.low.FromMilliseconds(low)
+        length.high.FromMilliseconds(high)
+    return made

@@ -27,6 +27,8 @@ TO = ("--to-host", HOST_B, "--to-address", "127.0.0.1:7602")
         (("migrate", "web-1", *TO, "--downtime-limit-ms", "-1"), "--downtime-limit-ms"),
         (("migrate", "web-1", *TO, "--verify", "eyes"), "--verify"),
         (("migrate", "web-1", *TO, "--tracker", "guess"), "--tracker"),
+        (("migrate", "web-1", *TO, "--path", "by-air"), "--path"),
+        (("demo", "--path", "stream"), "--path"),
         (("migrate", "web-1", *TO, "--request-id", "again"), "--request-id"),
         (("migrate", "web-1", "--to-host", HOST_B), "--to-address"),
         (("migrate", "web-1", "--to-address", "127.0.0.1:7602"), "--to-host"),

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.conftest import Run
+from vmferry.cli.machine import print_machines
 from vmferry.errors import ExitCode
+from vmferry.v1 import machine_pb2
 
 SPEC = """
 name = "web-1"
@@ -107,3 +109,17 @@ def test_nothing_is_there(run: Run, config: Path) -> None:
 
     assert ran.code == ExitCode.PRECONDITION
     assert "MACHINE_NOT_FOUND" in ran.err
+
+
+def test_the_list_tells_what_memory_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Any other kind than the usual one is named beside its size."""
+    machines = [machine_pb2.Machine(name=name) for name in ("usual", "other", "small")]
+    for machine, backing in zip(machines, ("tmpfs", "hugetlbfs", ""), strict=True):
+        machine.spec.memory_mib = 64
+        if backing:
+            machine.spec.qemu.memory_backing = backing
+    print_machines(machines, json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["hugetlbfs" in line for line in lines[1:]] == [False, True, False]
+    assert all("64 MiB" in line for line in lines[1:])
+    assert "tmpfs" not in "".join(lines)

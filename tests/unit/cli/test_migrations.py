@@ -13,7 +13,16 @@ import pytest
 from google.protobuf import json_format
 
 from tests.unit.cli.conftest import Run
-from tests.unit.cli.fake_source import HOST_A, HOST_B, MACHINE_ID, MIB, MIGRATION_ID, FakeSource, migration
+from tests.unit.cli.fake_source import (
+    HOST_A,
+    HOST_B,
+    MACHINE_ID,
+    MIB,
+    MIGRATION_ID,
+    FakeSource,
+    migration,
+    prediction,
+)
 from vmferry.cli import watch
 from vmferry.errors import (
     CancelledByCallerError,
@@ -66,6 +75,7 @@ def test_migrate_sends_a_ticket_for_exactly_this_crossing(call: Run, source: Fak
     assert options.lanes == 2
     assert options.verify == migration_pb2.VERIFY_MODE_UNSPECIFIED
     assert not options.tracker
+    assert not options.path
     assert not options.HasField("total_timeout")
 
 
@@ -77,6 +87,15 @@ def test_migrate_passes_on_checks_and_tracker(call: Run, source: FakeSource) -> 
 
     options = source.requests[-1].options
     assert (options.verify, options.tracker) == (migration_pb2.VERIFY_MODE_BYTES, "hash")
+
+
+@pytest.mark.parametrize("command", [MOVE, ("plan", *MOVE[1:])], ids=["migrate", "plan"])
+@pytest.mark.parametrize("path", ["direct", "stream"])
+def test_the_way_is_passed_on(call: Run, source: FakeSource, command: tuple[str, ...], path: str) -> None:
+    """--path arrives at the service as such."""
+    source.script = [migration(outcome=COMPLETED)]
+    assert call(*command, "--path", path).code == ExitCode.OK
+    assert source.requests[-1].options.path == path
 
 
 def test_migrate_is_part_of_one_trace(call: Run, source: FakeSource, tmp_path: Path) -> None:
@@ -290,7 +309,7 @@ def test_cancel(call: Run, source: FakeSource) -> None:
 def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
     """A report that blocks is printed whole and ends with exit code 4; one that does not with 0."""
     arguments = ("plan", "web-1", *MOVE[2:])
-    assert call(*arguments).out.startswith("could move; protocol version 1, tracker pagemap-scan")
+    assert call(*arguments).out == "could move: no findings; protocol version 1, tracker pagemap-scan\n"
     source.report.compatible = False
     for name in ("memory.insufficient", "name.taken"):
         source.report.items.add(
@@ -305,6 +324,82 @@ def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
 
     assert ran.code == ExitCode.PRECONDITION
     assert [item["id"] for item in json.loads(ran.out)["items"]] == ["memory.insufficient", "name.taken"]
+
+
+def test_plan_groups_what_it_found_by_how_much_it_matters(call: Run, source: FakeSource) -> None:
+    """What blocks comes first, each with name, object, words and remedy on lines that no other host can forge."""
+    source.report.compatible = False
+    for severity, name, remedy in (
+        (compatibility_pb2.SEVERITY_NOTE, "kernel.differs", ""),
+        (compatibility_pb2.SEVERITY_WARNS, "host.cpus", "a larger one"),
+        (compatibility_pb2.SEVERITY_BLOCKS, "host.full", "wait"),
+    ):
+        message = f"about {name}\nand more\x1b[2J"
+        source.report.items.add(severity=severity, id=name, message=message, object="b", remedy=remedy)
+
+    ran = call("plan", "web-1", *MOVE[2:])
+
+    assert ran.code == ExitCode.PRECONDITION
+    assert ran.out.splitlines() == [
+        "cannot move: 1 blocks, 1 warns, 1 note; protocol version 1, tracker pagemap-scan",
+        "",
+        "blocks  host.full  (b)",
+        "    about host.full and more\N{REPLACEMENT CHARACTER}[2J",
+        "    do: wait",
+        "",
+        "warns  host.cpus  (b)",
+        "    about host.cpus and more\N{REPLACEMENT CHARACTER}[2J",
+        "    do: a larger one",
+        "",
+        "note  kernel.differs  (b)",
+        "    about kernel.differs and more\N{REPLACEMENT CHARACTER}[2J",
+    ]
+
+
+def test_plan_prints_what_is_predicted(call: Run, source: FakeSource) -> None:
+    """Times with their bounds and the rates with their errors, or the whole message as a document."""
+    arguments = ("plan", "web-1", *MOVE[2:])
+    assert "total" not in call(*arguments).out
+    source.report.prediction.CopyFrom(prediction())
+
+    lines = call(*arguments).out.splitlines()
+
+    assert lines[1:5] == [
+        "total      2.00 s (1.50 s to 3.00 s), in 4 rounds",
+        "downtime   40 ms (30 ms to 60 ms)",
+        "guest      writes 20.0 MiB/s \N{PLUS-MINUS SIGN} 1.0 MiB/s (over 500 ms), holds 64.0 MiB",
+        "link       takes 400.0 MiB/s \N{PLUS-MINUS SIGN} 10.0 MiB/s; memory is made at 2.0 GiB/s",
+    ]
+    document = json.loads(call(*arguments, "--json").out)
+    assert json_format.ParseDict(document, compatibility_pb2.CompatibilityReport()) == source.report
+    source.report.prediction.converges = False
+    assert "it would not converge" in call(*arguments).out
+    assert [request.without_prediction for request in source.requests] == [False] * 4
+
+
+def test_plan_can_do_without_a_prediction(call: Run, source: FakeSource) -> None:
+    """--no-prediction reaches the source."""
+    call("plan", "web-1", *MOVE[2:], "--no-prediction")
+    assert source.requests[-1].without_prediction
+
+
+def test_status_shows_what_was_predicted(call: Run, source: FakeSource) -> None:
+    """Beside what then happened, as far as it has happened."""
+    done = migration(outcome=COMPLETED)
+    done.prediction.CopyFrom(prediction())
+    done.end_time.FromJsonString("2026-11-20T10:00:02.5Z")
+    source.migrations = [done]
+
+    out = call("status", MIGRATION_ID).out
+
+    assert "predicted   total 2.00 s (1.50 s to 3.00 s); it took 2.50 s\n" in out
+    assert "            downtime 40 ms (30 ms to 60 ms); it was 12 ms\n" in out
+    done.ClearField("end_time")
+    done.ClearField("downtime")
+    done.prediction.converges = False
+    out = call("status", MIGRATION_ID).out
+    assert "total 2.00 s (1.50 s to 3.00 s), not converging\n" in out
+    assert "it was" not in out
 
 
 def _be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmferry.errors import InvalidArgumentError
-from vmferry.machines.qemu.guest import Entry, append, archive, initramfs, newest_kernel
+from vmferry.machines.qemu.guest import Entry, append, archive, initramfs, modules_of, newest_kernel
 from vmferry.machines.qemu.guest.verdict import verdict
 
 FIELDS = (
@@ -73,6 +75,30 @@ def test_the_guests_file_system_holds_what_it_needs(tmp_path: Path) -> None:
     assert found["init"].mode == 0o100755
     assert (found["dev/console"].mode, found["dev/console"].device) == (0o020600, (5, 1))
     assert append(3, 4).endswith("vf.files=3 vf.writes=4")
+    assert append(3, 4, "vda").endswith(" vf.disk=vda")
+
+
+def test_modules_come_behind_what_they_need(tmp_path: Path) -> None:
+    """However they are packed and whatever depends on what; what is built into the kernel has no file."""
+    root = tmp_path / "6.1.0-x"
+    root.mkdir()
+    (root / "modules.dep").write_text(
+        "k/a-b.ko: k/c.ko.xz k/d.ko.gz\nk/c.ko.xz: k/d.ko.gz\nk/d.ko.gz:\nk/e.ko.zst:\n"
+    )
+    (root / "k").mkdir()
+    (root / "k/a-b.ko").write_bytes(b"a")
+    (root / "k/c.ko.xz").write_bytes(lzma.compress(b"c"))
+    (root / "k/d.ko.gz").write_bytes(gzip.compress(b"d"))
+    (root / "k/e.ko.zst").write_bytes(b"e")
+    kernel = tmp_path / "vmlinuz-6.1.0-x"
+    busybox = tmp_path / "busybox"
+    busybox.write_bytes(b"\x7fELF static")
+    found = modules_of(kernel, ["a_b", "built_in", "c"], tmp_path)
+    assert [path.name for path in found] == ["d.ko.gz", "c.ko.xz", "a-b.ko"]
+    entries = unpacked(initramfs(busybox, found))
+    assert [entry.data for entry in entries if entry.name.startswith("modules/")] == [b"d", b"c", b"a"]
+    with pytest.raises(InvalidArgumentError, match="packed"):
+        initramfs(busybox, modules_of(kernel, ["e"], tmp_path))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
@@ -92,6 +118,7 @@ GOOD = """ready files=2
 tick n=1 up=2.00 gap=10 wall=5 bad=0
 tick n=2 up=2.10 gap=10 wall=5 bad=0
 check n=1 begun=1 bad=0
+disk n=7 name=f7 md5=0123456789abcdef0123456789abcdef bad=0
 tick n=3 up=2.20 gap=10 wall=5 bad=0
 """
 
@@ -103,6 +130,7 @@ def test_a_good_guest_is_well() -> None:
     assert found.ready
     assert [tick.number for tick in found.ticks] == [1, 2, 3]
     assert found.ticks[0].uptime_cs == 200
+    assert [(file.number, file.name, file.md5[:4]) for file in found.written] == [(7, "f7", "0123")]
     assert found.checked_after(1)
     assert not found.checked_after(2)
 
@@ -116,6 +144,8 @@ def test_a_good_guest_is_well() -> None:
         ("begun=1 bad=0", "begun=1 bad=2"),
         ("check n=1", "BAD files: 1: FAILED\ncheck n=1"),
         ("check n=1", "[    9.1] Kernel panic - not syncing\ncheck n=1"),
+        ("check n=1", "[    9.1] EXT4-fs error (device vda): bad block\ncheck n=1"),
+        ("check n=1", f"disk n=0 name=f0 md5={'0' * 32} bad=1\ncheck n=1"),
         ("check n=1", "[    9.1] BUG: unable to handle page fault\ncheck n=1"),
         (GOOD, ""),
     ],

@@ -63,8 +63,8 @@ NIC = SHORT + '[[qemu.nics]]\nmac = "52:54:00:12:34:56"\n'
         (SHORT + 'cpu = "max"', "qemu.cpu"),
         (SHORT + 'cpu = "Nehalem,+vmx"', "qemu.cpu"),
         (SHORT + 'accelerator = "hvf"', "qemu.accelerator"),
-        (SHORT + 'memory_backing = "hugetlbfs"', "qemu.memory_backing"),
-        (SHORT + 'memory_backing = "memfd"', "qemu.memory_backing"),
+        (SHORT + 'memory_backing = "ramfs"', "qemu.memory_backing"),
+        (SHORT + 'memory_backing = "memfd,prealloc=on"', "qemu.memory_backing"),
         (SHORT + 'kernel = "vmlinuz"', "qemu.kernel"),
         (SHORT + 'kernel = "/boot/../etc/shadow"', "qemu.kernel"),
         (SHORT + 'kernel = "/boot//vmlinuz"', "qemu.kernel"),
@@ -85,7 +85,7 @@ NIC = SHORT + '[[qemu.nics]]\nmac = "52:54:00:12:34:56"\n'
         (NIC + 'backend = "tap"', "qemu.nics.tap"),
         (NIC + 'backend = "tap"\ntap = "tap0,script=/x"', "qemu.nics.tap"),
         (NIC + 'backend = "user"\ntap = "tap0"', "qemu.nics.tap"),
-        (NIC + 'backend = "user"\nmodel = "e1000"', "qemu.nics.model"),
+        (NIC + 'backend = "user"\nmodel = "ne2k_pci"', "qemu.nics.model"),
         (SHORT.replace("[qemu]", "vcpus = 256\n[qemu]"), "vcpus"),
         (SHORT.replace("[qemu]", ""), "qemu"),
         (SHORT + '[microvm]\nprogram = "canary"\nmac = "52:54:00:12:34:56"', "microvm"),
@@ -164,13 +164,15 @@ def test_the_command_line_by_example() -> None:
         *("-append", "console=ttyS0 quiet"),
         "-blockdev",
         (
-            '{"driver": "raw", "file": {"driver": "file", "filename": "/images/root,1.raw", "locking": "on"}, '
+            '{"driver": "raw", "file": {"cache": {"direct": false, "no-flush": false}, '
+            '"driver": "file", "drop-cache": true, "filename": "/images/root,1.raw", "locking": "on"}, '
             '"node-name": "disk0", "read-only": false}'
         ),
         *("-device", "virtio-blk-pci,id=virtio-disk0,drive=disk0"),
         "-blockdev",
         (
-            '{"driver": "qcow2", "file": {"driver": "file", "filename": "/images/data.qcow2", "locking": "on"}, '
+            '{"driver": "qcow2", "file": {"cache": {"direct": false, "no-flush": false}, '
+            '"driver": "file", "drop-cache": true, "filename": "/images/data.qcow2", "locking": "on"}, '
             '"node-name": "disk1", "read-only": true}'
         ),
         *("-device", "virtio-blk-pci,id=virtio-disk1,drive=disk1"),

@@ -35,8 +35,6 @@ def make(**changes: Any) -> MachineSpec:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("version", 2),
-        ("version", True),
         ("name", ""),
         ("name", "Web"),
         ("name", "1web"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import wait_until
+from vmferry.machines.microvm.activity import Activity
 from vmferry.machines.microvm.cpu import Cpu
 from vmferry.machines.microvm.devices import Clock, Power
 from vmferry.machines.microvm.engine import Ending, Engine
@@ -43,7 +44,7 @@ def vcpu(ram: Ram) -> Iterator[MakeVcpu]:
         cpu.write_memory(CODE, bytes.fromhex(code))
         cpu.rip = CODE
         power = Power(bus, clock, cpu.uc.emu_stop)
-        engines.append(Engine(cpu, bus, clock, power, lambda: None))
+        engines.append(Engine(cpu, bus, clock, power, Activity(None), lambda: None))
         return engines[-1], clock
 
     yield make

@@ -6,50 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from vmferry.negotiation.report import (
-    Finding,
-    KindOffer,
-    MachineFacts,
-    Offer,
-    Severity,
-    TrackerFact,
-    compare,
-)
+from tests.unit.negotiation.samples import GIB, MACHINE, OFFER, QEMU, QEMU_KIND, QEMU_OFFER, TRACKERS
+from vmferry.negotiation.findings import Finding, Severity
+from vmferry.negotiation.report import about_protocol, compare
 
-GIB = 1 << 30
-MACHINE = MachineFacts(
-    name="web",
-    machine_id="7d1c0b1e-0000-4000-8000-000000000001",
-    kind="microvm",
-    state_version=2,
-    memory_bytes=GIB,
-    vcpus=1,
-    running=True,
-    owned=True,
-    migrating=False,
-)
-OFFER = Offer(
-    host="spiffe://example.org/vmhost/b",
-    software_version="0.1.0",
-    protocol_versions=(1,),
-    kinds=(KindOffer("microvm", "unicorn 2.1.4", 1, 2),),
-    available_memory_bytes=2 * GIB,
-    page_size_bytes=4096,
-    encodings=("none",),
-    incoming_migrations=0,
-    max_incoming_migrations=2,
-    machine_names=(),
-    held_machine_ids=(),
-)
-TRACKERS = [
-    TrackerFact("pagemap-scan", usable=True, reason="saw one write"),
-    TrackerFact("soft-dirty", usable=False, reason="this kernel lacks it"),
-    TrackerFact("hash", usable=True, reason="compares contents"),
-]
-
-QEMU = replace(MACHINE, kind="qemu", state_version=3, binary="/usr/bin/qemu", hypervisor_version="8.2.1")
-QEMU_KIND = KindOffer("qemu", "8.2.0", 3, 3, "/usr/bin/qemu", ("pc-q35-8.2",), ("tcg",))
-QEMU_OFFER = replace(OFFER, kinds=(*OFFER.kinds, QEMU_KIND))
 REFUSAL = Finding(Severity.BLOCKS, "disk.not-shared", "the disk is local", "qemu.disks[0].path", "share it")
 
 BLOCKING = {
@@ -74,9 +34,10 @@ def test_nothing_blocks_a_fitting_machine() -> None:
     """A machine that fits is compatible, with the best usable tracker, and notes about the others."""
     report = compare(MACHINE, OFFER, TRACKERS)
     assert report.blocking == []
-    assert (report.protocol_version, report.tracker) == (1, "pagemap-scan")
+    assert (report.protocol_version, report.tracker) == (2, "pagemap-scan")
     assert [(found.severity, found.id) for found in report.findings] == [
-        (Severity.NOTE, "tracker.soft-dirty")
+        (Severity.NOTE, "encoding.chosen"),
+        (Severity.NOTE, "tracker.soft-dirty"),
     ]
 
 
@@ -149,3 +110,22 @@ def test_the_slow_tracker_warns() -> None:
     report = compare(MACHINE, OFFER, [TRACKERS[1], TRACKERS[2]])
     assert report.tracker == "hash"
     assert [found.id for found in report.findings if found.severity is Severity.WARNS] == ["tracker.slow"]
+
+
+def test_an_older_protocol_is_told_with_what_it_costs() -> None:
+    """With only an older version in common, both sides' versions and what is lost are named; a newer peer is fine."""
+    offer = replace(OFFER, protocol_versions=(1,))
+    (told,) = about_protocol((2, 1), offer)
+    assert (told.id, told.severity) == ("protocol.old", Severity.WARNS)
+    assert "version 2 and version 1" in told.message
+    assert "cannot be read from outside" in told.message
+    assert list(about_protocol((2, 1), replace(offer, protocol_versions=(3, 2)))) == []
+    assert list(about_protocol((1,), replace(offer, protocol_versions=(2, 1)))) == []
+
+
+def test_what_the_destination_warns_of_does_not_block() -> None:
+    """The severity that the destination gives to its own findings stays."""
+    warning = Finding(Severity.WARNS, "network.bridge", "another bridge", "qemu.nics[0].tap", "plug it")
+    report = compare(MACHINE, replace(OFFER, refusals=(warning, warning)), TRACKERS)
+    assert report.blocking == []
+    assert [found for found in report.findings if found.severity is Severity.WARNS] == [warning, warning]

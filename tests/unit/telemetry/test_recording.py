@@ -16,6 +16,7 @@ from typing import Any
 import grpc.aio
 import pytest
 from google.protobuf.json_format import ParseDict
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import TracesData
 from opentelemetry.sdk.resources import Resource
@@ -43,11 +44,11 @@ shutdown()
 
 
 @contextmanager
-def _program(directory: Path, how: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+def _program(directory: Path, how: str, program: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     """A process that records spans; with ``wait`` it stays inside of its outer span until its input ends."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("OTEL_")}
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(directory), how],
+        [sys.executable, "-c", program, str(directory), how],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -60,9 +61,9 @@ def _program(directory: Path, how: str, **environment: str) -> Iterator[subproce
             process.kill()
 
 
-def _finished(directory: Path, **environment: str) -> str:
+def _finished(directory: Path, *, program: str = PROGRAM, **environment: str) -> str:
     """Run the process to its end; gives the trace's id."""
-    with _program(directory, "end", **environment) as process:
+    with _program(directory, "end", program, **environment) as process:
         output, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert not errors
@@ -84,7 +85,7 @@ def test_shutdown_writes_every_ended_span(tmp_path: Path) -> None:
 
 def test_file_is_parseable_after_kill(tmp_path: Path) -> None:
     """A span that ended shortly before kill -9 is on disk, in whole lines, while the open one is lost."""
-    with _program(tmp_path, "wait") as process:
+    with _program(tmp_path, "wait", PROGRAM) as process:
         assert process.stdout is not None
         trace_id = process.stdout.readline().strip()
         (path,) = tmp_path.iterdir()
@@ -148,6 +149,43 @@ async def test_collector_named_by_the_environment_gets_the_spans(tmp_path: Path)
     await server.stop(None)
     assert sorted(received) == ["migrate", "precopy"]
     assert len(load_spans([tmp_path], trace_id)) == 2
+
+
+METRICS = """
+import sys
+from pathlib import Path
+from vmferry.telemetry.metrics import record_prediction_error
+from vmferry.telemetry.tracing import configure
+
+shutdown = configure("source", Path(sys.argv[1]), host="host-a")
+record_prediction_error(kind="qemu", total=1.3, downtime=0.7)
+record_prediction_error(kind="qemu", total=0.9, downtime=2.5)
+shutdown()
+"""
+
+
+async def test_collector_named_by_the_environment_gets_the_metrics(tmp_path: Path) -> None:
+    """OTEL_EXPORTER_OTLP_ENDPOINT sends what was recorded before the end, under the names of the conventions."""
+    received: dict[str, Any] = {}
+
+    class Collector(metrics_service_pb2_grpc.MetricsServiceServicer):
+        async def Export(self, request: Any, _context: Any) -> Any:  # noqa: N802 - the protocol's name
+            for batch in request.resource_metrics:
+                for scope in batch.scope_metrics:
+                    received.update({metric.name: metric for metric in scope.metrics})
+            return metrics_service_pb2.ExportMetricsServiceResponse()
+
+    server = grpc.aio.server()
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(Collector(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+    await asyncio.to_thread(_finished, tmp_path, program=METRICS, **environment)
+    await server.stop(None)
+    assert set(received) == {"vmferry.prediction.total_error", "vmferry.prediction.downtime_error"}
+    (point,) = received["vmferry.prediction.total_error"].histogram.data_points
+    assert (point.count, point.sum) == (2, pytest.approx(2.2))
+    assert [(one.key, one.value.string_value) for one in point.attributes] == [("vmferry.kind", "qemu")]
 
 
 @pytest.fixture

@@ -52,10 +52,10 @@ class Receiver(handoff_pb2_grpc.DestinationServiceServicer):
             if left == 0:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the link was cut")
 
-    def _take(self, request: transfer_pb2.TransferRequest) -> int:
+    async def _take(self, request: transfer_pb2.TransferRequest) -> int:
         if self.reject is not None:
             raise self.reject
-        return take_frame(self._intake, self.device_state, request)
+        return await asyncio.to_thread(take_frame, self._intake, self.device_state, request)
 
 
 class Rejecting(grpc.aio.ServerInterceptor):

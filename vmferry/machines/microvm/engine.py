@@ -19,6 +19,7 @@ from unicorn import x86_const as x86
 from unicorn.unicorn import UcError
 
 from vmferry.errors import MachineFailedError
+from vmferry.machines.microvm.activity import Activity
 from vmferry.machines.microvm.cpu import Cpu
 from vmferry.machines.microvm.devices import Clock, Power
 from vmferry.machines.microvm.ports import PortBus
@@ -59,7 +60,13 @@ class Engine:
     """Runs one CPU on a thread of its own."""
 
     def __init__(
-        self, cpu: Cpu, bus: PortBus, clock: Clock, power: Power, on_ending: Callable[[], None]
+        self,
+        cpu: Cpu,
+        bus: PortBus,
+        clock: Clock,
+        power: Power,
+        activity: Activity,
+        on_ending: Callable[[], None],
     ) -> None:
         """``on_ending`` is called on the CPU thread when the guest halts or faults: see ``ended`` then."""
         self.times = VcpuTimes()
@@ -67,6 +74,7 @@ class Engine:
         self._cpu = cpu
         self._clock = clock
         self._power = power
+        self._activity = activity
         self._on_ending = on_ending
         self._changed = threading.Condition()
         self._wanted = False
@@ -146,6 +154,7 @@ class Engine:
             if not self._wanted:
                 return None
             self._power.asked = False
+            self._activity.beat()
             try:
                 self._cpu.uc.emu_start(self._cpu.rip, _NOWHERE)
             except UcError as error:
@@ -153,6 +162,8 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - a device failed inside its hook: the guest must not run on
                 _log.exception("a device failed")
                 return Ended(Ending.FAULTED, f"a device failed at {self._cpu.rip:#x}: {error!r}")
+            finally:
+                self._activity.beat(last=not self._wanted)
             if self._wanted and not self._power.asked and self._cpu.halted():
                 return Ended(Ending.HALTED, f"the guest halted at {self._cpu.rip:#x}")
 

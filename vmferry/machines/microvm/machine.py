@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Final
 
 from vmferry.errors import DeviceStateError, WrongPhaseError
 from vmferry.machines.microvm import devicestate
+from vmferry.machines.microvm.activity import Activity
 from vmferry.machines.microvm.cpu import Cpu
 from vmferry.machines.microvm.devices import NOT_GIVEN, Boot, Clock, Power, Serial
 from vmferry.machines.microvm.engine import Ending, Engine
@@ -102,7 +104,8 @@ class Machine:
         self._boot = Boot(bus, memory_bytes=options.memory_bytes, program=program, parameters=parameters)
         parts: tuple[Part, ...] = (self._boot, self._cpu, self._clock, power, self.serial, self._nic)
         self._parts = {part.name: part for part in parts}
-        self._engine = Engine(self._cpu, bus, self._clock, power, self._on_ending)
+        self._activity = Activity.of(options.uuid, os.environ)
+        self._engine = Engine(self._cpu, bus, self._clock, power, self._activity, self._on_ending)
         self.times = self._engine.times
 
     def cont(self) -> None:
@@ -179,6 +182,7 @@ class Machine:
         if self._announcing is not None:
             self._announcing.cancel()
         self._engine.close()
+        self._activity.close()
         self.serial.close()
         if self._backend is not None:
             self._backend.close()

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 from vmferry.errors import InvalidArgumentError, MachineFailedError
 from vmferry.machines.command import SANDBOX
+from vmferry.machines.qemu import cpuid
 from vmferry.machines.qemu.spec import ACCELERATORS, AUTO, MACHINE_ALIASES, QemuSpec
 from vmferry.machines.spec import MachineSpec
-
-OLDEST_VERSION: Final = (7, 2, 0)
+from vmferry.negotiation.facts import CpuidKey
 
 _ANSWER_S: Final = 20.0
 _MAX_WORDS: Final = 400
@@ -62,6 +62,15 @@ def probe_binary(path: str) -> Binary:
 def accelerator_problem(path: str, accelerator: str, cpu: str) -> str:
     """Why an accelerator does not work here with a CPU model; empty if guest code ran."""
     return _accelerator_problem(path, accelerator, cpu, _stamp(path))
+
+
+def guest_cpuid(part: QemuSpec, vcpus: int) -> Mapping[CpuidKey, int] | None:
+    """What a guest of this description would see of its processor here; ``None`` if it could not be started or asked.
+
+    Raises:
+        MachineFailedError: the binary is missing.
+    """
+    return _guest_cpuid(part.binary, part.machine, part.accelerator, part.cpu, vcpus, _stamp(part.binary))
 
 
 def resolve(spec: MachineSpec) -> MachineSpec:
@@ -115,7 +124,7 @@ def _stamp(path: str) -> tuple[int, int, int]:
 
 @functools.cache
 def _probe_binary(path: str, _stamp: tuple[int, int, int]) -> Binary:
-    version, machines = _ask(path, ("query-version", "query-machines"))
+    version, machines = _ask(path, [{"execute": "query-version"}, {"execute": "query-machines"}])
     number = version["qemu"]
     return Binary(
         path=path,
@@ -125,13 +134,38 @@ def _probe_binary(path: str, _stamp: tuple[int, int, int]) -> Binary:
     )
 
 
-def _ask(path: str, questions: Sequence[str]) -> list[Any]:
-    """The answers of a QEMU that has no machine."""
-    words = "".join(json.dumps({"execute": name}) for name in ("qmp_capabilities", *questions, "quit"))
-    command = [path, *_BARE, "-machine", "none", "-S", "-qmp", "stdio"]
+@functools.cache
+def _guest_cpuid(
+    path: str, machine: str, accelerator: str, cpu: str, vcpus: int, _stamp: tuple[int, int, int]
+) -> Mapping[CpuidKey, int] | None:
+    like = (
+        *("-machine", f"{machine},usb=off,vmport=off", "-accel", accelerator, "-cpu", f"{cpu},enforce"),
+        *("-smp", str(vcpus), "-m", "16M"),
+    )
+    try:
+        (processors,) = _ask(path, [{"execute": "query-cpus-fast"}], like)
+        first = min(processors, key=lambda one: int(one["cpu-index"]))
+        question = {"path": first["qom-path"], "property": cpuid.PROPERTY}
+        (answer,) = _ask(path, [{"execute": "qom-get", "arguments": question}], like)
+        return cpuid.words(answer)
+    except (MachineFailedError, KeyError, TypeError, ValueError):
+        return None  # why it cannot be started is a finding of its own
+
+
+def _ask(
+    path: str, questions: Sequence[Mapping[str, Any]], machine: Sequence[str] = ("-machine", "none")
+) -> list[Any]:
+    """The answers of a QEMU that runs nothing."""
+    commands = [{"execute": "qmp_capabilities"}, *questions, {"execute": "quit"}]
+    command = [path, *_BARE, *machine, "-S", "-qmp", "stdio"]
     try:
         done = subprocess.run(  # noqa: S603 - a binary that the configuration allows, without a shell
-            command, input=words, capture_output=True, text=True, timeout=_ANSWER_S, check=True
+            command,
+            input="".join(map(json.dumps, commands)),
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_S,
+            check=True,
         )
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         found = [answer["return"] for answer in answers if "return" in answer]

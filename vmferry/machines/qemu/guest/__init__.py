@@ -6,8 +6,10 @@ tool that packs archives. What the guest says is read by ``verdict``.
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +20,14 @@ from vmferry.errors import InvalidArgumentError
 APPEND: Final = "console=ttyS0 quiet loglevel=3 panic=-1"
 BUSYBOX: Final = Path("/bin/busybox")
 
+DISK_MODULES: Final = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
+"""What a guest with a virtio disk needs, unless it is built into its kernel."""
+
+_UNPACK: Final[dict[str, Callable[[bytes], bytes]]] = {
+    ".ko": bytes,
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+}
 _TRAILER: Final = "TRAILER!!!"
 _ELF_DYNAMIC: Final = b"/lib64/ld-linux-x86-64.so.2"
 
@@ -47,11 +57,15 @@ def archive(entries: Iterable[Entry]) -> bytes:
     return bytes(out)
 
 
-def initramfs(busybox: Path = BUSYBOX) -> bytes:
+def initramfs(busybox: Path = BUSYBOX, modules: Iterable[Path] = ()) -> bytes:
     """The guest's whole file system.
 
+    Args:
+        busybox: the one program in it.
+        modules: of the kernel, to be loaded in this order.
+
     Raises:
-        InvalidArgumentError: there is no statically linked busybox.
+        InvalidArgumentError: there is no statically linked busybox, or a module is packed in an unknown way.
     """
     try:
         shell = busybox.read_bytes()
@@ -70,13 +84,56 @@ def initramfs(busybox: Path = BUSYBOX) -> bytes:
             Entry("bin", stat.S_IFDIR | 0o755),
             Entry("bin/busybox", stat.S_IFREG | 0o755, shell),
             Entry("init", stat.S_IFREG | 0o755, script),
+            Entry("modules", stat.S_IFDIR | 0o755),
+            *_loaded(modules),
         ]
     )
 
 
-def append(files: int, writes_mib_per_s: int) -> str:
+def _loaded(modules: Iterable[Path]) -> Iterator[Entry]:
+    for number, path in enumerate(modules):
+        unpack = _UNPACK.get(path.suffix)
+        if unpack is None:
+            raise InvalidArgumentError(
+                f"{path} is packed in a way that is not known here",
+                field="modules",
+                remedy=f"Use a kernel whose modules end in one of {', '.join(_UNPACK)}.",
+            )
+        yield Entry(f"modules/{number:02}.ko", stat.S_IFREG | 0o644, unpack(path.read_bytes()))
+
+
+def modules_of(kernel: Path, names: Iterable[str], folder: Path = Path("/lib/modules")) -> list[Path]:
+    """The files of some modules of a kernel and of all they need, each behind what it needs.
+
+    Args:
+        kernel: such as ``/boot/vmlinuz-6.1.0``; the rest of its name is the release.
+        names: of the modules; what is built into the kernel has no file.
+        folder: where the modules of all releases lie.
+    """
+    root = folder / kernel.name.partition("-")[2]
+    needs = {}
+    for line in (root / "modules.dep").read_text(encoding="utf-8").splitlines():
+        file, _, others = line.partition(":")
+        needs[file] = others.split()
+    by_name = {file.rsplit("/", 1)[-1].split(".")[0].replace("-", "_"): file for file in needs}
+    found: dict[str, None] = {}
+
+    def take(file: str) -> None:
+        for other in needs[file]:
+            if other not in found:
+                take(other)
+        found[file] = None
+
+    for name in names:
+        if name in by_name:
+            take(by_name[name])
+    return [root / file for file in found]
+
+
+def append(files: int, writes_mib_per_s: int, disk: str = "") -> str:
     """The kernel's command line for the guest."""
-    return f"{APPEND} vf.files={files} vf.writes={writes_mib_per_s}"
+    on_disk = f" vf.disk={disk}" if disk else ""
+    return f"{APPEND} vf.files={files} vf.writes={writes_mib_per_s}{on_disk}"
 
 
 def newest_kernel(folder: Path = Path("/boot")) -> Path:

@@ -3,12 +3,24 @@
 #
 # Parameters, on the kernel's command line:
 #   vf.files=N    files of 1 MiB with random content, checked again and again against the sums taken at first
+#   vf.disk=NAME  a disk with a file system, such as vda, which is written to and read again without end
 #   vf.writes=N   how many MiB a second another process copies and compares, and so rewrites in memory
+#   vf.leave=N    as many files as leave N KiB of memory, instead of vf.files
+#   vf.ip=A/N     the address of its first network interface
+#   vf.echo=PORT  a TCP server that sends back what it gets
+#   vf.dial=A:PORT
+#                 connects there again and again, and keeps one more connection for as long as it lasts
+# Kernel modules in /modules are loaded before all else, in the order of their names.
 # What it says, one line each:
+#   memory available=N         KiB of memory that are left, if vf.leave was given
 #   ready files=N              the files are made
 #   tick n=N up=S.CC gap=CC wall=S bad=N
 #                              ten times a second; gap: centiseconds since the last tick, bad: all faults so far
 #   check n=N begun=T bad=N    all files were read once more, begun after tick T
+#   disk n=N name=F md5=SUM bad=N
+#                              a file of the disk, written and brought to the disk before this is said; the last 16 stay
+#   dial n=N answer=TEXT       what came back over the Nth connection; nothing if none could be made
+#   held n=N ended=T           the connection that was kept ended at tick T, after N lines had come back
 #   BAD ...                    a fault, by name
 export PATH=/bin
 /bin/busybox mkdir -p /bin /proc /data /state
@@ -16,11 +28,19 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t tmpfs -o size=80% tmpfs /data
 mount -t tmpfs tmpfs /state
-files=8 writes=0
+for module in /modules/*.ko; do
+  [ -e "$module" ] && insmod "$module"
+done
+files=8 writes=0 disk='' leave='' ip='' echo='' dial=''
 for word in $(cat /proc/cmdline); do
   case $word in
+    vf.disk=*) disk=${word#*=} ;;
     vf.files=*) files=${word#*=} ;;
     vf.writes=*) writes=${word#*=} ;;
+    vf.leave=*) leave=${word#*=} ;;
+    vf.ip=*) ip=${word#*=} ;;
+    vf.echo=*) echo=${word#*=} ;;
+    vf.dial=*) dial=${word#*=} ;;
   esac
 done
 touch /state/bad
@@ -32,12 +52,21 @@ fault() {
   echo "$*" >>/state/bad
 }
 
+wants_more() {
+  [ -z "$leave" ] && { [ $i -lt "$files" ]; return; }
+  while read -r name left rest; do
+    [ "$name" = MemAvailable: ] && { [ "$left" -gt "$leave" ]; return; }
+  done </proc/meminfo
+}
+
 i=0
-while [ $i -lt "$files" ]; do
+while wants_more; do
   dd if=/dev/urandom of=/data/$i bs=64k count=16 2>/dev/null
   i=$((i + 1))
 done
+files=$i
 cd /data && md5sum * >/state/sums
+[ -n "$leave" ] && echo "memory available=$left"
 echo "ready files=$files"
 
 check() {
@@ -62,8 +91,54 @@ write() {
   done
 }
 
+write_disk() {
+  mkdir -p /disk
+  mount -t devtmpfs devtmpfs /dev
+  until [ -e /dev/$disk ]; do usleep 50000; done
+  mount -t ext4 /dev/$disk /disk || fault "mount $disk"
+  k=0
+  while :; do
+    size=$((1 + k % 7))
+    rm -f /disk/f$((k - 16))
+    dd if=/dev/urandom of=/disk/f$k bs=16k count=$size conv=fsync 2>/dev/null || fault "disk write $k"
+    sync
+    sum=$(md5sum </disk/f$k)
+    echo "${sum%% *}  /disk/f$k" >/state/disk$((k % 16))
+    echo "disk n=$k name=f$k md5=${sum%% *} bad=$(wc -l </state/bad)"
+    # Read from the disk itself, not from what the guest remembers of it.
+    echo 3 >/proc/sys/vm/drop_caches
+    cat /state/disk* | md5sum -c >/state/found-disk 2>&1 || fault "disk: $(grep -v ': OK' /state/found-disk | tr '\n' ' ')"
+    k=$((k + 1))
+  done
+}
+
+again() {
+  k=0
+  while :; do
+    k=$((k + 1))
+    echo "dial n=$k answer=$(echo "call $k" | timeout 2 nc -w 1 "${dial%:*}" "${dial#*:}" 2>/dev/null | head -n 1)"
+    usleep 200000
+  done
+}
+
+hold() {
+  while echo held; do usleep 200000; done | nc "${dial%:*}" "${dial#*:}" >/state/held 2>/dev/null
+  echo "held n=$(wc -l </state/held) ended=$(cat /state/tick)"
+}
+
 check &
+[ -n "$disk" ] && write_disk &
 [ "$writes" -gt 0 ] && write &
+if [ -n "$ip" ]; then
+  ip link set lo up
+  ip addr add "$ip" dev eth0
+  ip link set eth0 up
+fi
+[ -n "$echo" ] && nc -ll -p "$echo" -e cat &
+if [ -n "$dial" ]; then
+  again &
+  hold &
+fi
 
 read -r up rest </proc/uptime
 last=${up%.*}${up#*.}

@@ -11,9 +11,12 @@ from typing import Final
 
 _TICK: Final = re.compile(r"^tick n=(\d+) up=(\d+)\.(\d\d) gap=(\d+) wall=(\d+) bad=(\d+)\r?$", re.MULTILINE)
 _CHECK: Final = re.compile(r"^check n=(\d+) begun=(\d+) bad=(\d+)\r?$", re.MULTILINE)
+_WRITTEN: Final = re.compile(r"^disk n=(\d+) name=(\w+) md5=([0-9a-f]{32}) bad=(\d+)\r?$", re.MULTILINE)
 _READY: Final = re.compile(r"^ready files=(\d+)\r?$", re.MULTILINE)
 _FAULT: Final = re.compile(
-    r"^.*(?:BAD |Kernel panic|BUG: |Oops|general protection|segfault|soft lockup|rcu: INFO).*$", re.MULTILINE
+    r"^.*(?:BAD |Kernel panic|BUG: |Oops|general protection|segfault|soft lockup|rcu: INFO"
+    r"|EXT4-fs error|I/O error).*$",
+    re.MULTILINE,
 )
 
 
@@ -38,6 +41,16 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A file that is on the guest's disk."""
+
+    number: int
+    name: str
+    md5: str
+    bad: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the guest said, as far as it is whole."""
 
@@ -45,6 +58,7 @@ class Verdict:
     ticks: tuple[Tick, ...]
     checks: tuple[Check, ...]
     faults: tuple[str, ...]
+    written: tuple[Written, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -54,7 +68,13 @@ class Verdict:
             after.number == before.number + 1 and after.uptime_cs >= before.uptime_cs
             for before, after in steps
         )
-        bad = any(tick.bad for tick in self.ticks) or any(check.bad for check in self.checks)
+        bad = any(
+            (
+                *(tick.bad for tick in self.ticks),
+                *(check.bad for check in self.checks),
+                *(file.bad for file in self.written),
+            )
+        )
         return bool(self.ticks) and counts and not bad and not self.faults
 
     def checked_after(self, tick: int) -> bool:
@@ -75,4 +95,5 @@ def verdict(serial: str) -> Verdict:
         ticks=tuple(ticks),
         checks=checks,
         faults=tuple(_FAULT.findall(whole)),
+        written=tuple(Written(int(n), name, md5, int(bad)) for n, name, md5, bad in _WRITTEN.findall(whole)),
     )

@@ -1,0 +1,340 @@
+"""Copying a machine's memory in its hypervisor's own migration stream, carried inside our lanes.
+
+::
+
+    QEMU --unix socket--> pieces with their place in the stream ==lanes==> put in order --unix socket--> QEMU
+
+Promise: no more of the stream is held than the window allows; the hypervisor never hands over by itself: it waits,
+paused, until it is told to send the rest; its stream counts as whole only after it said that it has completed, from
+when on it cannot resume the guest by itself. Until then nothing may be sealed. A hypervisor that cannot be trusted to
+see every write streams nothing while its guest runs: the guest is paused first, for no longer than the limit allows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Final
+
+from source_svc.copying import CopySettings
+from source_svc.judging import hopeless, show_decision
+from source_svc.migrations import Migration
+from source_svc.peer import Destination
+from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
+from vmferry.machines.migrating import PAUSED, StreamProgress
+from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.stream_socket import StreamSource
+from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.streams import Rounds, Sample, StreamDigest
+from vmferry.v1 import transfer_pb2
+
+_NOT_READY_S: Final = 0.05
+_POLL_S: Final = 0.01
+"""The hypervisor may pause the guest by itself at any time, and then somebody must notice."""
+_PAUSED_POLL_S: Final = 0.002
+# QEMU learns its rate in windows of 100 ms. Before the first is over it takes an empty remainder for the end, without
+# asking what the guest wrote meanwhile.
+_FIRST_WINDOW_S: Final = 0.12
+_WHOLE_POLL_S: Final = 0.02
+_IN_FLIGHT_SHARE: Final = 0.25
+"""What part of the allowed pause may go into waiting for pieces that are on their way when the guest is paused."""
+_LEAST_IN_FLIGHT_BYTES: Final = 128 * 1024
+"""What each lane may have on its way, however slow the link seems to be."""
+_MEASURED_S: Final = 0.25
+_FORGETTING: Final = 0.7
+
+
+class StreamedCopy:
+    """One machine's memory and device state on their way, in one stream."""
+
+    tracker_kind = ""
+    """The hypervisor tracks writes itself."""
+
+    def __init__(
+        self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
+    ) -> None:
+        self.round_number = 0
+        self._live = machine.spec.streams_live
+        self._machine = machine
+        self._migration = migration
+        self._settings = settings
+        self._new_channel = destination.new_channel
+        self._source = StreamSource(machine.paths.stream_socket)
+        self._digest = StreamDigest()
+        self._lanes: Lanes | None = None
+        self._carrying: asyncio.Task[None] | None = None
+        self._rounds: Rounds | None = None
+        self._active_at = 0.0
+        self._began_at = 0.0
+        self._completed = False
+        self._decided = False
+        self._bytes_per_second = 0.0
+        """Rate at which the destination's hypervisor takes the stream, while there is enough of it."""
+        self._measured = (0.0, 0)
+
+    async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
+        """Connect the lanes."""
+        settings = self._settings
+        self._lanes = Lanes(
+            LaneSettings(
+                migration_id=migration_id,
+                transfer_token=transfer_token,
+                open_channel=self._new_channel,
+                count=settings.lanes,
+                window_bytes=settings.window_bytes,
+                frame_bytes=settings.chunk_bytes,
+                stall_timeout_s=settings.stall_timeout_s,
+                on_event=lambda name, facts: span_event(name, **facts),
+            )
+        )
+        await self._lanes.open()
+        await self._machine.get_ready_to_stream()
+
+    async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
+        """Let the stream flow until the rest fits the downtime limit and ``may_switch`` agrees.
+
+        Raises:
+            NotConvergingError: it will never fit.
+        """
+        # The hypervisor pauses the guest by itself when next to nothing is left, so both sides must be ready before.
+        await _until(may_switch)
+        if not self._live:
+            return
+        await self._begin()
+        history: list[RoundReport] = []
+        while (report := await self._round()) is not None:
+            history.append(report)
+            decision = self._decide(history)
+            show_decision(self._migration, decision)
+            if decision.verdict is Verdict.GIVE_UP:
+                limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
+                raise hopeless(self.round_number, decision, limits)
+            if decision.verdict is Verdict.SWITCH:
+                if await may_switch():
+                    return
+                history.pop()  # rounds that only wait for the destination say nothing about convergence
+        # Both sides were ready when it began, and asking again would only make the pause longer.
+        span_event("paused by the hypervisor", round=self.round_number)
+        await self._let_arrive()
+
+    async def pause(self) -> float:
+        """Pause the guest, unless the hypervisor has; returns a moment at which it certainly still ran."""
+        if self._live:
+            await self._sample()
+        else:
+            self._active_at = time.monotonic()
+        await self._machine.stop()
+        if not self._live:
+            self.round_number = 1
+            await self._begin()
+        return self._active_at
+
+    async def rest(self) -> None:
+        """Send what is left of the paused guest; returns when all of it is in the destination's hypervisor."""
+        async with phase("last round"):
+            while (progress := await self._sample()).status != PAUSED:
+                if not self._live:
+                    self._check_pause(progress)
+                await self._look_again_in(_PAUSED_POLL_S if self._live else _WHOLE_POLL_S)
+        async with phase("device state"):
+            before = self._digest.size_bytes
+            await self._machine.finish_stream()
+            assert self._carrying is not None, "the stream was begun"
+            await self._carrying
+            # Not before this may anything be sealed: from here on the hypervisor does not resume the guest by itself.
+            await self._machine.wait_stream_completed()
+            self._completed = True
+            span_attributes(bytes=self._digest.size_bytes - before)
+            await self._send(b"", last=True)
+            await self._open_lanes.drain()
+
+    async def root(self) -> bytes:
+        """The digest of the whole stream."""
+        return self._digest.root()
+
+    async def finish(self) -> None:
+        """End the lanes; returns when the destination agrees that each was whole."""
+        await self._open_lanes.finish()
+        await self._migration.touch()
+
+    async def close(self) -> None:
+        """End the hypervisor's migration unless it is through, and close the lanes; safe to call twice."""
+        if self._began_at and not self._completed:
+            with contextlib.suppress(VmferryError):
+                await self._machine.end_stream()
+        if self._carrying is not None:
+            self._carrying.cancel()
+            await asyncio.gather(self._carrying, return_exceptions=True)
+        self._source.close()
+        if self._lanes is not None:
+            traffic = self._lanes.traffic
+            span_attributes(
+                wire_bytes=traffic.wire_bytes,
+                reconnects=traffic.reconnects,
+                repeated_bytes=traffic.repeated_bytes,
+            )
+            await self._lanes.close()
+
+    @property
+    def _open_lanes(self) -> Lanes:
+        assert self._lanes is not None, "the lanes were opened"
+        return self._lanes
+
+    async def _begin(self) -> None:
+        self._source.listen()
+        self._began_at = time.monotonic()
+        self._active_at = self._active_at or self._began_at
+        self._carrying = asyncio.create_task(self._carry())
+        await self._machine.begin_stream(self._machine.paths.stream_socket)
+        first = Sample(self._began_at, 1, 0, self._machine.ram.size_bytes)
+        self._rounds = Rounds(lambda: self._arrived_bytes, first)
+        self._measured = (self._began_at, 0)
+
+    async def _round(self) -> RoundReport | None:
+        """Follow one round to its end; ``None`` if the hypervisor has paused the guest because little was left."""
+        assert self._rounds is not None, "the stream was begun"
+        self.round_number = self._rounds.number
+        async with phase("round", number=self.round_number):
+            while True:
+                progress = await self._sample()
+                if progress.status == PAUSED:
+                    return None
+                # While it sets its migration up, the hypervisor counts no rounds yet.
+                sample = Sample(
+                    time.monotonic(),
+                    max(progress.rounds, 1),
+                    progress.transferred_bytes,
+                    progress.remaining_bytes,
+                )
+                report = self._rounds.add(sample)
+                if report is not None:
+                    span_attributes(sent_bytes=report.sent_bytes, left_bytes=report.dirty_bytes)
+                    return report
+                await self._look_again_in(_POLL_S)
+
+    def _decide(self, history: list[RoundReport]) -> Decision:
+        """What the policy says, with the pause that is left when what is on its way already has arrived."""
+        settings, arriving_s = self._settings, self._arriving_s()
+        limits = Limits(max(0.0, settings.downtime_limit_s - arriving_s), settings.max_rounds)
+        found = decide(history, limits)
+        verdict = found.verdict
+        if verdict is Verdict.SWITCH and arriving_s > settings.downtime_limit_s:
+            # Nothing is left to send, but what is on its way would be waited for.
+            verdict = Verdict.GIVE_UP if history[-1].number >= settings.max_rounds else Verdict.CONTINUE
+        self._decided = True
+        return replace(found, verdict=verdict, expected_downtime_s=found.expected_downtime_s + arriving_s)
+
+    @property
+    def _arrived_bytes(self) -> int:
+        """What the destination's hypervisor has taken in, about."""
+        return self._open_lanes.traffic.data_bytes - self._open_lanes.in_flight_bytes
+
+    def _arriving_s(self) -> float:
+        """How long it takes until all has arrived that the hypervisor believes to be sent."""
+        on_its_way = self._open_lanes.in_flight_bytes + self._source.waiting_bytes
+        so_far = max(self._arrived_bytes, 1) / (time.monotonic() - self._began_at)
+        return on_its_way / (self._bytes_per_second or so_far)
+
+    def _measure(self, now: float) -> None:
+        since, before = self._measured
+        if now - since < _MEASURED_S:
+            return
+        arrived = self._arrived_bytes
+        rate = (arrived - before) / (now - since)
+        # While the hypervisor has little to send, the link is not as slow as it seems.
+        self._bytes_per_second = max(rate, self._bytes_per_second * _FORGETTING)
+        self._measured = (now, arrived)
+
+    async def _let_arrive(self) -> None:
+        """Wait for what was on its way when the hypervisor paused the guest, which it knows nothing about."""
+        limit_s = self._settings.downtime_limit_s
+        try:
+            async with asyncio.timeout(limit_s - (time.monotonic() - self._active_at)):
+                await self._open_lanes.drain()
+                while self._source.waiting_bytes:
+                    await self._look_again_in(_PAUSED_POLL_S)
+                    await self._open_lanes.drain()
+        except TimeoutError as error:
+            raise NotConvergingError(
+                f"what was on its way when nothing was left to send took longer than the {limit_s * 1e3:.0f} ms for "
+                f"which the guest may be paused; {self._bytes_per_second / 1e6:.1f} MB/s can be sent",
+                rounds=self.round_number,
+            ) from error
+
+    def _check_pause(self, progress: StreamProgress) -> None:
+        """Give up on sending all memory in the pause when that has taken as long as the pause may be."""
+        seconds = time.monotonic() - self._active_at
+        if seconds > self._settings.downtime_limit_s:
+            raise NotConvergingError(
+                "the guest has to be paused while all its memory is sent, as its hypervisor loses track of writes; "
+                f"after {seconds:.1f} s {progress.remaining_bytes / 1e6:.0f} MB were left, the limit is "
+                f"{self._settings.downtime_limit_s * 1e3:.0f} ms",
+                rounds=self.round_number,
+            )
+
+    async def _look_again_in(self, seconds: float) -> None:
+        """Wait, but not beyond the stream's end, which never comes unasked unless something failed."""
+        assert self._carrying is not None, "the stream was begun"
+        done, _ = await asyncio.wait({self._carrying}, timeout=seconds)
+        if done:
+            self._carrying.result()
+            await self._machine.stream_progress()  # raises what the hypervisor says about it
+            raise MachineFailedError("the hypervisor ended its stream before it was asked to")
+
+    async def _sample(self) -> StreamProgress:
+        """Ask the hypervisor, and tell whoever watches."""
+        asked_at = time.monotonic()
+        found = await self._machine.stream_progress()
+        if self._live and found.status != PAUSED:
+            self._active_at = asked_at
+        traffic = self._open_lanes.traffic
+        progress = self._migration.message.progress
+        progress.round = self.round_number
+        progress.memory_bytes = self._machine.ram.size_bytes
+        progress.sent_bytes = found.transferred_bytes
+        progress.wire_bytes = traffic.wire_bytes
+        progress.zero_pages = found.zero_pages
+        progress.remaining_bytes = found.remaining_bytes
+        self._measure(asked_at)
+        if not self._decided:
+            progress.bytes_per_second = self._bytes_per_second
+        await self._migration.touch()
+        return found
+
+    async def _carry(self) -> None:
+        """Send what the hypervisor writes until it hangs up; which by itself says nothing."""
+        await self._source.accept()
+        if self._live:
+            await asyncio.sleep(_FIRST_WINDOW_S)
+        while True:
+            limit = self._in_flight_limit()
+            await self._open_lanes.drain_to(limit)
+            data = await self._source.read(min(self._settings.chunk_bytes, limit // self._settings.lanes))
+            if not data:
+                return
+            await self._send(data)
+
+    def _in_flight_limit(self) -> int:
+        """The hypervisor takes for sent what it has written, so that on a slow link little may be on its way."""
+        settings = self._settings
+        if not self._live:
+            return settings.window_bytes
+        allowed = self._bytes_per_second * settings.downtime_limit_s * _IN_FLIGHT_SHARE
+        return min(settings.window_bytes, max(int(allowed), settings.lanes * _LEAST_IN_FLIGHT_BYTES))
+
+    async def _send(self, data: bytes, *, last: bool = False) -> None:
+        offset = self._digest.size_bytes
+        self._digest.update(data)
+        await self._open_lanes.send(transfer_pb2.StreamPiece(offset=offset, data=data, last=last))
+
+
+async def _until(ready: Callable[[], Awaitable[bool]]) -> None:
+    while True:
+        if await ready():
+            return
+        await asyncio.sleep(_NOT_READY_S)
