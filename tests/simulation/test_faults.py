@@ -94,6 +94,15 @@ def test_a_name_that_was_not_on_disk_is_brought_there() -> None:
             assert not failure((killed, "kill:a/source"), (later, "crash:a/lose"))
 
 
+def test_a_destination_hears_at_last_that_an_attempt_was_closed() -> None:
+    """A source that was killed once more before it had told leaves no prepared copy behind for ever."""
+    first = Schedule("move", ((boundary("message@b Seal:answer"), "kill:a/source"),))
+    with quiet():
+        after = schedules.second_faults(first)
+    wanted = {"kill:a/source", "kill:b/destination", "cut:ab"}
+    kept(campaign.do([schedule for schedule in after if schedule.plan[1][1] in wanted]))
+
+
 def test_a_sync_that_failed_for_a_reader_is_not_tried_again() -> None:
     """A host that resumes a guest syncs the journals of its other service first; if that fails it does not resume."""
     with quiet():
