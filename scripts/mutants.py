@@ -114,6 +114,7 @@ class Finder(ast.NodeVisitor):
         for line in source.splitlines(keepends=True):
             self._lines.append(self._lines[-1] + len(line))
         self._inside: list[str] = []
+        self._lazy: set[ast.expr] = set()
 
     def _span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
         assert node.end_lineno is not None
@@ -200,11 +201,13 @@ class Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         """A durable record: made lazy."""
         name = getattr(node.func, "id", "")
+        if name == "replace" and any(keyword.arg == "durable" for keyword in node.keywords):
+            self._lazy.update(node.args)  # lazy already, on purpose
         lazy = any(keyword.arg == "durable" for keyword in node.keywords)
         text = self._text(node)
         if name == "Append" and not lazy:
             self._add(node, f"lazily {text}", f"{text[:-1].rstrip().rstrip(',')}, durable=False)")
-        elif name == "_append" and not lazy and self._module == "source":
+        elif name == "_append" and not lazy and self._module == "source" and node not in self._lazy:
             self._add(node, f"lazily {text}", f"replace({text}, durable=False)")
         for keyword in node.keywords:
             if (

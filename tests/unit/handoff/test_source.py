@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from typing import Final
 
@@ -346,3 +347,11 @@ def test_an_attempt_that_was_closed_here_is_remembered() -> None:
         ended = evolve(ended, record(kind, MINE))
     assert isinstance(ended, Quiet)
     assert ended.closed is None
+
+
+def test_an_attempt_is_known_before_its_destination_is() -> None:
+    """Told by somebody who does not know the destination's incarnation yet it is the same attempt."""
+    unknown = replace(MINE, destination_incarnation="")
+    assert unknown.matches(MINE)
+    assert MINE.matches(unknown)
+    assert not MINE.matches(replace(MINE, destination_incarnation=INCARNATION_A))
