@@ -143,6 +143,10 @@ class Arrival:
                 await self._let_go(machine)
                 await self.apply(destination.GuestRan())
                 return
+            except JournalDamagedError as error:
+                self._on_broken_journal(error)
+                await self._let_go(machine)
+                raise
             except BaseException:
                 await self._let_go(machine)
                 raise

@@ -200,6 +200,9 @@ class Departure:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
                 reach("source.resumed")
+            except JournalDamagedError as error:
+                self._on_broken_journal(error)
+                raise
             finally:
                 await machine.close()
 
@@ -245,17 +248,34 @@ class Departure:
         except VmferryError:
             return False
 
-    async def _ask(self, destination: Destination, tell: Tell, story: Story) -> list[Tell]:
-        """Tell the destination something and act on what it answers."""
+    async def _ask(self, destination: Destination, tell: Tell, reason: str) -> source.Heard | None:
+        """Tell the destination something; nothing is heard from one that cannot answer, whatever the cause."""
         state = self.state
         assert not isinstance(state, source.Quiet)
         digest = b"" if isinstance(state, source.Begun) else state.digest
-        heard = await destination.tell(tell.method, state.attempt, digest=digest, reason=story.reason)
+        try:
+            return await destination.tell(tell.method, state.attempt, digest=digest, reason=reason)
+        except VmferryError as error:
+            self._cannot(tell, "the destination cannot be asked", error)
+            return None
+
+    async def _act_on(self, heard: source.Heard, tell: Tell, story: Story) -> list[Tell]:
+        """Do what follows from an answer; what fails is tried again with the next one."""
         reach("source.outcome-heard")
-        await story.hears(heard)
-        return await self.apply(
-            replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
-        )
+        try:
+            await story.hears(heard)
+            return await self.apply(
+                replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
+            )
+        except JournalDamagedError:
+            raise  # this host's own: nothing may follow in this process
+        except VmferryError as error:
+            self._cannot(tell, "what was decided cannot be done", error)
+            return []
+
+    def _cannot(self, tell: Tell, what: str, error: VmferryError) -> None:
+        self.waiting = f"{what}: {error.message}"
+        _LOG.warning("asking again", machine=self.machine_id, method=tell.method, detail=error.message)
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""
@@ -264,23 +284,12 @@ class Departure:
             if not todo and await self._settled_by_its_new_owner(self.state, story):
                 return
             tell = todo[0] if todo else Tell(self._question())
-            try:
-                todo = await self._ask(destination, tell, story)
+            heard = await self._ask(destination, tell, story.reason)
+            if heard is not None:
                 heard_at = time.monotonic()
-            except JournalDamagedError:
-                raise
-            except VmferryError as error:
-                self.waiting = f"the destination cannot be asked: {error.message}"
-                _LOG.warning(
-                    "asking again", machine=self.machine_id, method=tell.method, detail=error.message
-                )
-                todo = []
-                if time.monotonic() - heard_at > story.cold_boot_wait_s:
-                    await self.apply(
-                        source.WaitedEnough(
-                            memory_intact=await self.memory_intact(), tail_certain=self.tail_certain
-                        )
-                    )
+                todo = await self._act_on(heard, tell, story)
+            else:
+                todo = await self._waited(enough=time.monotonic() - heard_at > story.cold_boot_wait_s)
             if not isinstance(self.state, source.Quiet) and not todo:
                 await story.waits(self.waiting)
                 await asyncio.sleep(story.retry_s)
@@ -299,6 +308,14 @@ class Departure:
         )
         await self.apply(source.OwnerBegan(now.attempt))
         return isinstance(self.state, source.Quiet)
+
+    async def _waited(self, *, enough: bool) -> list[Tell]:
+        """What follows from silence alone: nothing, unless the guest's memory is gone and the wait has been long."""
+        if not enough:
+            return []
+        waited = source.WaitedEnough(memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
+        await self.apply(waited)
+        return []
 
     def _question(self) -> str:
         """What to ask when nothing else is to be told."""

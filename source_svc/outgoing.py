@@ -53,7 +53,6 @@ from vmferry.v1 import migration_pb2 as pb
 _LOG: Final = get_logger(__name__)
 _CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
 _PREFLIGHT_S: Final = 1.0
-_ABORT_TRIES: Final = 3
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
@@ -408,16 +407,8 @@ class Outgoing:
 
     async def _say_goodbye(self, attempt: Attempt) -> None:
         """Spare the destination waiting for its own time limit."""
-        for _ in range(_ABORT_TRIES):
-            try:
-                await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
-            except VmferryError as error:
-                _LOG.info(
-                    "the destination could not be told", migration=self.migration.id, detail=error.message
-                )
-                await asyncio.sleep(self.retry_s)
-            else:
-                return
+        with contextlib.suppress(VmferryError):  # told again by ``farewells`` until it answers
+            await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
 
     async def _tidy_up(self) -> None:
         copy, self._copy = self._copy, None

@@ -16,6 +16,7 @@ from typing import Final
 import grpc
 
 from source_svc.departure import Departure
+from source_svc.farewells import Farewells
 from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.orders import Order, read_destination, read_order, required
@@ -81,6 +82,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._contents = Contents()
         self._running: dict[str, Outgoing | Recovered] = {}
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
+        self._farewells = Farewells(host.ledger, self._peer, host.config.handoff_retry_s)
         self._starting = asyncio.Lock()
         self._stopping = False
 
@@ -96,6 +98,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
                     await settle_quiet(machine_id, self._ledger, self._directory)
+                    self._farewells.say(machine_id)
             except MachineFailedError:
                 self._returned.add(machine_id)
             except VmferryError as error:
@@ -108,6 +111,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._stopping = True
         await asyncio.gather(*(one.interrupt() for one in list(self._running.values())))
         await self._returned.stop()
+        await self._farewells.stop()
 
     async def close(self) -> None:
         """Nothing is left: every migration let go of what it held when it was stopped."""
@@ -303,6 +307,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
         migration_id = one.migration.id
         self._running.pop(migration_id, None)
+        if not self._stopping:
+            self._farewells.say(one.migration.message.machine_id)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
         asyncio.get_running_loop().call_soon(gc.collect)
         if task.cancelled() or isinstance(error := task.exception(), ServiceStoppingError):

@@ -19,11 +19,12 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from vmferry.errors import JournalDamagedError
+from vmferry.handoff.disk import DISK, Disk, File, damaging
 
 SLOT_BYTES: Final = 4096
 SLOTS_PER_EXTENT: Final = 64
@@ -45,26 +46,30 @@ class Contents:
     payloads: tuple[bytes, ...] = ()
     torn_tail: bool = False
     damage: str = ""
+    sync_failed: bool = False
+    """It may not be on disk, and another sync would prove nothing."""
     last_hash: bytes = field(default=bytes(_HASH_BYTES), repr=False)
+    hashes: tuple[bytes, ...] = field(default=(), repr=False, compare=False)
+    """Of all slots that were read, the label's included."""
 
 
-def read(path: Path, label: bytes, *, settled: bool = False) -> Contents:
+def read(path: Path, label: bytes, *, settled: bool = False, disk: Disk = DISK) -> Contents:
     """Read a journal without changing it; a missing file reads as empty.
 
     With ``settled`` everything returned is on disk: its writer may be between write and sync, or have been killed
     there.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        opened = disk.open(path)
     except FileNotFoundError:
         return Contents()
-    with os.fdopen(fd, "rb") as file:
+    with contextlib.closing(opened) as file:
         data = file.read()
         if settled:
             try:
-                os.fdatasync(fd)
+                file.sync_data()
             except OSError as error:
-                return Contents(damage=f"{path.name} cannot be synced: {error}")
+                return Contents(damage=f"{path.name} cannot be synced: {error}", sync_failed=True)
     return _contents(data, path, label)
 
 
@@ -78,26 +83,28 @@ def _contents(data: bytes, path: Path, label: bytes) -> Contents:
         return Contents(damage=contents.damage or f"{path.name} has no readable first slot")
     # The file grows by whole extents before they are used; one that was cut short may have lost records.
     torn = contents.torn_tail or (not contents.damage and len(data) % _EXTENT_BYTES != 0)
-    return Contents(contents.payloads[1:], torn, contents.damage, contents.last_hash)
+    return replace(contents, payloads=contents.payloads[1:], torn_tail=torn)
 
 
 def _read_slots(slots: Sequence[bytes]) -> Contents:
     payloads: list[bytes] = []
-    previous = bytes(_HASH_BYTES)
+    hashes: list[bytes] = []
+    torn_tail, damage = False, ""
     for number, slot in enumerate(slots):
-        payload = _decode(slot, number, previous)
+        payload = _decode(slot, number, hashes[-1] if hashes else bytes(_HASH_BYTES))
         if payload is None:
             rest = slots[number + 1 :]
             if any(_is_slot(later) for later in rest):
-                return Contents(
-                    tuple(payloads), damage=f"slot {number} is bad, later ones are not", last_hash=previous
-                )
-            if any(later != _EMPTY for later in rest):
-                return Contents(tuple(payloads), damage=f"garbage behind slot {number}", last_hash=previous)
-            return Contents(tuple(payloads), torn_tail=slot != _EMPTY, last_hash=previous)
+                damage = f"slot {number} is bad, later ones are not"
+            elif any(later != _EMPTY for later in rest):
+                damage = f"garbage behind slot {number}"
+            else:
+                torn_tail = slot != _EMPTY
+            break
         payloads.append(payload)
-        previous = slot[-_HASH_BYTES:]
-    return Contents(tuple(payloads), last_hash=previous)
+        hashes.append(slot[-_HASH_BYTES:])
+    last_hash = hashes[-1] if hashes else bytes(_HASH_BYTES)
+    return Contents(tuple(payloads), torn_tail, damage, last_hash=last_hash, hashes=tuple(hashes))
 
 
 def _encode(number: int, previous: bytes, payload: bytes) -> bytes:
@@ -123,20 +130,21 @@ def _decode(slot: bytes, number: int, previous: bytes) -> bytes | None:
 class Journal:
     """One journal file, open for appending by the one process that holds its role's lock."""
 
-    def __init__(self, path: Path, label: bytes) -> None:
+    def __init__(self, path: Path, label: bytes, disk: Disk = DISK) -> None:
         self.path = path
         self._broken = ""
-        if not path.exists():
-            _create(path, label)
-        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with damaging("open", path):
+            if not disk.exists(path):
+                _create(path, label, disk)
+            self._file: File = disk.open(path, writable=True)
         try:
-            self._settle(label)
+            self._settle(label, disk)
         except BaseException:
             self.close()
             raise
 
-    def _settle(self, label: bytes) -> None:
-        data = _read_all(self._fd)
+    def _settle(self, label: bytes, disk: Disk) -> None:
+        data = self._file.read()
         contents = _contents(data, self.path, label)
         if contents.damage:
             raise JournalDamagedError(f"{self.path}: {contents.damage}", path=self.path)
@@ -149,9 +157,17 @@ class Journal:
         # failed and the kernel called the page clean. Written again and synced, it may be believed.
         last = (self._count - 1) * SLOT_BYTES
         with self._breaking("settle"):
-            _write_all(self._fd, data[last : last + SLOT_BYTES], last)
-            os.fdatasync(self._fd)
+            self._file.write(data[last : last + SLOT_BYTES], last)
+            self._file.sync_data()
+            # Its maker may have been killed before the file's name was on disk, or that of its new folder.
+            disk.sync_folder(self.path.parent)
+            disk.sync_folder(self.path.parent.parent)
         self._synced = self._count
+
+    @property
+    def end(self) -> tuple[int, bytes]:
+        """How many slots there are, and the hash of the last one."""
+        return self._count, self._previous
 
     def append(self, payload: bytes, *, durable: bool) -> None:
         """Add one record; when ``durable`` it is on disk on return.
@@ -167,9 +183,9 @@ class Journal:
             if self._count >= self._slots or self._slots % SLOTS_PER_EXTENT:
                 self._allocate()
                 self._fill()
-            _write_all(self._fd, slot, self._count * SLOT_BYTES)
+            self._file.write(slot, self._count * SLOT_BYTES)
             if durable:
-                os.fdatasync(self._fd)
+                self._file.sync_data()
         self._count += 1
         if durable:
             self._synced = self._count
@@ -184,7 +200,7 @@ class Journal:
         count = self._count
         with self._breaking("sync"):
             if self._synced < count:
-                os.fdatasync(self._fd)
+                self._file.sync_data()
                 self._synced = max(self._synced, count)
 
     def probe(self) -> None:
@@ -194,7 +210,7 @@ class Journal:
             JournalDamagedError: they could not. Where only space is missing, the journal itself goes on.
         """
         with self._breaking("sync"):
-            os.fdatasync(self._fd)
+            self._file.sync_data()
             self._synced = self._count
         if self._count + _RESERVE_SLOTS > self._slots:
             try:
@@ -205,13 +221,13 @@ class Journal:
                 self._fill()
 
     def _allocate(self) -> None:
-        os.posix_fallocate(self._fd, self._slots * SLOT_BYTES, _to_next_extent(self._slots))
+        self._file.allocate(self._slots * SLOT_BYTES, _to_next_extent(self._slots))
 
     def _fill(self) -> None:
         # Written zeros, not only allocated blocks: a later record then changes no metadata of the file system.
         missing = _to_next_extent(self._slots)
-        _write_all(self._fd, bytes(missing), self._slots * SLOT_BYTES)
-        os.fsync(self._fd)
+        self._file.write(bytes(missing), self._slots * SLOT_BYTES)
+        self._file.sync()
         self._slots += missing // SLOT_BYTES
 
     @contextlib.contextmanager
@@ -227,50 +243,24 @@ class Journal:
 
     def close(self) -> None:
         """Give the file back; safe to call twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
 
-def _create(path: Path, label: bytes) -> None:
+def _create(path: Path, label: bytes, disk: Disk) -> None:
+    """Make a journal whose first slot is on disk before the file has its name."""
     temporary = path.with_suffix(f".{os.getpid()}.new")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, _EXTENT_BYTES)
-        _write_all(fd, _encode(0, bytes(_HASH_BYTES), label).ljust(_EXTENT_BYTES, b"\0"), 0)
-        os.fsync(fd)
-    except OSError as error:
-        temporary.unlink()
-        raise JournalDamagedError(f"cannot create {path}: {error}", path=path) from error
-    finally:
-        os.close(fd)
-    temporary.rename(path)
-    sync_directory(path.parent)
-    sync_directory(path.parent.parent)  # the folder may be new itself, and would take the file with it
+        with damaging("create", path), contextlib.closing(disk.create(temporary)) as file:
+            file.allocate(0, _EXTENT_BYTES)
+            file.write(_encode(0, bytes(_HASH_BYTES), label).ljust(_EXTENT_BYTES, b"\0"), 0)
+            file.sync()
+    except JournalDamagedError:
+        with contextlib.suppress(OSError):
+            disk.unlink(temporary)
+        raise
+    disk.rename(temporary, path)
 
 
 def _to_next_extent(slots: int) -> int:
     """Bytes from the end of ``slots`` to the end of the extent that begins or goes on there."""
     return _EXTENT_BYTES - slots * SLOT_BYTES % _EXTENT_BYTES
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _read_all(fd: int) -> bytes:
-    with os.fdopen(os.dup(fd), "rb") as file:
-        file.seek(0)
-        return file.read()
-
-
-def sync_directory(path: Path) -> None:
-    """Bring the names in a directory to disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -2,15 +2,17 @@
 
 Layout below the journal directory::
 
-  incarnation                     a UUID made with the directory; a host that lost its journals is another one,
-                                  and each journal names it, so that one from another host is not believed
+  register                        which journals there are, how far each was on disk, and the directory's incarnation:
+                                  a UUID made with it. A host that lost its journals is another one, and each journal
+                                  names it, so that one from another host is not believed
   source.lock, destination.lock   held for life by the one service of that role
   MACHINE-UUID/operator.journal   BORN and ENDED, written by ``vmferry machine run|stop``
   MACHINE-UUID/source.journal     written by the source service
   MACHINE-UUID/destination.journal  written by the destination service
   MACHINE-UUID/lock               held for a moment while a journal is checked and then appended to
 
-Promise: :meth:`HostLedger.rights` reads what is in the files, whoever wrote it; a machine is born, ended, begun or
+Promise: :meth:`HostLedger.rights` reads what is in the files, whoever wrote it; a journal that is missing, or is not
+the one that was on disk before, permits nothing (``register``). A machine is born, ended, begun or
 accepted under the machine's lock after that view was checked, so two processes cannot both find it free.
 """
 
@@ -19,8 +21,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import fcntl
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -38,7 +38,9 @@ from vmferry.errors import (
     MachineNotOwnedError,
 )
 from vmferry.handoff import destination, gate, journal, records, source
+from vmferry.handoff.disk import DISK, Disk, damaging
 from vmferry.handoff.gate import ResumePermit
+from vmferry.handoff.register import Mark, Register
 from vmferry.handoff.rights import Epochs, Rights
 from vmferry.handoff.states import Append, InvalidTransitionError, Record, RecordKind
 from vmferry.together import to_the_end
@@ -73,16 +75,23 @@ class _View:
 class HostLedger:
     """The journals of this host."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk = DISK) -> None:
         self.directory = directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.incarnation = _incarnation(directory)
+        self._disk = disk
+        self._distrusted: dict[Path, str] = {}
+        """Journals that this process could not sync: a sync that works later does not bring back what was lost."""
+        _make_folders(directory, disk)
+        self._register = Register(directory, disk)
+        self.incarnation = self._register.incarnation
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
     def machines(self, role: Role | None = None) -> list[str]:
         """Identities of all machines that any journal here speaks of, or that of one role."""
-        folders = {path.parent.name for path in self.directory.glob(f"*/{role or '*'}.journal")}
-        return sorted(name for name in folders if _is_uuid(name))
+        found = {path.parent.name for path in self._disk.glob(self.directory, f"*/{role or '*'}.journal")}
+        # A journal that is missing is to be met, too, by whoever looks after all of them.
+        written = (name.split("/") for name in self._register.names())
+        found |= {machine for machine, writer in written if role in (None, writer)}
+        return sorted(name for name in found if _is_uuid(name))
 
     def rights(self, machine_id: str, *, settled: bool = False) -> Rights:
         """What the journals say about one machine; with ``settled`` all of it is on disk on return."""
@@ -109,7 +118,8 @@ class HostLedger:
             MachineExistsError: a journal already speaks of it; only a machine nobody has seen can be born.
         """
         with self.machine_lock(machine_id):
-            if not self.rights(machine_id).unheard_of or self._path(machine_id, Role.OPERATOR).exists():
+            path = self._path(machine_id, Role.OPERATOR)
+            if not self.rights(machine_id).unheard_of or self._disk.exists(path):
                 raise MachineExistsError(f"machine {machine_id} is known to this host's journal already")
             self._operator_record(Record(RecordKind.BORN, machine_id, epoch=FIRST_EPOCH))
         return self.permit(machine_id)
@@ -138,8 +148,10 @@ class HostLedger:
     @contextlib.contextmanager
     def machine_lock(self, machine_id: str) -> Iterator[None]:
         """Keeps every other process from changing what the journals say about the machine."""
-        with (self._made_folder(machine_id) / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        path = self._made_folder(machine_id) / "lock"
+        with damaging("lock", path):
+            lock = self._disk.lock(path, wait=True)
+        with contextlib.closing(lock):
             yield
 
     @contextlib.asynccontextmanager
@@ -169,7 +181,7 @@ class HostLedger:
         Raises:
             ConfigError: another process has that role on this directory.
         """
-        return RoleLock(self.directory / f"{role}.lock", role)
+        return RoleLock(self.directory / f"{role}.lock", role, self._disk)
 
     def open_source(self, machine_id: str) -> MachineJournal[source.SourceState]:
         """The machine's source journal, for appending; the caller holds the role's lock."""
@@ -181,23 +193,58 @@ class HostLedger:
         return MachineJournal(self, machine_id, Role.DESTINATION, initial, destination.evolve)
 
     def _operator_record(self, record: Record) -> None:
-        log = journal.Journal(*self._file(record.machine_id, Role.OPERATOR))
-        try:
+        with contextlib.closing(self._opened(record.machine_id, Role.OPERATOR)) as log:
             log.append(self._encode(record), durable=True)
-        finally:
-            log.close()
+            self._note(record.machine_id, Role.OPERATOR, log)
 
     def _encode(self, record: Record) -> bytes:
         return records.encode(record, boot_id=self.boot_id, write_unix_ns=time.time_ns())
 
-    def _view(self, machine_id: str, role: Role, *, settled: bool) -> _View:
+    def _opened(self, machine_id: str, role: Role) -> journal.Journal:
+        """A journal for appending, with its entry in the register; the first record follows that."""
         path, label = self._file(machine_id, role)
-        contents = journal.read(path, label, settled=settled)
+        mark = self._register.mark(_entry(machine_id, role))
+        if mark is not None and not self._disk.exists(path):
+            raise JournalDamagedError(f"{path} is missing", path=path)
+        log = journal.Journal(path, label, self._disk)
+        with contextlib.ExitStack() as closing:
+            closing.callback(log.close)
+            if problem := _contradiction(mark, log.contents):
+                raise JournalDamagedError(f"{path}: {problem}", path=path)
+            if mark is None:
+                self._register.add(_entry(machine_id, role), Mark(*log.end))
+            else:
+                self._register.note(_entry(machine_id, role), Mark(*log.end), settled=True)
+            closing.pop_all()
+        return log
+
+    def _note(self, machine_id: str, role: Role, log: journal.Journal) -> None:
+        """Keep in mind that all of a journal is on disk."""
+        self._register.note(_entry(machine_id, role), Mark(*log.end))
+
+    def _view(self, machine_id: str, role: Role, *, settled: bool) -> _View:
+        view = self._read(machine_id, role, settled=settled)
         for _ in range(3):
-            if not (contents.torn_tail or contents.damage):
+            if not (view.torn_tail or view.damage):
                 break
             time.sleep(0.001)  # its writer may be in the middle of an append
-            contents = journal.read(path, label, settled=settled)
+            view = self._read(machine_id, role, settled=settled)
+        return view
+
+    def _read(self, machine_id: str, role: Role, *, settled: bool) -> _View:
+        path, label = self._file(machine_id, role)
+        if path in self._distrusted:
+            return _View(damage=self._distrusted[path])
+        try:
+            # The mark first: a journal that grows meanwhile is ahead of it, as it may be.
+            mark = self._register.mark(_entry(machine_id, role))
+        except JournalDamagedError as error:
+            return _View(damage=error.message)
+        contents = journal.read(path, label, settled=settled, disk=self._disk)
+        if contents.sync_failed:
+            self._distrusted[path] = contents.damage
+        if problem := contents.damage or _contradiction(mark, contents):
+            return _View(damage=problem)
         return _decoded(contents)
 
     def _folder(self, machine_id: str) -> Path:
@@ -207,7 +254,8 @@ class HostLedger:
 
     def _made_folder(self, machine_id: str) -> Path:
         folder = self._folder(machine_id)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        with damaging("make", folder):
+            self._disk.make_folder(folder)
         return folder
 
     def _path(self, machine_id: str, role: Role) -> Path:
@@ -217,24 +265,43 @@ class HostLedger:
         return self._path(machine_id, role), f"vmferry {role} {machine_id} {self.incarnation}".encode()
 
 
+def _make_folders(directory: Path, disk: Disk) -> None:
+    """Make the journal directory; the folders that it is the first to need survive a crash, too."""
+    with damaging("make", directory):
+        new = [folder for folder in (directory, *directory.parents) if not disk.exists(folder)]
+        disk.make_folder(directory)
+        for folder in new:
+            disk.sync_folder(folder.parent)
+
+
+def _entry(machine_id: str, role: Role) -> str:
+    return f"{machine_id}/{role}"
+
+
+def _contradiction(mark: Mark | None, contents: journal.Contents) -> str:
+    """Why the register says that a journal is not what it was; empty if it may be."""
+    if mark is None:
+        return "it has records and is not in the register" if contents.payloads else ""
+    return mark.contradiction(contents.hashes)
+
+
 def _decoded(contents: journal.Contents) -> _View:
     try:
         decoded = [records.decode(payload) for payload in contents.payloads]
     except ValueError as error:
         return _View(damage=f"a record cannot be read: {error}")
     found = tuple(record for record, _ in decoded)
-    return _View(found, contents.torn_tail, contents.damage)
+    return _View(found, contents.torn_tail)
 
 
 class RoleLock:
     """Held by the one service of a role."""
 
-    def __init__(self, path: Path, role: Role) -> None:
-        self._file = path.open("w")
+    def __init__(self, path: Path, role: Role, disk: Disk) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
+            with damaging("lock", path):
+                self._lock = disk.lock(path, wait=False)
+        except BlockingIOError as error:
             raise ConfigError(
                 f"another {role} service runs on {path.parent}",
                 field="state_dir",
@@ -243,7 +310,7 @@ class RoleLock:
 
     def close(self) -> None:
         """Let another process have the role; safe to call twice."""
-        self._file.close()
+        self._lock.close()
 
 
 State = TypeVar("State", source.SourceState, destination.DestinationState)
@@ -264,16 +331,17 @@ class MachineJournal(Generic[State]):
     ) -> None:
         self._ledger = ledger
         self._evolve: Evolve[State] = evolve
+        self._role = role
         self.machine_id = machine_id
         ledger._made_folder(machine_id)  # noqa: SLF001 - one unit with the ledger
-        path, label = ledger._file(machine_id, role)  # noqa: SLF001 - one unit with the ledger
-        self._journal = journal.Journal(path, label)
+        self._journal = ledger._opened(machine_id, role)  # noqa: SLF001 - one unit with the ledger
         view = _decoded(self._journal.contents)
         self.torn_tail = view.torn_tail
         try:
             self.state: State = _folded(view, initial, evolve)
         except InvalidTransitionError as error:
             self._journal.close()
+            path = self._journal.path
             raise JournalDamagedError(f"{path}: {error}", path=path) from error
 
     def append(self, action: Append) -> None:
@@ -281,6 +349,8 @@ class MachineJournal(Generic[State]):
         # What cannot follow is refused before anything is written.
         state = self._evolve(self.state, action.record)
         self._journal.append(self._ledger._encode(action.record), durable=action.durable)  # noqa: SLF001 - one unit
+        if action.durable:
+            self._ledger._note(self.machine_id, self._role, self._journal)  # noqa: SLF001 - one unit
         self.state = state
         self.torn_tail = False
 
@@ -302,28 +372,3 @@ def _is_uuid(text: str) -> bool:
         return str(uuid.UUID(text)) == text
     except ValueError:
         return False
-
-
-def _incarnation(directory: Path) -> str:
-    path = directory / "incarnation"
-    if not path.exists():
-        _make_incarnation(path)
-    found = path.read_text(encoding="ascii", errors="replace").strip()
-    if not _is_uuid(found):
-        raise JournalDamagedError(f"{path} is damaged: it does not hold a UUID", path=path)
-    return found
-
-
-def _make_incarnation(path: Path) -> None:
-    temporary = path.with_name(f".incarnation.{os.getpid()}")
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(str(uuid.uuid4()))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # fails if somebody was faster
-    finally:
-        temporary.unlink()
-    journal.sync_directory(path.parent)
-    journal.sync_directory(path.parent.parent)

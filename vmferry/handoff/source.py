@@ -31,6 +31,8 @@ class Quiet:
     """No attempt is open."""
 
     last_number: int = 0
+    closed: Attempt | None = field(default=None, compare=False)
+    """The last attempt, if this host closed it; its destination may not have heard."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def evolve(state: SourceState, record: Record) -> SourceState:
         case Sealed(attempt=now, digest=digest), RecordKind.HANDED_OFF if now.matches(attempt):
             return HandedOff(attempt, digest)
         case ((Begun(attempt=now) | Sealed(attempt=now)), RecordKind.ABORTED) if now.matches(attempt):
-            return Quiet(now.number)
+            return Quiet(now.number, now)
         case HandedOff(attempt=now), (RecordKind.DONE | RecordKind.RECLAIMED) if now.matches(attempt):
             return Quiet(now.number)
         case ((Begun(attempt=now) | Sealed(attempt=now) | HandedOff(attempt=now)), RecordKind.FORCED) if (

@@ -24,6 +24,7 @@ from vmferry.errors import (
 )
 from vmferry.handoff import destination, journal, records, source
 from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.register import Register
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import Append, Attempt, InvalidTransitionError, RecordKind
 
@@ -277,10 +278,27 @@ def test_a_damaged_journal_of_any_role_permits_nothing(ledger: HostLedger, role:
             ledger.open_source(MACHINE) if role is Role.SOURCE else ledger.open_destination(MACHINE)
 
 
-def test_a_lost_handover_is_not_taken_for_an_open_right(ledger: HostLedger) -> None:
-    """With HANDED_OFF rotted at the end the source is LEAVING and uncertain: no permit, and it must ask."""
+def test_a_rotten_handover_is_damage(ledger: HostLedger) -> None:
+    """With HANDED_OFF rotted at the end the register knows that it was on disk: nothing may be concluded here."""
     ledger.birth(MACHINE)
     write(ledger, AWAY, K.BEGUN, K.SEALED, K.HANDED_OFF)
+    damage(file_of(ledger, Role.SOURCE), slot=3)
+    assert ledger.rights(MACHINE).standing is Standing.UNKNOWN
+    with pytest.raises(JournalDamagedError):
+        ledger.permit(MACHINE)
+    with pytest.raises(JournalDamagedError, match="gone"):
+        ledger.open_source(MACHINE)
+
+
+def test_a_torn_handover_is_not_taken_for_an_open_right(
+    ledger: HostLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the register had not been told yet the source is LEAVING and uncertain: no permit, and it must ask."""
+    ledger.birth(MACHINE)
+    write(ledger, AWAY, K.BEGUN, K.SEALED)
+    with monkeypatch.context() as patch:
+        patch.setattr(Register, "note", lambda *_, **__: None)
+        write(ledger, AWAY, K.HANDED_OFF)
     damage(file_of(ledger, Role.SOURCE), slot=3)
     assert ledger.rights(MACHINE).standing is Standing.LEAVING
     with pytest.raises(MachineNotOwnedError):
@@ -306,6 +324,7 @@ def test_records_in_an_order_that_cannot_be_are_damage(ledger: HostLedger) -> No
     """Whole slots whose records contradict each other are not believed either."""
     path, label = ledger._file(MACHINE, Role.SOURCE)
     ledger.birth(MACHINE)
+    ledger.open_source(MACHINE).close()
     log = journal.Journal(path, label)
     log.append(records.encode(record(K.DONE, AWAY), boot_id="", write_unix_ns=0), durable=True)
     log.close()
@@ -392,19 +411,19 @@ def test_an_incarnation_stays_with_its_journals(ledger: HostLedger, tmp_path: Pa
     assert HostLedger(ledger.directory).incarnation == ledger.incarnation
     assert HostLedger(tmp_path / "other").incarnation != ledger.incarnation
     assert str(uuid.UUID(ledger.incarnation)) == ledger.incarnation
-    assert [entry.name for entry in ledger.directory.iterdir()] == ["incarnation"]
+    assert [entry.name for entry in ledger.directory.iterdir()] == ["register"]
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 36, b"\xff" * 36, b"none"])
-def test_a_damaged_incarnation_is_not_used(ledger: HostLedger, content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"\0" * 1024, b"\xff" * 1024, b"none"])
+def test_a_damaged_register_is_not_used(ledger: HostLedger, content: bytes) -> None:
     """An empty incarnation would fit everybody's: the ledger is not opened."""
-    (ledger.directory / "incarnation").write_bytes(content)
-    with pytest.raises(JournalDamagedError, match="incarnation"):
+    (ledger.directory / "register").write_bytes(content)
+    with pytest.raises(JournalDamagedError, match="register"):
         HostLedger(ledger.directory)
 
 
 def test_journals_without_their_incarnation_are_not_believed(ledger: HostLedger) -> None:
     """A host that lost the file is another one, and says so rather than running what the old one owned."""
     ledger.birth(MACHINE)
-    (ledger.directory / "incarnation").unlink()
+    (ledger.directory / "register").unlink()
     assert HostLedger(ledger.directory).rights(MACHINE).standing is Standing.UNKNOWN

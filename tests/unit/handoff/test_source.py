@@ -452,3 +452,25 @@ def test_a_source_that_never_sealed_closes_alone_without_memory() -> None:
     lost = AbortWanted("the machine died", memory_intact=False, tail_certain=True, never_sealed=True)
     assert did(decide(STATES["begun"], lost)) == "ABORTED* ->Abort"
     assert did(decide(STATES["sealed"], lost)) == "wait ->GetAttempt"
+
+
+def test_an_attempt_that_was_closed_here_is_remembered() -> None:
+    """Its destination may not have heard; one that the destination decided about needs no telling."""
+    begun: SourceState = Quiet()
+    for kind in (RecordKind.BEGUN, RecordKind.ABORTED):
+        begun = evolve(begun, record(kind, MINE))
+    assert isinstance(begun, Quiet)
+    assert begun.closed == MINE
+    ended: SourceState = Quiet()
+    for kind in (RecordKind.BEGUN, RecordKind.SEALED, RecordKind.HANDED_OFF, RecordKind.DONE):
+        ended = evolve(ended, record(kind, MINE))
+    assert isinstance(ended, Quiet)
+    assert ended.closed is None
+
+
+def test_an_attempt_is_known_before_its_destination_is() -> None:
+    """Told by somebody who does not know the destination's incarnation yet it is the same attempt."""
+    unknown = replace(MINE, destination_incarnation="")
+    assert unknown.matches(MINE)
+    assert MINE.matches(unknown)
+    assert not MINE.matches(replace(MINE, destination_incarnation=INCARNATION_A))

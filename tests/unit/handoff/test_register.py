@@ -1,0 +1,342 @@
+"""The register: a journal that is missing, cut, or older than it was is noticed, and so is a restored directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from tests.unit.handoff.samples import MACHINE, OTHER_MACHINE, attempt, record
+from vmferry.errors import JournalDamagedError, MachineExistsError
+from vmferry.handoff import register
+from vmferry.handoff.disk import DISK
+from vmferry.handoff.journal import SLOT_BYTES, Journal
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.register import ENTRY_BYTES, Mark, Register
+from vmferry.handoff.rights import Standing
+from vmferry.handoff.states import Append, RecordKind
+
+K: Final = RecordKind
+AWAY: Final = attempt(1, epoch=1)
+BACK: Final = attempt(1, epoch=2)
+NAME: Final = f"{MACHINE}/source"
+
+
+def mark(slots: int) -> Mark:
+    return Mark(slots, bytes([slots]) * 32)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> HostLedger:
+    """A machine was born here, handed off, came back, and is on its way out again."""
+    made = HostLedger(tmp_path / "journals")
+    made.birth(MACHINE)
+    with closing(made.open_source(MACHINE)) as log:
+        for kind in (K.BEGUN, K.SEALED, K.HANDED_OFF, K.DONE):
+            log.append(Append(record(kind, AWAY), durable=kind is not K.SEALED))
+    with closing(made.open_destination(MACHINE)) as log:
+        for kind in (K.ACCEPTED, K.PREPARED, K.OWNED):
+            log.append(Append(record(kind, BACK), durable=kind is not K.PREPARED))
+    return made
+
+
+def file_of(ledger: HostLedger, role: Role) -> Path:
+    return ledger.directory / MACHINE / f"{role}.journal"
+
+
+def is_unknown(ledger: HostLedger) -> None:
+    """Nobody may resume the machine or write about it, now or after a restart, and it is still listed."""
+    for one in (ledger, HostLedger(ledger.directory)):
+        assert one.rights(MACHINE).standing is Standing.UNKNOWN
+        assert MACHINE in one.machines()
+        with pytest.raises(JournalDamagedError):
+            one.permit(MACHINE)
+        with pytest.raises(JournalDamagedError):
+            one.end(MACHINE)
+        with pytest.raises(MachineExistsError):
+            one.birth(MACHINE)
+
+
+# Journals
+
+
+@pytest.mark.parametrize("role", Role)
+def test_a_missing_journal_is_damage(ledger: HostLedger, role: Role) -> None:
+    """Without it the host would seem to own what it gave away; it is neither read as empty nor made anew."""
+    file_of(ledger, role).unlink()
+    is_unknown(ledger)
+    for wanted, use in ((Role.SOURCE, ledger.open_source), (Role.DESTINATION, ledger.open_destination)):
+        if role is wanted:
+            with pytest.raises(JournalDamagedError, match="is missing"):
+                use(MACHINE)
+            assert not file_of(ledger, role).exists()
+        assert (MACHINE in ledger.machines(wanted)) is True
+
+
+def test_a_missing_folder_is_damage(ledger: HostLedger) -> None:
+    """With all journals of a machine gone it is not taken for one that nobody has seen."""
+    shutil.rmtree(ledger.directory / MACHINE)
+    is_unknown(ledger)
+
+
+@pytest.mark.usefixtures("unsynced")
+@pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
+def test_a_journal_cut_anywhere_before_its_end_is_damage(ledger: HostLedger, role: Role) -> None:
+    """Whatever length is left, records that were on disk are missed; a cut behind them loses nothing."""
+    path = file_of(ledger, role)
+    whole = path.read_bytes()
+    expected = ledger.rights(MACHINE)
+    count = 5 if role is Role.SOURCE else 4
+    lengths = {*range(0, (count + 2) * SLOT_BYTES, 499), *(n * SLOT_BYTES for n in range(count + 3))}
+    # Bytes that are missing are read as zeros, which the padding of a slot is anyway: only its hash must be there.
+    for length in sorted(lengths):
+        path.write_bytes(whole[:length])
+        rights = HostLedger(ledger.directory).rights(MACHINE)
+        if length >= count * SLOT_BYTES:
+            assert (rights.outgoing, rights.incoming) == (expected.outgoing, expected.incoming)
+        else:
+            assert rights.standing is Standing.UNKNOWN, length
+
+
+@pytest.mark.parametrize("how", ["replaced", "in place"])
+@pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
+def test_an_older_copy_of_a_journal_is_damage(ledger: HostLedger, role: Role, how: str) -> None:
+    """A journal restored from a backup of before its last record is not believed, whichever way it was restored."""
+    path = file_of(ledger, role)
+    older = path.read_bytes()
+    if role is Role.SOURCE:
+        with closing(ledger.open_source(MACHINE)) as log:
+            log.append(Append(record(K.BEGUN, attempt(2, epoch=3))))
+    else:
+        with closing(ledger.open_destination(MACHINE)) as log:
+            log.append(Append(record(K.ACCEPTED, attempt(3, epoch=5))))
+    if how == "replaced":
+        path.unlink()
+    path.write_bytes(older)
+    is_unknown(ledger)
+
+
+def test_a_journal_that_went_another_way_is_damage(
+    ledger: HostLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many records, with other contents: the hash of the marked slot tells."""
+    path = file_of(ledger, Role.SOURCE)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Register, "note", lambda *_, **__: None)
+        with closing(ledger.open_source(MACHINE)) as log:
+            log.append(Append(record(K.BEGUN, attempt(2, epoch=3))))
+    another = path.read_bytes()
+    path.write_bytes(before)
+    with closing(ledger.open_source(MACHINE)) as log:
+        log.append(Append(record(K.BEGUN, attempt(3, epoch=3))))
+    path.write_bytes(another)
+    is_unknown(ledger)
+
+
+def test_a_journal_that_is_not_registered_is_damage(ledger: HostLedger) -> None:
+    """Records of a machine that this directory never had are not believed, although they name this host."""
+    folder = ledger.directory / OTHER_MACHINE
+    folder.mkdir()
+    path, label = ledger._file(OTHER_MACHINE, Role.OPERATOR)
+    with closing(Journal(path, label)) as log:
+        assert not ledger.rights(OTHER_MACHINE).damaged  # made, and its maker killed before it was registered
+        log.append(b"", durable=True)
+    assert ledger.rights(OTHER_MACHINE).damaged
+
+
+def test_a_journal_whose_maker_was_killed_is_registered_by_the_next(ledger: HostLedger) -> None:
+    """Nothing is lost with it: its first record comes behind the entry."""
+    (ledger.directory / OTHER_MACHINE).mkdir()
+    Journal(*ledger._file(OTHER_MACHINE, Role.DESTINATION)).close()
+    with closing(ledger.open_destination(OTHER_MACHINE)):
+        pass
+    file = ledger.directory / OTHER_MACHINE / "destination.journal"
+    file.unlink()
+    assert HostLedger(ledger.directory).rights(OTHER_MACHINE).damaged
+
+
+# The directory
+
+
+def restored_by_copying(directory: Path) -> None:
+    backup = directory.with_name("backup")
+    shutil.copytree(directory, backup)
+    shutil.rmtree(directory)
+    shutil.copytree(backup, directory)
+
+
+def register_replaced(directory: Path) -> None:
+    path = directory / "register"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("restore", [restored_by_copying, register_replaced])
+def test_a_restored_directory_is_not_used(ledger: HostLedger, restore: Callable[[Path], None]) -> None:
+    """Everything in it may be older than what was promised; neither a running service nor a new one believes it."""
+    restore(ledger.directory)
+    assert ledger.rights(MACHINE).damaged
+    with pytest.raises(JournalDamagedError, match="copied or restored"):
+        HostLedger(ledger.directory)
+
+
+def test_a_register_of_another_directory_believes_no_journal(ledger: HostLedger) -> None:
+    """The journals beside it name another incarnation."""
+    other = HostLedger(ledger.directory.with_name("other"))
+    (other.directory / "register").replace(ledger.directory / "register")
+    assert ledger.rights(MACHINE).damaged
+    assert HostLedger(ledger.directory).rights(MACHINE).damaged
+
+
+def test_a_file_is_told_from_its_copy(tmp_path: Path) -> None:
+    """The same content and name are not the same file, and the same file stays itself when it is renamed."""
+    path = tmp_path / "file"
+    seen = set()
+    for _ in range(50):  # inode numbers are used again at once
+        path.write_bytes(b"content")
+        with closing(DISK.open(path)) as file:
+            seen.add(file.identity())
+        renamed = path.rename(tmp_path / "renamed")
+        with closing(DISK.open(renamed)) as file:
+            assert file.identity() in seen
+        renamed.unlink()
+    assert len(seen) == 50
+
+
+def test_a_file_system_without_handles_still_tells_most_files_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the number of the file has to do."""
+    monkeypatch.setattr("vmferry.handoff.disk._handle", lambda _: "")
+    for name in ("a", "b"):
+        (tmp_path / name).touch()
+    with closing(DISK.open(tmp_path / "a")) as first, closing(DISK.open(tmp_path / "b")) as second:
+        assert first.identity() != second.identity()
+
+
+# The register itself
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many registers are opened, and none needs to survive a crash."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "fdatasync", lambda _: None)
+    monkeypatch.setattr("vmferry.handoff.ledger.time.sleep", lambda _: None)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Register:
+    """A register with two entries, of which the first was moved on twice."""
+    made = Register(tmp_path, DISK)
+    made.add(NAME, mark(1))
+    made.add(f"{OTHER_MACHINE}/source", mark(7))
+    made.note(NAME, mark(2))
+    made.note(NAME, mark(4))
+    return made
+
+
+def test_marks_are_read_back(small: Register, tmp_path: Path) -> None:
+    """By the same process and by another one; a journal that has no entry has no mark."""
+    for one in (small, Register(tmp_path, DISK)):
+        assert one.mark(NAME) == mark(4)
+        assert one.mark(f"{OTHER_MACHINE}/source") == mark(7)
+        assert one.mark(f"{OTHER_MACHINE}/operator") is None
+        assert one.names() == [NAME, f"{OTHER_MACHINE}/source"]
+
+
+def test_an_entry_of_another_process_is_found(small: Register, tmp_path: Path) -> None:
+    """Two processes add entries; each sees both, and none is overwritten."""
+    other = Register(tmp_path, DISK)
+    other.add(f"{MACHINE}/operator", mark(1))
+    small.add(f"{MACHINE}/destination", mark(2))
+    assert other.mark(f"{MACHINE}/destination") == mark(2)
+    assert small.mark(f"{MACHINE}/operator") == mark(1)
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+    """A damaged mark is one that is missing, never another one: an older one is believed, or nothing is."""
+    path = tmp_path / "register"
+    whole = path.read_bytes()
+    believed = {mark(4), mark(2)}
+    for bit in range(0, len(whole) * 8, 7):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with path.open("r+b") as file:
+            file.write(flipped)
+        try:
+            assert Register(tmp_path, DISK).mark(NAME) in believed
+        except JournalDamagedError:
+            continue
+
+
+@pytest.mark.usefixtures("unsynced")
+def test_a_register_cut_anywhere_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+    """Entries that are cut off are missing: journals of theirs that have records are not believed then."""
+    path = tmp_path / "register"
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 61):
+        with path.open("r+b") as file:
+            file.write(whole)
+            file.truncate(length)
+        try:
+            found = Register(tmp_path, DISK).mark(NAME)
+        except JournalDamagedError:
+            continue
+        assert found in {None, mark(4), mark(2)}
+        assert found is None or length > ENTRY_BYTES
+
+
+def test_a_torn_move_leaves_the_older_mark(small: Register, tmp_path: Path) -> None:
+    """Only the older of two copies is overwritten, so a crash in the middle loses nothing that was believed."""
+    path = tmp_path / "register"
+    for slots in range(5, 9):
+        before = path.read_bytes()
+        small.note(NAME, mark(slots))
+        after = path.read_bytes()
+        changed = [at for at in range(len(after)) if after[at] != before[at]]
+        torn = bytearray(after)
+        torn[changed[0]] = before[changed[0]]
+        with path.open("r+b") as file:
+            file.write(torn)
+        assert Register(tmp_path, DISK).mark(NAME) == mark(slots - 1)
+        with path.open("r+b") as file:
+            file.write(after)
+
+
+def test_an_unfinished_entry_is_overwritten(small: Register, tmp_path: Path) -> None:
+    """What a crash left behind the last entry is none."""
+    path = tmp_path / "register"
+    with path.open("ab") as file:
+        file.write(b"\0" * 700)
+    again = Register(tmp_path, DISK)
+    again.add(f"{MACHINE}/operator", mark(3))
+    assert Register(tmp_path, DISK).mark(f"{MACHINE}/operator") == mark(3)
+
+
+def test_adding_waits_for_the_disk_and_noting_does_not(
+    small: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal's first record must find its entry on disk; a guest's pause must not wait for a mark."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    small.note(NAME, mark(9))
+    assert synced == []
+    small.note(NAME, mark(10), settled=True)
+    assert len(synced) == 1
+    small.add(f"{MACHINE}/operator", mark(1))
+    assert len(synced) == 2
+
+
+def test_a_name_longer_than_an_entry_is_not_cut() -> None:
+    """The names that there are fit."""
+    longest = f"{MACHINE}/{max(Role, key=len)}"
+    assert register._decode(register._encode(longest, mark(1))) == (longest, mark(1))
