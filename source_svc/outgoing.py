@@ -90,6 +90,8 @@ class Outgoing:
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
         self._paused_at = 0.0
+        self._may_be_paused = False
+        """The guest was, or is, or will be paused for this migration, even if nobody said that it was."""
         self._last_heard: AttemptState | None = None
         self._copy: Copy | StreamedCopy | None = None
         self._attempt: Attempt | None = None
@@ -222,6 +224,7 @@ class Outgoing:
             self._plan.trackers,
         )
         if self.migration.message.path == STREAM:
+            self._may_be_paused = True  # by the hypervisor itself
             self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
         else:
             self._copy = Copy(self._machine, self._destination, self.migration, settings)
@@ -264,6 +267,7 @@ class Outgoing:
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
             limit_s += self._downtime_limit_s
         async with _limit("switch_timeout", limit_s):
+            self._may_be_paused = True
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()
             reach("source.paused")
@@ -402,7 +406,7 @@ class Outgoing:
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""
-        if self._paused_at or self.migration.message.path == STREAM:  # which a hypervisor may pause by itself
+        if self._may_be_paused:
             await self._departure.keep_resuming(self)
 
     async def _say_goodbye(self, attempt: Attempt) -> None:

@@ -54,14 +54,15 @@ async def assert_well(world: World, guest: LinuxGuest, here: Host, there: Host) 
 
 
 async def test_a_source_that_hangs_over_the_pause_runs_on_when_it_is_back(voyage: Voyage) -> None:
-    """It took the order to stop and no answer came: the migration fails, and the guest goes on as soon as it can."""
+    """It took the order to stop and no answer came: the migration fails as soon as the guest could go on."""
     world = voyage.world
     await voyage.hold(Moment.PAUSING)
+    await told_as_waiting(voyage)
+    voyage.wake()
     migration = await world.ended(world.a, voyage.id)
     assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
     assert migration.reason.reason == "TIMED_OUT"
     assert migration.owner == world.a.identity.uri
-    voyage.wake()
     await assert_well(world, voyage.guest, world.a, world.b)
 
 
@@ -74,13 +75,24 @@ async def test_a_source_that_hangs_after_it_paused_runs_on_when_it_is_back(voyag
     await machine.close()
     voyage.stop_process(world.a)
     voyage.link.let_go()
-    migration = await world.ended(world.a, voyage.id)
-    assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
+    await told_as_waiting(voyage)
     async with world.source(world.a) as stub:
         error = await refusal(stub.StartMigration(world.order(voyage.guest, world.a, world.b)))
     assert error.reason == "MACHINE_BUSY"
     voyage.wake()
+    migration = await world.ended(world.a, voyage.id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
     await assert_well(world, voyage.guest, world.a, world.b)
+
+
+async def told_as_waiting(voyage: Voyage) -> None:
+    """The machine belongs here, its hypervisor is asked again and again, and the migration says so."""
+    world = voyage.world
+    told = await world.reaches(
+        world.a, voyage.id, lambda now: now.reason.reason == "MACHINE_FAILED", "the reason is told"
+    )
+    assert told.phase != pb.MIGRATION_PHASE_ENDED
+    assert told.owner == world.a.identity.uri
 
 
 async def test_a_source_that_hangs_while_its_service_is_killed_runs_on(voyage: Voyage) -> None:
