@@ -23,7 +23,7 @@ from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(180)]
 
-LEFT_KIB = 12 * 1024
+LEFT_KIB = 20 * 1024
 
 
 @contextlib.contextmanager
