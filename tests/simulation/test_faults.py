@@ -125,8 +125,8 @@ CAUGHT: Final = {
     "source resumes on a timeout": "kill:a/source",
     "refusal without a record": "kill:a/source",
 }
-"""Which fault shows it. A right that is taken lazily shows in none: whoever resumes syncs what he read first. Nor does
-a copy that is freed with Go: whoever frees asks the journals whether the machine is gone."""
+"""Which fault shows it. A right that is taken lazily shows in none: whoever resumes syncs what he read first.
+Nor does a copy that is freed with Go: whoever frees asks the journals whether the machine is gone."""
 
 
 @pytest.mark.parametrize("name", CAUGHT)
