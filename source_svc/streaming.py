@@ -135,11 +135,26 @@ class StreamedCopy:
         return self._active_at
 
     async def rest(self) -> None:
-        """Send what is left of the paused guest; returns when all of it is in the destination's hypervisor."""
+        """Send what is left of the paused guest; returns when all of it is in the destination's hypervisor.
+
+        Raises:
+            NotConvergingError: that is all its memory, and takes longer than the pause may.
+        """
+        limit_s = self._settings.downtime_limit_s
+        left_s = None if self._live else self._active_at + limit_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                await self._rest()
+        except TimeoutError as error:
+            raise NotConvergingError(
+                "the guest has to be paused while all its memory is sent, as its hypervisor loses track of writes; "
+                f"that was not done after {limit_s * 1e3:.0f} ms, which is the limit",
+                rounds=self.round_number,
+            ) from error
+
+    async def _rest(self) -> None:
         async with phase("last round"):
-            while (progress := await self._sample()).status != PAUSED:
-                if not self._live:
-                    self._check_pause(progress)
+            while (await self._sample()).status != PAUSED:
                 await self._look_again_in(_PAUSED_POLL_S if self._live else _WHOLE_POLL_S)
         async with phase("device state"):
             before = self._digest.size_bytes
@@ -265,17 +280,6 @@ class StreamedCopy:
                 f"which the guest may be paused; {self._bytes_per_second / 1e6:.1f} MB/s can be sent",
                 rounds=self.round_number,
             ) from error
-
-    def _check_pause(self, progress: StreamProgress) -> None:
-        """Give up on sending all memory in the pause when that has taken as long as the pause may be."""
-        seconds = time.monotonic() - self._active_at
-        if seconds > self._settings.downtime_limit_s:
-            raise NotConvergingError(
-                "the guest has to be paused while all its memory is sent, as its hypervisor loses track of writes; "
-                f"after {seconds:.1f} s {progress.remaining_bytes / 1e6:.0f} MB were left, the limit is "
-                f"{self._settings.downtime_limit_s * 1e3:.0f} ms",
-                rounds=self.round_number,
-            )
 
     async def _look_again_in(self, seconds: float) -> None:
         """Wait, but not beyond the stream's end, which never comes unasked unless something failed."""
