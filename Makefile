@@ -1,7 +1,7 @@
 # Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
 #
 #   PYTHON=python3.12   the interpreter to work with
-#   ARGS="..."          further arguments of `make demo` and `make test`
+#   ARGS="..."          further arguments of `make demo`, `make test`, `make model` and `make mutants`
 #   STRIDE=1            each so many-th first fault of two, of `make simulation` and `make proof`
 #   STORMS=2000 MUTANTS=40   how many of each
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
@@ -14,8 +14,8 @@ MUTANTS ?= 40
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo playground test proof simulation mutants check check-style check-types check-protos check-guests check-contract \
-        format protos guests lock clean
+.PHONY: help setup demo playground test proof model simulation mutants check check-style check-types check-protos \
+        check-guests check-contract format protos guests lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,9 +32,13 @@ playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
 	@$(BIN)/python -m pytest $(ARGS)
 
-proof: simulation ## Run the evidence for the hand-off, and print its figures
+proof: model simulation ## Run the evidence for the hand-off, and print its figures
 	@$(BIN)/python -m pytest -q tests/simulation/test_two_hosts.py tests/unit/handoff
 	@$(BIN)/python scripts/mutants.py --sample $(MUTANTS)
+
+model: setup ## Explore the specification of the hand-off, whole and without its guards; ARGS="--quick"
+	@$(PYTHON) -I scripts/setup_env.py spin gcc
+	@$(BIN)/python -m models $(ARGS)
 
 simulation: setup ## Strike the services with every fault at every boundary, with two, and with storms of them
 	@$(BIN)/python -m tests.simulation.campaign one-fault
@@ -79,4 +83,4 @@ lock: ## Rewrite constraints.txt with the newest versions pyproject.toml allows
 
 clean: ## Remove everything that make made
 	@rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
-	@find vmferry source_svc dest_svc tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find vmferry source_svc dest_svc models tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

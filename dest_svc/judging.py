@@ -54,7 +54,7 @@ def check_begin(
     """What a call that begins an attempt asks for, if its ticket and its fields allow it."""
     tls = host.tls.load()
     spec = spec_from_message(request.spec)
-    memory_bytes = spec.memory_mib * _MIB
+    memory_bytes = spec.memory_bytes
     ticket = open_ticket(request.ticket, ca_pem=tls.ca_pem, now=datetime.now(UTC))
     ticket.check(
         machine_id=attempt.machine_id,

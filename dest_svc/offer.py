@@ -18,6 +18,7 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.facts import KindOffer
 from vmferry.negotiation.path import PATHS
 from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
@@ -55,18 +56,6 @@ def make_offer(
     certificate_not_after: datetime,
 ) -> compatibility_pb2.HostOffer:
     """The offer as a source gets it."""
-    kinds = [
-        compatibility_pb2.MachineKindOffer(
-            kind=kind.kind,
-            version=kind.version,
-            oldest_state_version=kind.oldest_state_version,
-            newest_state_version=kind.newest_state_version,
-            binary=kind.binary,
-            machine_types=kind.machine_types,
-            accelerators=kind.accelerators,
-        )
-        for kind in host.kind_offers(qemu_binaries)
-    ]
     findings = [
         compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
         for found in trackers
@@ -75,7 +64,7 @@ def make_offer(
         host=own.uri,
         software_version=host.software_version(),
         protocol_versions=PROTOCOL_VERSIONS,
-        kinds=kinds,
+        kinds=map(_kind, host.kind_offers(qemu_binaries)),
         available_memory_bytes=next(found.available_bytes for found in backings if found.name == TMPFS),
         reserved_memory_bytes=reserved_memory_bytes,
         page_size_bytes=PAGE_SIZE_BYTES,
@@ -83,8 +72,10 @@ def make_offer(
         incoming_migrations=incoming,
         max_incoming_migrations=max_incoming,
         kernel=host.kernel_release(),
-        machine_names=[record.spec.name for record in directory.list()],
-        held_machine_ids=[machine for machine in ledger.machines() if ledger.rights(machine).holds],
+        machine_names=[
+            record.spec.name for record in directory.list() if not ledger.rights(record.spec.uuid).awaits_word
+        ],
+        held_machine_ids=[machine for machine in ledger.machines() if _held(ledger, machine)],
         trackers=findings,
         draining=draining,
         cpus=host.usable_cpus(),
@@ -101,6 +92,18 @@ def make_offer(
     return offer
 
 
+def _kind(kind: KindOffer) -> compatibility_pb2.MachineKindOffer:
+    return compatibility_pb2.MachineKindOffer(
+        kind=kind.kind,
+        version=kind.version,
+        oldest_state_version=kind.oldest_state_version,
+        newest_state_version=kind.newest_state_version,
+        binary=kind.binary,
+        machine_types=kind.machine_types,
+        accelerators=kind.accelerators,
+    )
+
+
 def guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2.CpuidWord]:
     """What a guest of this description would see of its processor here; empty if that is not known."""
     part = spec.qemu
@@ -115,3 +118,9 @@ def guest_cpuid(spec: MachineSpec, config: HostConfig) -> list[compatibility_pb2
         compatibility_pb2.CpuidWord(leaf=leaf, subleaf=subleaf, register=register, bits=bits)
         for (leaf, subleaf, register), bits in words.items()
     ]
+
+
+def _held(ledger: HostLedger, machine: str) -> bool:
+    """Whether this host takes the machine from nobody; one that was handed off may come back by a later right."""
+    rights = ledger.rights(machine)
+    return rights.holds and not rights.awaits_word

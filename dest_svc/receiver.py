@@ -72,7 +72,7 @@ class Receiver:
     @property
     def memory_bytes(self) -> int:
         """Guest memory."""
-        return self.spec.memory_mib * 1024 * 1024
+        return self.spec.memory_bytes
 
     @property
     def reserved_bytes(self) -> int:

@@ -252,12 +252,15 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
 
     async def _accept(self, arrival: Arrival, attempt: Attempt, ticket: VerifiedTicket) -> None:
         async with self._ledger.locked(attempt.machine_id):
+            rights = self._ledger.rights(arrival.machine_id)
+            leftover, spent = self._leftover(arrival), rights.proved_gone_by(attempt)
             await arrival.apply(
                 destination.BeginAsked(
                     attempt,
                     ticket.nonce,
                     int(ticket.start_by.timestamp()),
-                    host_holds_machine=self._holds(arrival),
+                    host_holds_machine=not rights.admits(attempt) or (leftover and not spent),
+                    stale_copy=leftover and spent,
                 )
             )
 
@@ -275,10 +278,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 raise
         return arrival.receiver
 
-    def _holds(self, arrival: Arrival) -> bool:
-        """Whether this host has the machine, or a hypervisor of it that is not an attempt's waiting copy."""
-        if self._ledger.rights(arrival.machine_id).holds:
-            return True
+    def _leftover(self, arrival: Arrival) -> bool:
+        """Whether this host has a hypervisor of the machine that is not an attempt's waiting copy."""
         if isinstance(arrival.state.current, (destination.Receiving, destination.Prepared)):
             return False
         return any(record.spec.uuid == arrival.machine_id for record in self._directory.list())
@@ -301,7 +302,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             )
         backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
         available = backings.get(spec.memory_backing, 0)
-        if spec.memory_mib * _MIB > available:
+        if spec.memory_bytes > available:
             raise InsufficientMemoryError(
                 f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
                 f"this host has {available // _MIB} MiB to give",

@@ -3,7 +3,8 @@
 Promise: afterwards ``.venv`` holds this checkout (editable) and its development tools in exactly the versions of
 constraints.txt. Needs nothing but the standard library. pip asks whatever index the user has configured. A second
 run with nothing changed only compares a fingerprint. An environment of another interpreter, of other requirements,
-or copied from another place is made anew, never repaired.
+or copied from another place is made anew, never repaired. Commands named as arguments are installed instead, where
+the system lacks them and nobody has to be asked; where that is not so, it says so and whoever needs them decides.
 """
 
 import sys
@@ -33,7 +34,10 @@ BASE_PYTHON: Final = Path(getattr(sys, "_base_executable", sys.executable)).reso
 
 
 def main() -> None:
-    """Bring the environment up to date, and do nothing at all if it is."""
+    """Bring the environment up to date, and do nothing at all if it is; or install the named commands."""
+    if len(sys.argv) > 1:
+        ensure_commands(sys.argv[1:])
+        return
     wanted = fingerprint()
     if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == wanted:
         return
@@ -81,6 +85,25 @@ def ensure_venv_module() -> None:
     apt = [*privilege, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
     run([*apt, "update"], "the list of system packages could not be fetched")
     run([*apt, "install", "--yes", "--no-install-recommends", package], f"{package} could not be installed")
+
+
+def ensure_commands(commands: list[str]) -> None:
+    """Install the packages that are named like these commands, if one is missing and there is a way."""
+    missing = [command for command in commands if shutil.which(command) is None]
+    privilege = root_prefix()
+    if not missing:
+        return
+    if shutil.which("apt-get") is None or privilege is None:
+        say(f"missing here, and not to be installed without root and apt-get: {', '.join(missing)}")
+        return
+    say(f"installing {', '.join(missing)}")
+    apt = [*privilege, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
+    for arguments in (["update"], ["install", "--yes", "--no-install-recommends", *missing]):
+        if subprocess.run(
+            [*apt, *arguments], check=False, stdout=sys.stderr, stdin=subprocess.DEVNULL
+        ).returncode:
+            say("that failed (see above); going on without")
+            return
 
 
 def root_prefix() -> list[str] | None:

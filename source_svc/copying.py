@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from source_svc.judging import hopeless, show_decision
+from source_svc.decisions import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import HashMismatchError

@@ -9,6 +9,7 @@ again until it works.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol, assert_never
@@ -26,8 +27,20 @@ from vmferry.errors import (
 )
 from vmferry.failpoints import reach
 from vmferry.handoff import source
+from vmferry.handoff.destination import Empty
 from vmferry.handoff.ledger import HostLedger, MachineJournal
-from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
+from vmferry.handoff.rights import Standing
+from vmferry.handoff.states import (
+    Action,
+    Answer,
+    Append,
+    Attempt,
+    AttemptState,
+    Release,
+    Resume,
+    Tell,
+    Wait,
+)
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
@@ -44,6 +57,8 @@ class Story(Protocol):
 
     retry_s: float
     """Pause before the destination is asked again."""
+    cold_boot_wait_s: float
+    """How long a destination that cannot be asked is waited for without the guest's memory."""
     reason: str
     """Why the attempt is being closed, if it is."""
 
@@ -212,7 +227,7 @@ class Departure:
         self._release_due = False
         self._not_resumed = None
         async with phase("release"):
-            await discard_leftover(self.machine_id, self._directory)
+            await discard_if_gone(self.machine_id, self._ledger, self._directory)
             reach("source.released")
 
     def machine(self) -> QmpMachine:
@@ -249,7 +264,9 @@ class Departure:
         reach("source.outcome-heard")
         try:
             await story.hears(heard)
-            return await self.apply(replace(heard, memory_intact=await self.memory_intact()))
+            return await self.apply(
+                replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
+            )
         except JournalDamagedError:
             raise  # this host's own: nothing may follow in this process
         except VmferryError as error:
@@ -262,15 +279,55 @@ class Departure:
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""
-        todo = first
+        todo, heard_at = first, time.monotonic()
         while not isinstance(self.state, source.Quiet):
+            if not todo and await self._settled_by_its_new_owner(self.state, story):
+                return
             tell = todo[0] if todo else Tell(self._question())
             heard = await self._ask(destination, tell, story.reason)
-            todo = [] if heard is None else await self._act_on(heard, tell, story)
+            if heard is not None:
+                heard_at = time.monotonic()
+                todo = await self._act_on(heard, tell, story)
+            else:
+                todo = await self._waited(enough=time.monotonic() - heard_at > story.cold_boot_wait_s)
             if not isinstance(self.state, source.Quiet) and not todo:
                 await story.waits(self.waiting)
                 await asyncio.sleep(story.retry_s)
 
+    async def _settled_by_its_new_owner(self, state: source.SourceState, story: Story) -> bool:
+        """Close a hand-off whose outcome came by another way: the machine is on its way back, or has arrived."""
+        rights = await asyncio.to_thread(self._ledger.rights, self.machine_id)
+        now = rights.incoming.current
+        if not rights.moved_on or not isinstance(state, source.HandedOff) or isinstance(now, Empty):
+            return False
+        incarnation = state.attempt.destination_incarnation
+        await story.hears(
+            source.Heard(
+                state.attempt, AttemptState.RUNNING, incarnation, memory_intact=False, tail_certain=True
+            )
+        )
+        await self.apply(source.OwnerBegan(now.attempt))
+        return isinstance(self.state, source.Quiet)
+
+    async def _waited(self, *, enough: bool) -> list[Tell]:
+        """What follows from silence alone: nothing, unless the guest's memory is gone and the wait has been long."""
+        if not enough:
+            return []
+        waited = source.WaitedEnough(memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
+        await self.apply(waited)
+        return []
+
     def _question(self) -> str:
         """What to ask when nothing else is to be told."""
         return "Go" if isinstance(self.state, source.HandedOff) else "GetAttempt"
+
+
+async def discard_if_gone(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
+    """Remove what is left of a machine that belongs to another host; never a copy that is arriving, or has arrived.
+
+    The destination service of this host accepts a machine under the same lock, so it cannot begin in between.
+    """
+    async with ledger.locked(machine_id):
+        rights = await asyncio.to_thread(ledger.rights, machine_id)
+        if rights.standing is Standing.GONE:
+            await discard_leftover(machine_id, directory)

@@ -39,27 +39,37 @@ class Farewells:
         self._ledger = ledger
         self._open_peer = open_peer
         self._retry_s = retry_s
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._saying: set[bytes] = set()
 
     def say(self, machine_id: str) -> None:
-        """Tell the destination of the machine's last attempt, if this host closed it."""
-        if machine_id not in self._tasks:
-            task = asyncio.create_task(self._say(machine_id), name=f"farewell-{machine_id}")
-            self._tasks[machine_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(machine_id, None))
+        """Tell the destination of the machine's last attempt, if this host closed it.
+
+        It goes on if another attempt begins, maybe to another destination.
+        """
+        task = asyncio.create_task(self._say(machine_id), name=f"farewell-{machine_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def stop(self) -> None:
         """Leave the rest to the next start."""
-        tasks = list(self._tasks.values())
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _say(self, machine_id: str) -> None:
+        attempt = await self._closed(machine_id)
+        if attempt is None or attempt.migration_id in self._saying:
+            return
+        self._saying.add(attempt.migration_id)
         wait_s = self._retry_s
-        while (attempt := await self._closed(machine_id)) is not None and not await self._told(attempt):
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        try:
+            while not await self._told(attempt):
+                await asyncio.sleep(wait_s)
+                wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        finally:
+            self._saying.discard(attempt.migration_id)
 
     async def _closed(self, machine_id: str) -> Attempt | None:
         """The machine's last attempt, if it was closed here and none has begun since."""

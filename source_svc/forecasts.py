@@ -96,7 +96,7 @@ class Measurement:
             return None
         send = Figure.of(rates)
         return Circumstances(
-            memory_bytes=subject.machine.ram.size_bytes,
+            memory_bytes=subject.machine.spec.memory_bytes,
             resident_bytes=holding.resident_bytes,
             blank_bytes=holding.blank_bytes,
             dirty=curve,
@@ -168,12 +168,15 @@ class Forecasts:
     async def meanwhile(self, subject: Subject, tracker: str, migration: pb.Migration) -> AsyncIterator[None]:
         """Predict a migration while something else is waited for, unless a plan has done so.
 
-        What was not measured when that is over is left; afterwards nothing of the machine is armed.
+        What was not measured when that is over is left; afterwards nothing of the machine is armed. Without a tracker
+        memory travels in the hypervisor's own stream, which is not predicted.
         """
+        if not tracker:
+            yield
+            return
         forecast = self.planned(subject)
         measured = self._measurement(subject, tracker)
-        known = forecast.message is not None or not tracker  # a hypervisor's own stream is not predicted
-        task = None if known else asyncio.create_task(self._hurry(subject, measured))
+        task = None if forecast.message else asyncio.create_task(self._hurry(subject, measured))
         try:
             yield
         finally:

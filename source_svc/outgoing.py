@@ -53,7 +53,6 @@ from vmferry.v1 import migration_pb2 as pb
 _LOG: Final = get_logger(__name__)
 _CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
 _PREFLIGHT_S: Final = 1.0
-_ABORT_TRIES: Final = 3
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
@@ -76,6 +75,7 @@ class Outgoing:
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
+        self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = ""
         self._order = order
         self._departure = departure
@@ -260,7 +260,7 @@ class Outgoing:
         assert self._attempt is not None
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
-            limit_s += self._machine.ram.size_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
+            limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
             limit_s += self._downtime_limit_s
         async with _limit("switch_timeout", limit_s):
@@ -323,7 +323,7 @@ class Outgoing:
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
         reach("source.ready-heard")
-        return replace(heard, memory_intact=True)
+        return replace(heard, memory_intact=True, tail_certain=self._departure.tail_certain)
 
     # Afterwards
 
@@ -387,11 +387,11 @@ class Outgoing:
         tells = await self._departure.apply(wanted)
         if isinstance(self._departure.state, source.Quiet):
             goodbye = [self._say_goodbye(self._attempt)] if self._attempt is not None and tells else []
-            await together(*goodbye, self._departure.keep_resuming(self))
+            await together(*goodbye, self._keep_resuming())
         else:
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
-            await self._departure.keep_resuming(self)
+            await self._keep_resuming()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
@@ -400,18 +400,15 @@ class Outgoing:
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
         await self.migration.end(outcome, error)
 
+    async def _keep_resuming(self) -> None:
+        """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""
+        if self._paused_at or self.migration.message.path == STREAM:  # which a hypervisor may pause by itself
+            await self._departure.keep_resuming(self)
+
     async def _say_goodbye(self, attempt: Attempt) -> None:
         """Spare the destination waiting for its own time limit."""
-        for _ in range(_ABORT_TRIES):
-            try:
-                await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
-            except VmferryError as error:
-                _LOG.info(
-                    "the destination could not be told", migration=self.migration.id, detail=error.message
-                )
-                await asyncio.sleep(self.retry_s)
-            else:
-                return
+        with contextlib.suppress(VmferryError):  # told again by ``farewells`` until it answers
+            await self._destination.tell("Abort", attempt, digest=b"", reason=self.reason)
 
     async def _tidy_up(self) -> None:
         copy, self._copy = self._copy, None

@@ -94,7 +94,7 @@ class Destination:
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
-        region = handoff_pb2.RegionLayout(name="ram", size_bytes=spec.memory_mib * 1024 * 1024)
+        region = handoff_pb2.RegionLayout(name="ram", size_bytes=spec.memory_bytes)
         request = handoff_pb2.BeginRequest(
             attempt=attempt_to_ref(attempt),
             ticket=ticket,
@@ -158,5 +158,6 @@ def _heard(attempt: Attempt, status: handoff_pb2.AttemptStatus) -> Heard:
         AttemptState(status.state or AttemptState.UNSEEN.value),
         status.destination_incarnation,
         digest=status.digest,
-        memory_intact=False,  # for the source to say; the destination cannot know
+        memory_intact=False,  # for the source to say, as the next; the destination cannot know
+        tail_certain=False,
     )

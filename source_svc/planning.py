@@ -114,7 +114,7 @@ class Plan:
             machine_id=self.spec.uuid,
             kind=self.spec.kind,
             state_version=host.state_version(self.spec.kind),
-            memory_bytes=self.spec.memory_mib * 1024 * 1024,
+            memory_bytes=self.spec.memory_bytes,
             vcpus=self.spec.vcpus,
             running=False,
             owned=rights.owner and not rights.damaged,

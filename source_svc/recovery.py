@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 from typing import Final
 
-from source_svc.departure import Departure
+from source_svc.departure import Departure, discard_if_gone
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
+from vmferry.config import HostConfig
 from vmferry.errors import (
     MachineBusyError,
     MachineFailedError,
@@ -27,7 +28,6 @@ from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
-from vmferry.machines.launcher import discard_leftover
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
@@ -40,7 +40,7 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
     """With no attempt open: do what an earlier process had recorded and was ended before it did."""
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
-        await discard_leftover(machine_id, directory)
+        await discard_if_gone(machine_id, ledger, directory)
         return
     record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
     if record is None or not record.alive or not rights.permitted:
@@ -110,10 +110,16 @@ class Recovered:
     """An attempt that was open when the service ended; followed to its end without a guest to copy."""
 
     def __init__(
-        self, migration: Migration, departure: Departure, destination: Destination, own: str, retry_s: float
+        self,
+        migration: Migration,
+        departure: Departure,
+        destination: Destination,
+        own: str,
+        config: HostConfig,
     ) -> None:
         self.migration = migration
-        self.retry_s = retry_s
+        self.retry_s = config.handoff_retry_s
+        self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = "the source service was restarted"
         self._departure = departure
         self._destination = destination

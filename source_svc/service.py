@@ -292,7 +292,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             machine_id=record.spec.uuid,
             source=self._own,
             destination=destination,
-            memory_bytes=record.spec.memory_mib * 1024 * 1024,
+            memory_bytes=record.spec.memory_bytes,
             vcpus=record.spec.vcpus,
             source_key_sha256=material.key_sha256,
         )
@@ -333,9 +333,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             phase=pb.MIGRATION_PHASE_SWITCHING,
         )
         peer = self._peer(attempt.destination_address, Identity.parse(attempt.destination))
-        self._follow(
-            Recovered(Migration(message), departure, peer, self._own.uri, self._config.handoff_retry_s)
-        )
+        self._follow(Recovered(Migration(message), departure, peer, self._own.uri, self._config))
         return True
 
     def _name_of(self, machine_id: str) -> str:

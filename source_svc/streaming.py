@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Final
 
 from source_svc.copying import CopySettings
-from source_svc.judging import hopeless, show_decision
+from source_svc.decisions import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
@@ -191,7 +191,7 @@ class StreamedCopy:
         self._active_at = self._active_at or self._began_at
         self._carrying = asyncio.create_task(self._carry())
         await self._machine.begin_stream(self._machine.paths.stream_socket)
-        first = Sample(self._began_at, 1, 0, self._machine.ram.size_bytes)
+        first = Sample(self._began_at, 1, 0, self._machine.spec.memory_bytes)
         self._rounds = Rounds(lambda: self._arrived_bytes, first)
         self._measured = (self._began_at, 0)
 
@@ -295,7 +295,7 @@ class StreamedCopy:
         traffic = self._open_lanes.traffic
         progress = self._migration.message.progress
         progress.round = self.round_number
-        progress.memory_bytes = self._machine.ram.size_bytes
+        progress.memory_bytes = self._machine.spec.memory_bytes
         progress.sent_bytes = found.transferred_bytes
         progress.wire_bytes = traffic.wire_bytes
         progress.zero_pages = found.zero_pages

@@ -72,6 +72,9 @@ class HostConfig:
     """Limit for the destination to say what it offers; the first time, it tries its hypervisors for that."""
     handoff_retry_s: float = 0.5
     """Pause between two attempts to learn the outcome of a hand-off."""
+    cold_boot_wait_s: float = 60.0
+    """A source that lost the guest's memory before the hand-off waits so long for a destination that cannot be
+    reached and may hold the only copy; then it takes the machine back, to be started anew. inf: for ever."""
     receive_timeout_s: float = 60.0
     """A destination closes an attempt that made no progress for so long before it was prepared."""
     max_outgoing: int = 2
@@ -97,6 +100,7 @@ class HostConfig:
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
             "qmp_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
+            "cold_boot_wait_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

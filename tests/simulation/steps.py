@@ -55,6 +55,7 @@ from tests.simulation.world import (
 )
 from vmferry.errors import VmferryError
 from vmferry.handoff import destination, source
+from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import (
     Action,
     Answer,
@@ -112,7 +113,7 @@ class Simulation:
         self._crashes = crashes
         self._purges = purges
         self._amnesia = amnesia
-        self._cache: dict[tuple[tuple[int, ...], Message, bool, bool], tuple[Action, ...]] = {}
+        self._cache: dict[tuple[tuple[int, ...], Message, bool, bool, bool], tuple[Action, ...]] = {}
 
     def initial(self) -> World:
         """The machine was born on the first host and runs there."""
@@ -201,7 +202,7 @@ class Simulation:
             world = self._appended(world, number, role, action.record, durable=action.durable)
         elif isinstance(action, Tell):
             world = self._told(world, number, action.method)
-        elif isinstance(action, Release) and host.vm[0] != RUNNING:
+        elif isinstance(action, Release) and host.vm[0] != RUNNING and _may_release(host, role):
             world = put(world, number, host._replace(vm=(ABSENT, 0)))
         rest = world.hosts[number].todo[role]
         if rest and isinstance(ACTIONS.items[rest[0]], Tell):
@@ -265,6 +266,9 @@ class Simulation:
             ),
             *((f"heard-{AttemptState(m.state).name}", self._heard(m, host)) for m in answers),
         ]
+        back = destination_state(host.incoming).current
+        if not isinstance(back, destination.Empty):
+            events.append(("owner-began", source.OwnerBegan(back.attempt)))
         if isinstance(state, source.Begun) and any(m.state == AttemptState.RECEIVING.value for m in answers):
             if host.vm[0] == RUNNING:
                 yield Step(
@@ -289,6 +293,7 @@ class Simulation:
             incarnation_of(host_of(attempt.destination), message.incarnation),
             digest_of(message.digest) if message.state == AttemptState.PREPARED.value else b"",
             memory_intact=host.vm[0] != ABSENT,
+            tail_certain=True,
         )
 
     def _begins(self, world: World, number: int, state: source.Quiet) -> Iterator[Step]:
@@ -350,8 +355,17 @@ class Simulation:
         awaited = isinstance(now, destination.Receiving) and now.attempt.matches(attempt_of(message.attempt))
         if message.kind == "Seal" and awaited:
             world = put(world, number, host._replace(vm=(PAUSED, message.digest)))
-        holds = message.kind == "Begin" and (rights(host).holds or leftover(host))
-        actions = self._answers_to(host.incoming, message, copy_intact=host.vm[0] == PAUSED, holds=holds)
+        spent = rights(host).proved_gone_by(attempt_of(message.attempt))
+        holds = message.kind == "Begin" and (
+            not rights(host).admits(attempt_of(message.attempt)) or (leftover(host) and not spent)
+        )
+        actions = self._answers_to(
+            host.incoming,
+            message,
+            copy_intact=host.vm[0] == PAUSED,
+            holds=holds,
+            stale=leftover(host) and spent,
+        )
         step = self._decided(world, number, 1, message.kind, actions)
         if step is not None:
             yield step
@@ -363,15 +377,17 @@ class Simulation:
                     yield Step(f"answer-{action.state.name}@{'abc'[number]}", sent(world, said))
 
     def _answers_to(
-        self, incoming: tuple[int, ...], message: Message, *, copy_intact: bool, holds: bool
+        self, incoming: tuple[int, ...], message: Message, *, copy_intact: bool, holds: bool, stale: bool
     ) -> tuple[Action, ...]:
-        key = (incoming, message, copy_intact, holds)
+        key = (incoming, message, copy_intact, holds, stale)
         if key not in self._cache:
             attempt, digest = attempt_of(message.attempt), digest_of(message.digest)
             event: destination.DestinationEvent
             match message.kind:
                 case "Begin":
-                    event = destination.BeginAsked(attempt, attempt.migration_id, 1, host_holds_machine=holds)
+                    event = destination.BeginAsked(
+                        attempt, attempt.migration_id, 1, host_holds_machine=holds, stale_copy=stale
+                    )
                 case "Seal":
                     event = destination.Verified(attempt, digest)
                 case "Go":
@@ -411,6 +427,11 @@ def _known_answer(incoming: tuple[int, ...], attempt: int) -> Message | None:
 def _answer_message(state: destination.DestinationState, attempt: int, answer: Answer) -> Message:
     digest = getattr(state.current, "digest", b"") if answer.state is AttemptState.PREPARED else b""
     return Message(attempt, "answer", answer.state.value, int.from_bytes(digest, "big"))
+
+
+def _may_release(host: Host, role: int) -> bool:
+    """A source never releases a copy that arrived since; a destination releases what its record was about."""
+    return role == 1 or rights(host).standing not in {Standing.ARRIVING, Standing.OWNED}
 
 
 def _said(action: Action) -> str:

@@ -140,7 +140,7 @@ def leftover(host: Host) -> bool:
 
 def moved_on(host: Host) -> bool:
     mine = rights(host)
-    return not isinstance(mine.outgoing, source.Quiet) or mine.epochs.left >= mine.epochs.granted
+    return mine.leaving or mine.epochs.left >= mine.epochs.granted
 
 
 def resumed(world: World, number: int) -> World:
@@ -171,10 +171,11 @@ def sent(world: World, message: Message) -> World:
 # What must hold
 
 
-@cache
-def _open_attempt(outgoing: tuple[int, ...]) -> int | None:
-    state = source_state(outgoing)
-    return None if isinstance(state, source.Quiet) else ATTEMPTS.number(state.attempt)
+def _open_attempt(host: Host) -> int | None:
+    state = source_state(host.outgoing)
+    if isinstance(state, source.Quiet) or not rights(host).leaving:
+        return None
+    return ATTEMPTS.number(state.attempt)
 
 
 def _said_running(world: World, attempt: int) -> bool:
@@ -185,11 +186,11 @@ def _said_running(world: World, attempt: int) -> bool:
 def usable(world: World) -> set[int]:
     """Hosts with a complete copy of the latest state that the protocol may still run."""
     found = set()
-    opened = {_open_attempt(host.outgoing) for host in world.hosts}
+    opened = {_open_attempt(host) for host in world.hosts}
     for number, host in enumerate(world.hosts):
         if host.vm[0] == ABSENT or host.vm[1] != world.current:
             continue
-        outgoing = _open_attempt(host.outgoing)
+        outgoing = _open_attempt(host)
         arriving = destination_state(host.incoming).current
         deliverable = (
             isinstance(arriving, (destination.Prepared, destination.Owned))
@@ -213,7 +214,7 @@ def redundant(world: World) -> bool:
         copies = origin.vm == target.vm == (PAUSED, world.current)
         if (
             copies
-            and _open_attempt(origin.outgoing) == number
+            and _open_attempt(origin) == number
             and isinstance(arriving, (destination.Prepared, destination.Owned))
             and arriving.attempt.matches(attempt)
             and not _said_running(world, number)

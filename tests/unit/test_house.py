@@ -11,8 +11,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vmferry", "source_svc", "dest_svc")
-PYTHON_FOLDERS = (*PACKAGES, "tests", "scripts", "benchmarks")
-TEXT_SUFFIXES = {".cfg", ".inc", ".md", ".proto", ".py", ".S", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
+PYTHON_FOLDERS = (*PACKAGES, "models", "tests", "scripts", "benchmarks")
+TEXT_SUFFIXES = {
+    ".cfg",
+    ".inc",
+    ".md",
+    ".proto",
+    ".pml",
+    ".py",
+    ".S",
+    ".sh",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+    "",
+}
 TEXT_FOLDERS = (*PYTHON_FOLDERS, "protos", "docs", "deploy", ".ci")
 
 MAX_MODULE_LINES = 450

@@ -1,7 +1,7 @@
 """The destination's half of the hand-off, as a pure function of its journal (diagram in ``states``).
 
-Promise: ``decide`` makes this host the owner only by a Go for exactly the attempt that is prepared here, never
-drops a prepared copy on a timer, and never accepts an attempt older than one it has seen.
+Promise: ``decide`` makes this host the owner only by a Go for exactly the attempt that is prepared here (or by an
+operator's word), never drops a prepared copy on a timer, and never accepts an attempt older than one it has seen.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import assert_never
 
 from vmferry.errors import (
+    InvalidArgumentError,
     MachineBusyError,
     MachineExistsError,
     StaleAttemptError,
@@ -93,6 +94,8 @@ class BeginAsked:
     ticket_expire_unix: int
     host_holds_machine: bool
     """This host owns the machine, has an attempt open that takes it away, or still has a hypervisor of it."""
+    stale_copy: bool = field(default=False, kw_only=True)
+    """The hypervisor it still has is of a right that this attempt proves to be spent; it makes room."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,21 @@ class StatusAsked:
     attempt: Attempt
 
 
-DestinationEvent = BeginAsked | Verified | GoAsked | GuestRan | CloseAsked | CopyLost | Stalled | StatusAsked
+@dataclass(frozen=True)
+class ForceAccept:
+    """An operator has seen to it that the source cannot run the guest, and wants it to run here."""
+
+    operator: str
+    evidence: str
+    copy_intact: bool = field(kw_only=True)
+    with_memory: bool = field(kw_only=True)
+    """Whether the copy is resumed. It may be older than the disks if the source gave up and went on; else it is
+    dropped, and the guest has to be started anew."""
+
+
+DestinationEvent = (
+    BeginAsked | Verified | GoAsked | GuestRan | CloseAsked | CopyLost | Stalled | StatusAsked | ForceAccept
+)
 
 
 def evolve(state: DestinationState, record: Record) -> DestinationState:
@@ -164,8 +181,12 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
             return DestinationState(Receiving(attempt), _with_past(state), burnt)
         case Receiving(attempt=open_), RecordKind.PREPARED if open_.matches(attempt):
             return replace(state, current=Prepared(open_, record.digest))
-        case Prepared(attempt=open_, digest=digest), RecordKind.OWNED if open_.matches(attempt):
+        case Prepared(attempt=open_, digest=digest), (RecordKind.OWNED | RecordKind.FORCED) if open_.matches(
+            attempt
+        ):
             return replace(state, current=Owned(open_, digest))
+        case Refused(attempt=open_), RecordKind.FORCED if open_.matches(attempt):
+            return replace(state, current=Owned(open_, record.digest))
         case Owned(attempt=open_, digest=digest, ran=False), RecordKind.RAN if open_.matches(attempt):
             return replace(state, current=Owned(open_, digest, ran=True))
         case ((Receiving(attempt=open_) | Prepared(attempt=open_)), RecordKind.REFUSED) if open_.matches(
@@ -218,6 +239,8 @@ def decide(state: DestinationState, event: DestinationEvent) -> list[Action]:
                 if known.state is AttemptState.UNSEEN
                 else [known]
             )
+        case ForceAccept():
+            return _force_accept(state, event)
     assert_never(event)
 
 
@@ -248,7 +271,8 @@ def _begin(state: DestinationState, event: BeginAsked) -> list[Action]:
         if not _supersedes(attempt, now.attempt):
             raise MachineBusyError("another source has an attempt open for this machine")
         return [*_close_older(now.attempt), accept, Answer(AttemptState.RECEIVING)]
-    return [accept, Answer(AttemptState.RECEIVING)]
+    room: list[Action] = [Release()] if event.stale_copy else []
+    return [accept, *room, Answer(AttemptState.RECEIVING)]
 
 
 def _verified(state: DestinationState, event: Verified) -> list[Action]:
@@ -275,6 +299,25 @@ def _go(state: DestinationState, event: GoAsked) -> list[Action]:
     if isinstance(now, Owned) and now.attempt.matches(event.attempt) and not now.ran and event.copy_intact:
         return [Resume()]  # the guest has executed nothing yet, or its confirmation was lost
     return [answer(state, event.attempt)]
+
+
+def _force_accept(state: DestinationState, event: ForceAccept) -> list[Action]:
+    now = state.current
+    if not event.operator or not event.evidence:
+        raise InvalidArgumentError("an operator and evidence are required", field="evidence")
+    if not isinstance(now, (Prepared, Refused)) or (event.with_memory and isinstance(now, Refused)):
+        raise WrongPhaseError("no complete copy waits here")
+    if event.with_memory and not event.copy_intact:
+        raise WrongPhaseError("the prepared copy is gone")
+    forced = replace(
+        _record(RecordKind.FORCED, now.attempt),
+        digest=now.digest if isinstance(now, Prepared) else b"",
+        epoch=now.attempt.epoch_to,
+        operator=event.operator,
+        note=event.evidence,
+    )
+    # An owner's paused copy is resumed at the next start, so one that shall not run is gone before the record.
+    return [Append(forced), Resume()] if event.with_memory else [Release(), Append(forced)]
 
 
 def _close(state: DestinationState, event: CloseAsked) -> list[Action]:

@@ -137,7 +137,7 @@ class HostLedger:
                 raise JournalDamagedError(
                     f"the journal of machine {machine_id} is damaged", machine=machine_id
                 )
-            if not isinstance(rights.outgoing, source.Quiet):
+            if rights.leaving:
                 raise MachineBusyError(f"machine {machine_id} is being migrated away", machine=machine_id)
             if not rights.owner:
                 raise MachineNotOwnedError(

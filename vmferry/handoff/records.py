@@ -69,6 +69,7 @@ def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
         ticket_nonce=record.ticket_nonce,
         boot_id=boot_id,
         note=_cut(record.note),
+        operator=record.operator,
     )
     if record.attempt is not None:
         message.attempt.CopyFrom(attempt_to_ref(record.attempt))
@@ -93,12 +94,13 @@ def decode(payload: bytes) -> tuple[Record, str]:
         ticket_nonce=message.ticket_nonce,
         ticket_expire_unix=message.ticket_expire_time.seconds,
         note=message.note,
+        operator=message.operator,
     )
     return record, message.boot_id
 
 
 def _check_names(record: Record) -> None:
-    names = {"machine_id": record.machine_id}
+    names = {"machine_id": record.machine_id, "operator": record.operator}
     if record.attempt is not None:
         for name in (
             "machine_id",

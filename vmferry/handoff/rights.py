@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from vmferry.handoff import destination, source
-from vmferry.handoff.states import Record, RecordKind
+from vmferry.handoff.states import Attempt, Record, RecordKind
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Epochs:
     def after(self, record: Record) -> Epochs:
         """The view after one more record, of whichever role."""
         match record.kind:
-            case RecordKind.BORN | RecordKind.RECLAIMED | RecordKind.OWNED:
+            case RecordKind.BORN | RecordKind.RECLAIMED | RecordKind.OWNED | RecordKind.FORCED:
                 return Epochs(max(self.granted, record.epoch), self.left)
             case RecordKind.HANDED_OFF if record.attempt is not None:
                 return Epochs(self.granted, max(self.left, record.attempt.epoch_from))
@@ -63,14 +63,50 @@ class Rights:
         return self.epochs.granted > self.epochs.left
 
     @property
+    def moved_on(self) -> bool:
+        """What was handed off here is settled: a host with a later right has begun to send the machine back."""
+        now = self.incoming.current
+        return (
+            isinstance(self.outgoing, source.HandedOff)
+            and not isinstance(now, destination.Empty)
+            and source.proves_owner(self.outgoing, now.attempt)
+        )
+
+    @property
+    def leaving(self) -> bool:
+        """An attempt is open that takes the machine away."""
+        return not isinstance(self.outgoing, source.Quiet) and not self.moved_on
+
+    @property
     def permitted(self) -> bool:
         """This host may let the guest run: owner, nothing open, nothing doubtful."""
-        return self.owner and isinstance(self.outgoing, source.Quiet) and not self.damaged
+        return self.owner and not self.leaving and not self.damaged
 
     @property
     def holds(self) -> bool:
-        """This host must not accept the machine from elsewhere."""
-        return self.damaged or self.owner or not isinstance(self.outgoing, source.Quiet)
+        """This host must not accept the machine from elsewhere; :meth:`admits` knows the one exception."""
+        return self.damaged or self.owner or self.leaving
+
+    def admits(self, attempt: Attempt) -> bool:
+        """Whether the machine may come here by ``attempt``: this host neither has it nor has it on its way out.
+
+        A machine that was handed off, and of which nothing was heard since, may come back by a later right: nobody
+        could have that if the hand-off had not been completed.
+        """
+        return not self.holds or self.proved_gone_by(attempt)
+
+    def proved_gone_by(self, attempt: Attempt) -> bool:
+        """Whether ``attempt`` shows that what was handed off here has run elsewhere since."""
+        return (
+            self.awaits_word
+            and isinstance(self.outgoing, source.HandedOff)
+            and source.proves_owner(self.outgoing, attempt)
+        )
+
+    @property
+    def awaits_word(self) -> bool:
+        """Handed off, and nothing was heard since: the machine may come back before that is settled."""
+        return not self.damaged and not self.owner and isinstance(self.outgoing, source.HandedOff)
 
     @property
     def unheard_of(self) -> bool:
@@ -89,7 +125,7 @@ class Rights:
         if self.damaged:
             return Standing.UNKNOWN
         match self.outgoing:
-            case source.HandedOff():
+            case source.HandedOff() if self.leaving:
                 return Standing.HANDED_OFF
             case source.Begun() | source.Sealed():
                 return Standing.LEAVING

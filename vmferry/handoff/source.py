@@ -1,7 +1,8 @@
 """The source's half of the hand-off, as a pure function of its journal (diagram in ``states``).
 
 Promise: ``decide`` never lets a guest resume here once HANDED_OFF is written, except after a refusal by the very
-incarnation of the destination's journal that said ready; and never aborts alone without the guest's memory.
+incarnation of the destination's journal that said ready, or by an operator's word; and never aborts alone without
+the guest's memory, unless it has waited for the destination as long as it was told to.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import assert_never
 
+from vmferry.errors import InvalidArgumentError, WrongPhaseError
 from vmferry.handoff.states import (
     Action,
     Append,
@@ -97,6 +99,8 @@ class Heard:
     """What it has verified, where it says PREPARED."""
     memory_intact: bool = field(kw_only=True)
     """The hypervisor still has the guest's memory, and it has not run elsewhere."""
+    tail_certain: bool = field(kw_only=True)
+    """The journal's end is whole; a torn end may hide HANDED_OFF, or ABORTED and all that the guest did since."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,36 @@ class Unheard:
     """The destination could not be asked, or its answer was lost."""
 
 
-SourceEvent = BeginWanted | Paused | AbortWanted | Heard | Unheard
+@dataclass(frozen=True)
+class OwnerBegan:
+    """An attempt was accepted on this host that brings the machine back."""
+
+    attempt: Attempt
+
+
+@dataclass(frozen=True)
+class WaitedEnough:
+    """The destination could not be asked for as long as a source without the guest's memory is told to wait."""
+
+    memory_intact: bool = field(kw_only=True)
+    tail_certain: bool = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ForceReclaim:
+    """An operator has seen to it that the destination cannot run the guest, and wants it back here."""
+
+    operator: str
+    evidence: str
+    memory_intact: bool = field(kw_only=True)
+    with_memory: bool = field(kw_only=True)
+    """Whether the guest goes on from the memory here. That is older than the disks if the guest has run over there;
+    else the hypervisor has to be ended first, and the guest started anew."""
+    moved_on: bool = field(kw_only=True)
+    """The journals prove that the guest has run elsewhere since (``Rights.moved_on``)."""
+
+
+SourceEvent = BeginWanted | Paused | AbortWanted | Heard | Unheard | OwnerBegan | WaitedEnough | ForceReclaim
 
 
 def evolve(state: SourceState, record: Record) -> SourceState:
@@ -122,6 +155,10 @@ def evolve(state: SourceState, record: Record) -> SourceState:
         case ((Begun(attempt=now) | Sealed(attempt=now)), RecordKind.ABORTED) if now.matches(attempt):
             return Quiet(now.number, now)
         case HandedOff(attempt=now), (RecordKind.DONE | RecordKind.RECLAIMED) if now.matches(attempt):
+            return Quiet(now.number)
+        case ((Begun(attempt=now) | Sealed(attempt=now) | HandedOff(attempt=now)), RecordKind.FORCED) if (
+            now.matches(attempt)
+        ):
             return Quiet(now.number)
     raise InvalidTransitionError(f"{kind.name} cannot follow {type(state).__name__}")
 
@@ -144,7 +181,20 @@ def decide(state: SourceState, event: SourceEvent) -> list[Action]:
             return _heard(state, event)
         case Unheard():
             return [Tell("Go")] if isinstance(state, HandedOff) else []
+        case OwnerBegan(attempt=attempt):
+            if isinstance(state, HandedOff) and proves_owner(state, attempt):
+                return [_append(RecordKind.DONE, state.attempt, note="came back by a later right"), Release()]
+            return []
+        case WaitedEnough():
+            return _waited_enough(state, event)
+        case ForceReclaim():
+            return _force_reclaim(state, event)
     assert_never(event)
+
+
+def proves_owner(state: HandedOff, attempt: Attempt) -> bool:
+    """Whether nobody could begin ``attempt`` unless the hand-off had been completed: its right is later."""
+    return attempt.machine_id == state.attempt.machine_id and attempt.epoch_from >= state.attempt.epoch_to
 
 
 def _append(
@@ -177,6 +227,38 @@ def _abort(state: SourceState, event: AbortWanted) -> list[Action]:
     assert_never(state)
 
 
+def _waited_enough(state: SourceState, event: WaitedEnough) -> list[Action]:
+    if not isinstance(state, (Begun, Sealed)) or event.memory_intact:
+        return []  # nothing to wait for, or nothing that time may decide
+    if not event.tail_certain:
+        return [
+            Wait("the journal's end is torn, a hand-off may have been written; time alone decides nothing")
+        ]
+    # Go was never sent, so nobody can have run the guest. What is given up is the copy that may wait over there.
+    aborted = _append(RecordKind.ABORTED, state.attempt, note="without memory, and the destination is silent")
+    return [aborted, Tell("Abort")]
+
+
+def _force_reclaim(state: SourceState, event: ForceReclaim) -> list[Action]:
+    if not event.operator or not event.evidence:
+        raise InvalidArgumentError("an operator and evidence are required", field="evidence")
+    if isinstance(state, Quiet):
+        raise WrongPhaseError("no attempt is open that could be taken back")
+    if event.moved_on:
+        raise WrongPhaseError("the guest has run elsewhere since; what is here is an older copy")
+    if event.with_memory != event.memory_intact:
+        raise WrongPhaseError(
+            "the guest's memory is gone here"
+            if event.with_memory
+            else "the paused guest would be resumed by the next start; end its hypervisor first"
+        )
+    attempt = state.attempt
+    by_hand = _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)
+    forced = Append(replace(by_hand.record, operator=event.operator))
+    # Told, so that a copy over there is dropped if that host ever comes back.
+    return [forced, *([Resume()] if event.memory_intact else []), Tell("Abort")]
+
+
 def _heard(state: SourceState, heard: Heard) -> list[Action]:
     if isinstance(state, Quiet) or not state.attempt.matches(heard.attempt):
         return []  # of an attempt that is closed, or was never ours
@@ -191,7 +273,7 @@ def _heard_before_handoff(state: Begun | Sealed, heard: Heard) -> list[Action]:
     match heard.state:
         case AttemptState.PREPARED if said_ready:
             return _ready(state, heard)
-        case AttemptState.REFUSED:
+        case AttemptState.REFUSED if said_ready or heard.tail_certain:
             aborted = _append(RecordKind.ABORTED, attempt, note="refused by the destination")
             return [aborted, Resume()] if heard.memory_intact else [aborted]
         case AttemptState.OWNED | AttemptState.RUNNING if said_ready and isinstance(state, Sealed):
@@ -208,6 +290,11 @@ def _heard_before_handoff(state: Begun | Sealed, heard: Heard) -> list[Action]:
 
 def _ready(state: Begun | Sealed, heard: Heard) -> list[Action]:
     attempt = state.attempt
+    if not heard.tail_certain:
+        # ABORTED may be what is torn off, and the guest have run on since: that copy is not handed over.
+        if heard.memory_intact:
+            return [Tell("Abort")]
+        return [Wait("the journal's end is torn, the guest may have run since; an operator must decide")]
     go: list[Action] = [_append(RecordKind.HANDED_OFF, attempt, digest=heard.digest), Tell("Go")]
     if isinstance(state, Sealed):
         return go if heard.digest == state.digest else []

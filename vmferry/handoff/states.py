@@ -31,6 +31,11 @@ Destination::
 
   Refused is followed by a newer attempt, Owned by an attempt of a later right to run.
 
+Two ways out of waiting need more than these two hosts. An operator who has seen to it that the other copy cannot
+run writes FORCED: at the source it closes the open attempt and grants a right later than the destination's, at the
+destination it takes the place of OWNED. And whoever has a later right than the one that was handed off proves, by
+beginning to send the machine here, that the hand-off was completed (``Rights.moved_on``).
+
 Promises of the protocol, asserted here and checked by the tests:
 
 * at most one host is *permitted* to run a machine (see ``rights``), and a guest is resumed with a permit only;
@@ -66,6 +71,7 @@ class RecordKind(enum.Enum):
     OWNED = 11
     RAN = 12
     REFUSED = 13
+    FORCED = 14
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Record:
     ticket_nonce: bytes = b""
     ticket_expire_unix: int = 0
     note: str = ""
+    operator: str = ""
+    """Who decided, for FORCED; ``note`` is then what shows that the other copy cannot run."""
 
 
 class AttemptState(enum.Enum):

@@ -83,7 +83,7 @@ async def start_machine(
     own_ram = False
     try:
         if ram_exists:
-            _check_ram(paths.ram, spec.memory_mib * _MIB)
+            _check_ram(paths.ram, spec.memory_bytes)
         elif spec.memory_backing in FILES:
             _make_ram(spec, paths.ram)
             own_ram = True
@@ -181,7 +181,7 @@ async def _undo(directory: MachineDirectory, made: MachineRecord, *, remove_ram:
 
 def _make_ram(spec: MachineSpec, path: Path) -> None:
     """Make an empty memory file. No page of it is taken before the guest or the receiver writes to it."""
-    size_bytes = spec.memory_mib * _MIB
+    size_bytes = spec.memory_bytes
     if spec.memory_backing == HUGETLBFS and (room := available_bytes(path.parent)) < size_bytes:
         raise InsufficientMemoryError(
             f"{spec.name} needs {spec.memory_mib} MiB in huge pages, this host has {room // _MIB} MiB to give",
@@ -214,7 +214,7 @@ def _start(spec: MachineSpec, paths: MachinePaths, *, incoming: bool) -> Process
     """Start the process, which inherits the memory of a machine whose memory has no name."""
     if spec.memory_backing != MEMFD:
         return _spawn(render_command(spec, paths, incoming=incoming), paths)
-    descriptor = memfd.make(spec.uuid, spec.memory_mib * _MIB)
+    descriptor = memfd.make(spec.uuid, spec.memory_bytes)
     try:
         command = render_command(spec, paths, incoming=incoming, memory_fd=descriptor)
         return _spawn(command, paths, inherits=(descriptor,))

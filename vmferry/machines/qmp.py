@@ -123,7 +123,7 @@ class QmpMachine(Machine):
                 remedy="Describe the machine with another memory_backing.",
                 pid=self.pid,
             )
-        return Region(name="ram", path=path, size_bytes=self._spec.memory_mib * _MIB)
+        return Region(name="ram", path=path, size_bytes=self._spec.memory_bytes)
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the process, which was just started, takes commands."""

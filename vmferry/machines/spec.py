@@ -96,6 +96,11 @@ class MachineSpec:
             raise invalid("version", fault, f"it must be {self.version}, or be left out")
 
     @property
+    def memory_bytes(self) -> int:
+        """Guest memory."""
+        return self.memory_mib * _MIB
+
+    @property
     def memory_backing(self) -> str:
         """What guest memory is, in the words of ``qemu.memory_backing``."""
         return self.qemu.memory_backing if self.qemu is not None else TMPFS

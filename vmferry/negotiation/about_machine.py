@@ -15,6 +15,7 @@ _NOT_RUNNING = {
     "paused": ("is paused", "Resume it first; only a running machine is migrated live."),
     "shutdown": ("has switched itself off", "Nothing of it runs: stop it here and start it there."),
     "inmigrate": ("is still arriving here itself", "Wait until it has arrived."),
+    "suspended": ("is asleep", "Wake its guest first; one that sleeps cannot be held still."),
     "prelaunch": ("has not been started yet", "Start it first; only a running machine is migrated live."),
 }
 _FAILED = {
@@ -74,7 +75,7 @@ def _about_life(machine: MachineFacts) -> Iterator[Finding]:
     elif machine.status in _FAILED:
         words, remedy = _FAILED[machine.status]
         yield finding("machine.failed", f"{machine.name} {words} ({machine.status})", machine.name, remedy)
-    elif not machine.running:
+    elif machine.status in _NOT_RUNNING or not machine.running:
         words, remedy = _NOT_RUNNING.get(machine.status, ("is not running", "Start or resume it first."))
         told = f" ({machine.status})" if machine.status else ""
         yield finding("machine.not-running", f"{machine.name} {words}{told}", machine.name, remedy)

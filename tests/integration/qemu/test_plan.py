@@ -239,6 +239,8 @@ async def test_files_that_are_not_there(world: World, images: Path, tmp_path: Pa
             blocks("file.missing", "qemu.kernel"),
             blocks("file.not-regular", "qemu.firmware"),
             blocks("file.outside-roots", "qemu.initrd"),
+            warns("file.unverified", "qemu.firmware"),
+            warns("file.unverified", "qemu.kernel"),
         ]
     finally:
         firmware.rmdir()

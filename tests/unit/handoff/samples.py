@@ -12,6 +12,7 @@ OTHER_MACHINE: Final = "0f8fad5b-d9cb-469f-a165-70867728950e"
 A: Final = "spiffe://example.org/vmhost/a"
 B: Final = "spiffe://example.org/vmhost/b"
 C: Final = "spiffe://example.org/vmhost/c"
+ADMIN: Final = "spiffe://example.org/admin/night"
 INCARNATION_A: Final = "11111111-1111-4111-8111-111111111111"
 INCARNATION_B: Final = "22222222-2222-4222-8222-222222222222"
 DIGEST: Final = bytes(range(32))
@@ -44,6 +45,8 @@ def record(kind: RecordKind, about: Attempt | None = None, **values: Any) -> Rec
         made = replace(made, digest=DIGEST)
     if kind is RecordKind.OWNED:
         made = replace(made, epoch=about.epoch_to)
+    if kind is RecordKind.FORCED:
+        made = replace(made, epoch=about.epoch_from + 2, operator=ADMIN, note="power is off")
     if kind is RecordKind.RECLAIMED:
         made = replace(made, epoch=about.epoch_from + 2)
     if kind is RecordKind.ACCEPTED:

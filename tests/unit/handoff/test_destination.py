@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from tests.unit.handoff.samples import (
+    ADMIN,
     DIGEST,
     OTHER_DIGEST,
     C,
@@ -16,6 +17,7 @@ from tests.unit.handoff.samples import (
     record,
 )
 from vmferry.errors import (
+    InvalidArgumentError,
     MachineBusyError,
     MachineExistsError,
     StaleAttemptError,
@@ -31,6 +33,7 @@ from vmferry.handoff.destination import (
     DestinationEvent,
     DestinationState,
     Empty,
+    ForceAccept,
     GoAsked,
     GuestRan,
     Owned,
@@ -86,6 +89,11 @@ def begin(about: Attempt, *, holds: bool = False, nonce: bytes | None = None) ->
     return BeginAsked(about, nonce or about.migration_id, 1, host_holds_machine=holds)
 
 
+def force(*, operator: str = ADMIN, memory: bool = True, copy: bool = True) -> ForceAccept:
+    """An operator wants the guest to run here."""
+    return ForceAccept(operator, "power is off", copy_intact=copy, with_memory=memory)
+
+
 EVENTS: Final[dict[str, DestinationEvent]] = {
     "begin": begin(MINE),
     "begin, held": begin(MINE, holds=True),
@@ -95,6 +103,7 @@ EVENTS: Final[dict[str, DestinationEvent]] = {
     "begin newer, used ticket": begin(NEWER, nonce=MINE.migration_id),
     "begin, other source": begin(OTHER_SOURCE),
     "begin, later owner": begin(LATER_OWNER),
+    "begin, later owner, stale copy": replace(begin(LATER_OWNER), stale_copy=True),
     "verified": Verified(MINE, DIGEST),
     "verified older": Verified(OLDER, DIGEST),
     "go": GoAsked(MINE, DIGEST, copy_intact=True),
@@ -111,6 +120,11 @@ EVENTS: Final[dict[str, DestinationEvent]] = {
     "copy lost": CopyLost("reason", tail_certain=True),
     "copy lost, torn end": CopyLost("reason", tail_certain=False),
     "stalled": Stalled(),
+    "forced": force(),
+    "forced, cold": force(memory=False),
+    "forced, no copy": force(copy=False),
+    "forced, cold, no copy": force(memory=False, copy=False),
+    "forced, nobody": force(operator=""),
     "status": StatusAsked(MINE),
     "status older": StatusAsked(OLDER),
     "status newer": StatusAsked(NEWER),
@@ -151,6 +165,12 @@ IN_ALL: Final[dict[str, str | type[VmferryError]]] = {
     "copy lost": "",
     "copy lost, torn end": "",
     "stalled": "",
+    "forced": WrongPhaseError,
+    "forced, cold": WrongPhaseError,
+    "forced, no copy": WrongPhaseError,
+    "forced, cold, no copy": WrongPhaseError,
+    "forced, nobody": InvalidArgumentError,
+    "begin, later owner, stale copy": "ACCEPTED* release (RECEIVING)",
 }
 ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
     "empty": {
@@ -189,6 +209,7 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "copy lost": REFUSE,
         "copy lost, torn end": REFUSE,
         "stalled": REFUSE,
+        "begin, later owner, stale copy": REPLACE,
         "status": "(RECEIVING)",
         "status newer": CLOSE_BOTH,
     },
@@ -207,6 +228,10 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "close, other source": TOMBSTONE,
         "copy lost": REFUSE,
         "copy lost, torn end": "wait",
+        "begin, later owner, stale copy": REPLACE,
+        "forced": "FORCED* resume",
+        "forced, cold": "release FORCED*",
+        "forced, cold, no copy": "release FORCED*",
         "status": "(PREPARED)",
         "status newer": CLOSE_BOTH,
     },
@@ -254,6 +279,8 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "go": "(REFUSED)",
         "go, other digest": "(REFUSED)",
         "go, no copy": "(REFUSED)",
+        "forced, cold": "release FORCED*",
+        "forced, cold, no copy": "release FORCED*",
         "close": "(REFUSED)",
         "close newer": TOMBSTONE,
         "close, later owner": TOMBSTONE,
@@ -291,6 +318,8 @@ LEGAL: Final[dict[tuple[str, RecordKind], Current]] = {
     ("receiving", RecordKind.PREPARED): Prepared(MINE, DIGEST),
     ("receiving", RecordKind.REFUSED): Refused(MINE),
     ("prepared", RecordKind.OWNED): Owned(MINE, DIGEST),
+    ("prepared", RecordKind.FORCED): Owned(MINE, DIGEST),
+    ("refused", RecordKind.FORCED): Owned(MINE, b""),
     ("prepared", RecordKind.REFUSED): Refused(MINE),
     ("owned", RecordKind.RAN): Owned(MINE, DIGEST, ran=True),
     ("empty", RecordKind.ACCEPTED): Receiving(MINE),

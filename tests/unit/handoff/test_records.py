@@ -48,6 +48,7 @@ RECORDS: Final = st.builds(
     ticket_nonce=st.binary(max_size=32),
     ticket_expire_unix=st.integers(0, 2**32),
     note=st.text(st.characters(codec="ascii"), max_size=MAX_NOTE_BYTES),
+    operator=NAMES,
 )
 
 
@@ -88,7 +89,9 @@ def test_every_record_fits_its_slot_at_its_longest() -> None:
     number = 2**64 - 1
     about = Attempt(longest, b"\xff" * 16, number, number - 1, *(longest,) * 4, destination_address=longest)
     for kind in RecordKind:
-        entry = Record(kind, longest, about, b"\xff" * 64, number, b"\xff" * 64, 2**37, longest * 10)
+        entry = Record(
+            kind, longest, about, b"\xff" * 64, number, b"\xff" * 64, 2**37, longest * 10, operator=longest
+        )
         assert len(encode(entry, boot_id="b" * 36, write_unix_ns=2**62)) <= MAX_PAYLOAD_BYTES
 
 
@@ -144,7 +147,7 @@ def test_an_attempt_that_contradicts_itself_is_refused(ref: handoff_pb2.AttemptR
         attempt_from_ref(ref)
 
 
-@pytest.mark.parametrize("kind", [0, 14, 99])
+@pytest.mark.parametrize("kind", [0, 15, 99])
 def test_a_record_of_an_unknown_kind_is_refused(kind: int) -> None:
     """What a later release writes is not guessed at."""
     message = journal_pb2.JournalRecord(kind=journal_pb2.RecordKind.ValueType(kind), machine_id=MACHINE)

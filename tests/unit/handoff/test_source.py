@@ -11,26 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.handoff.samples import (
+    ADMIN,
     DIGEST,
     INCARNATION_A,
     INCARNATION_B,
     OTHER_DIGEST,
+    A,
+    B,
+    C,
     attempt,
     foreign_attempts,
     record,
 )
+from vmferry.errors import InvalidArgumentError, WrongPhaseError
 from vmferry.handoff.source import (
     AbortWanted,
     BeginWanted,
     Begun,
+    ForceReclaim,
     HandedOff,
     Heard,
+    OwnerBegan,
     Paused,
     Quiet,
     Sealed,
     SourceEvent,
     SourceState,
     Unheard,
+    WaitedEnough,
     decide,
     evolve,
 )
@@ -57,10 +65,38 @@ STATES: Final[dict[str, SourceState]] = {
 
 
 def heard(
-    state: AttemptState, *, incarnation: str = INCARNATION_B, digest: bytes = DIGEST, memory: bool = True
+    state: AttemptState,
+    *,
+    incarnation: str = INCARNATION_B,
+    digest: bytes = DIGEST,
+    memory: bool = True,
+    tail: bool = True,
 ) -> Heard:
     """What the destination says."""
-    return Heard(MINE, state, incarnation, digest, memory_intact=memory)
+    return Heard(MINE, state, incarnation, digest, memory_intact=memory, tail_certain=tail)
+
+
+def waited(*, memory: bool = False, tail: bool = True) -> WaitedEnough:
+    """The destination was silent for long enough."""
+    return WaitedEnough(memory_intact=memory, tail_certain=tail)
+
+
+def force(
+    *,
+    operator: str = ADMIN,
+    evidence: str = "power is off",
+    memory: bool = True,
+    with_memory: bool | None = None,
+    moved_on: bool = False,
+) -> ForceReclaim:
+    """An operator wants the guest back."""
+    return ForceReclaim(
+        operator,
+        evidence,
+        memory_intact=memory,
+        with_memory=memory if with_memory is None else with_memory,
+        moved_on=moved_on,
+    )
 
 
 EVENTS: Final[dict[str, SourceEvent]] = {
@@ -77,6 +113,27 @@ EVENTS: Final[dict[str, SourceEvent]] = {
         f"heard {state.name}, other journal": heard(state, incarnation=INCARNATION_A)
         for state in AttemptState
     },
+    **{f"heard {state.name}, torn end": heard(state, tail=False) for state in AttemptState},
+    **{
+        f"heard {state.name}, no memory, torn end": heard(state, memory=False, tail=False)
+        for state in AttemptState
+    },
+    "heard REFUSED, other journal, torn end": heard(
+        AttemptState.REFUSED, incarnation=INCARNATION_A, tail=False
+    ),
+    "came back": OwnerBegan(attempt(1, epoch=2, source=B, destination=A)),
+    "came back from a third": OwnerBegan(attempt(7, epoch=3, source=C, destination=A)),
+    "an older attempt came": OwnerBegan(attempt(1, epoch=1, source=C, destination=A)),
+    "waited enough": waited(),
+    "waited enough, memory": waited(memory=True),
+    "waited enough, torn end": waited(tail=False),
+    "forced": force(),
+    "forced, no memory": force(memory=False),
+    "forced, memory that is gone": force(memory=False, with_memory=True),
+    "forced, without the memory that is here": force(with_memory=False),
+    "forced, moved on": force(moved_on=True),
+    "forced, nobody": force(operator=""),
+    "forced, no evidence": force(evidence=""),
 }
 
 
@@ -96,6 +153,11 @@ def _word(action: Action) -> str:
 
 
 ILLEGAL: Final = "illegal"
+REFUSALS: Final = {
+    "illegal": InvalidTransitionError,
+    "argument": InvalidArgumentError,
+    "phase": WrongPhaseError,
+}
 TABLE: Final[dict[tuple[str, str], str]] = {
     ("quiet", "begin"): "BEGUN*",
     ("quiet", "paused"): ILLEGAL,
@@ -105,6 +167,34 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     **{(state, "begin"): ILLEGAL for state in ("begun", "sealed", "handed-off")},
     # Nothing is open: late messages do nothing.
     **{("quiet", event): "" for event in EVENTS if event not in {"begin", "paused"}},
+    **{
+        (state, event): did_it
+        for state in STATES
+        for event, did_it in {
+            "forced": "FORCED* resume ->Abort",
+            "forced, no memory": "FORCED* ->Abort",
+            "forced, memory that is gone": "phase",
+            "forced, without the memory that is here": "phase",
+            "forced, moved on": "phase",
+            "forced, nobody": "argument",
+            "forced, no evidence": "argument",
+            "came back": "",
+            "came back from a third": "",
+            "an older attempt came": "",
+            "waited enough": "ABORTED* ->Abort",
+            "waited enough, memory": "",
+            "waited enough, torn end": "wait",
+        }.items()
+    },
+    **{("quiet", event): "phase" for event in ("forced", "forced, no memory", "forced, moved on")},
+    **{
+        (state, f"waited enough{which}"): ""
+        for state in ("quiet", "handed-off")
+        for which in ("", ", memory", ", torn end")
+    },
+    # Rule 4: whoever begins with a later right proves that the hand-off was completed.
+    ("handed-off", "came back"): "DONE* release",
+    ("handed-off", "came back from a third"): "DONE* release",
     # The right has not moved: with its memory the source aborts alone.
     **{
         (state, event): did_it
@@ -118,6 +208,17 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "heard REFUSED": "ABORTED* resume",
             "heard REFUSED, no memory": "ABORTED*",
             "heard REFUSED, other journal": "ABORTED* resume",
+            # Behind a torn end may be ABORTED, and all that the guest did since; or HANDED_OFF.
+            "heard REFUSED, torn end": "ABORTED* resume",
+            "heard REFUSED, no memory, torn end": "ABORTED*",
+            "heard REFUSED, other journal, torn end": "",
+            "heard PREPARED, torn end": "->Abort",
+            "heard PREPARED, no memory, torn end": "wait",
+            **{
+                f"heard {word}{memory}, torn end": "wait" if memory else ""
+                for word in ("UNSEEN", "RECEIVING", "OWNED", "RUNNING")
+                for memory in ("", ", no memory")
+            },
             **{
                 f"heard {word}, no memory": "wait"
                 for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
@@ -136,6 +237,10 @@ TABLE: Final[dict[tuple[str, str], str]] = {
     ("sealed", "heard OWNED, no memory"): "HANDED_OFF* wait",
     ("sealed", "heard RUNNING"): "HANDED_OFF* DONE* release",
     ("sealed", "heard RUNNING, no memory"): "HANDED_OFF* DONE* release",
+    ("sealed", "heard OWNED, torn end"): "HANDED_OFF* wait",
+    ("sealed", "heard OWNED, no memory, torn end"): "HANDED_OFF* wait",
+    ("sealed", "heard RUNNING, torn end"): "HANDED_OFF* DONE* release",
+    ("sealed", "heard RUNNING, no memory, torn end"): "HANDED_OFF* DONE* release",
     # The right was given up: only the journal that said ready can bring it back or let it go.
     **{("handed-off", event): "wait" for event in EVENTS if event.startswith("abort")},
     ("handed-off", "unheard"): "->Go",
@@ -148,10 +253,13 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "OWNED": "wait",
             "RUNNING": "DONE* release",
         }.items()
-        for memory in ("", ", no memory")
+        for memory in ("", ", no memory", ", torn end", ", no memory, torn end")
     },
     ("handed-off", "heard REFUSED"): "RECLAIMED* resume",
+    ("handed-off", "heard REFUSED, torn end"): "RECLAIMED* resume",
     ("handed-off", "heard REFUSED, no memory"): "RECLAIMED*",
+    ("handed-off", "heard REFUSED, no memory, torn end"): "RECLAIMED*",
+    ("handed-off", "heard REFUSED, other journal, torn end"): "wait",
     **{("handed-off", f"heard {state.name}, other journal"): "wait" for state in AttemptState},
 }
 
@@ -166,8 +274,8 @@ def test_the_table_lists_every_state_and_event() -> None:
 @pytest.mark.parametrize(("state", "event"), sorted(TABLE))
 def test_what_is_done_in_each_state_about_each_event(state: str, event: str) -> None:
     """Each pair has exactly the actions of the table, in their order, and every record among them may follow."""
-    if TABLE[state, event] == ILLEGAL:
-        with pytest.raises(InvalidTransitionError):
+    if TABLE[state, event] in REFUSALS:
+        with pytest.raises(REFUSALS[TABLE[state, event]]):
             decide(STATES[state], EVENTS[event])
         return
     actions = decide(STATES[state], EVENTS[event])
@@ -183,6 +291,7 @@ LEGAL: Final[dict[tuple[str, RecordKind], SourceState]] = {
     ("sealed", RecordKind.ABORTED): Quiet(1),
     ("handed-off", RecordKind.DONE): Quiet(1),
     ("handed-off", RecordKind.RECLAIMED): Quiet(1),
+    **{(state, RecordKind.FORCED): Quiet(1) for state in ("begun", "sealed", "handed-off")},
 }
 
 
@@ -206,7 +315,7 @@ def test_rule_7_nothing_of_another_attempt_counts(state: str) -> None:
             with pytest.raises(InvalidTransitionError):
                 evolve(STATES[state], record(kind, other))
         for said in AttemptState:
-            assert decide(STATES[state], Heard(other, said, INCARNATION_B, DIGEST, memory_intact=True)) == []
+            assert decide(STATES[state], replace(heard(said), attempt=other)) == []
 
 
 def test_rule_1_an_attempt_number_is_used_once() -> None:
@@ -262,7 +371,7 @@ def test_rule_8_what_moves_the_right_is_on_disk_before_anything_follows() -> Non
         for event in EVENTS.values():
             try:
                 actions = decide(state, event)
-            except InvalidTransitionError:
+            except tuple(REFUSALS.values()):
                 continue
             on_disk = False
             for action in actions:
@@ -281,15 +390,25 @@ def test_rule_9_silence_moves_nothing() -> None:
         assert not [action for action in actions if isinstance(action, (Append, Resume, Release))]
 
 
-def test_rule_9_once_handed_off_only_a_refusal_resumes() -> None:
-    """Of all events, one alone lets the guest run here again: REFUSED, from the journal that said ready."""
-    resuming = {
-        name
-        for name, event in EVENTS.items()
-        if not isinstance(event, (BeginWanted, Paused))
-        and any(isinstance(action, Resume) for action in decide(HandedOff(MINE, DIGEST), event))
-    }
-    assert resuming == {"heard REFUSED"}
+def test_rule_9_once_handed_off_only_a_refusal_or_an_operator_resumes() -> None:
+    """Two events alone let the guest run here again: REFUSED, from the journal that said ready, and FORCED."""
+    resuming = set()
+    for name, event in EVENTS.items():
+        try:
+            actions = decide(HandedOff(MINE, DIGEST), event)
+        except tuple(REFUSALS.values()):
+            continue
+        if any(isinstance(action, Resume) for action in actions):
+            resuming.add(name)
+    assert resuming == {"heard REFUSED", "heard REFUSED, torn end", "forced"}
+
+
+def test_what_was_forced_names_who_and_why_and_is_newer_than_what_the_destination_may_have() -> None:
+    """FORCED carries the operator and the evidence, and grants e + 2."""
+    forced = decide(HandedOff(MINE, DIGEST), force())[0]
+    assert isinstance(forced, Append)
+    assert (forced.record.operator, forced.record.note) == (ADMIN, "power is off")
+    assert forced.record.epoch == MINE.epoch_to + 1
 
 
 def test_a_returned_right_is_newer_than_the_one_that_was_offered() -> None:

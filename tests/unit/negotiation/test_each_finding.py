@@ -45,6 +45,7 @@ def told(findings: Iterator[Finding]) -> list[tuple[str, Severity]]:
             "no answer within 10 s",
         ),
         ({"running": False, "status": "paused"}, "machine.not-running", "is paused"),
+        ({"running": True, "status": "suspended"}, "machine.not-running", "is asleep"),
         ({"running": False, "status": "shutdown"}, "machine.not-running", "switched itself off"),
         ({"running": False, "status": "inmigrate"}, "machine.not-running", "still arriving"),
         ({"running": False, "status": "something new"}, "machine.not-running", "something new"),

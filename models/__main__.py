@@ -1,0 +1,115 @@
+"""``python -m models``: explore every variant of the specification, and say what was found.
+
+Exit code 0 only if each safe variant keeps its promises and each broken one breaks the promise that it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+from models import spin
+from models.explore import explore
+from models.rules import Rules
+from models.variants import BROKEN, SAFE, Broken, Safe
+from models.world import Model
+
+
+class Told(NamedTuple):
+    """One line of the report, and its trace."""
+
+    ok: bool
+    what: str
+    states: int
+    edges: int
+    seconds: float
+    outcome: str
+    trace: tuple[str, ...] = ()
+
+
+def check_safe(variant: Safe, *, quick: bool) -> Told:
+    """The promises hold in every world, and where they should, the guest can always run again."""
+    begun = time.monotonic()
+    bounds = variant.quick if quick else variant.bounds
+    found = explore(Model(bounds=bounds), variant.promises, liveness=variant.live)
+    outcome = found.broken or ("L1: the guest can never run again" if found.stuck else "holds")
+    trace = tuple(found.trace or (_shortest(found.stuck)))
+    return Told(not trace, variant.what, found.states, found.edges, time.monotonic() - begun, outcome, trace)
+
+
+def check_broken(variant: Broken) -> Told:
+    """Without its guard the promise breaks."""
+    begun = time.monotonic()
+    live = variant.breaks == "L1"
+    model = Model(Rules(variant.guard), variant.bounds)
+    found = explore(model, () if live else (variant.breaks,), liveness=live)
+    trace = tuple(found.trace or (_shortest(found.stuck)))
+    outcome = found.broken or ("L1: the guest can never run again" if trace else "NOT NOTICED")
+    name = f"without: {variant.guard}"
+    return Told(bool(trace), name, found.states, found.edges, time.monotonic() - begun, outcome, trace)
+
+
+def check_spin(name: str, defines: tuple[str, ...]) -> Told:
+    """Spin agrees."""
+    begun = time.monotonic()
+    found = spin.search(*defines)
+    broken = name in spin.BROKEN
+    outcome = "assertion violated" if found.errors else "NOT NOTICED" if broken else "holds"
+    return Told(
+        bool(found.errors) == broken,
+        f"spin: {name}",
+        found.states,
+        found.transitions,
+        time.monotonic() - begun,
+        outcome,
+        found.trace,
+    )
+
+
+def main() -> int:
+    """Run all variants, on all cores."""
+    parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller bounds for the safe variants")
+    parser.add_argument("--no-spin", action="store_true", help="without the search by Spin")
+    parser.add_argument("--brief", action="store_true", help="without the traces of broken variants")
+    arguments = parser.parse_args()
+    missing = [] if arguments.no_spin else spin.missing()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        todo = [pool.submit(check_safe, variant, quick=arguments.quick) for variant in SAFE]
+        todo += [pool.submit(check_broken, variant) for variant in BROKEN]
+        if not (arguments.no_spin or missing):
+            todo += [pool.submit(check_spin, name, defines) for name, defines in spin.SAFE.items()]
+            todo += [pool.submit(check_spin, name, (f"-D{name}",)) for name in spin.BROKEN]
+        told = [_shown(one.result(), brief=arguments.brief) for one in todo]
+    wrong = [one.what for one in told if not one.ok]
+    states, edges = sum(one.states for one in told), sum(one.edges for one in told)
+    print(f"{len(told)} variants, {states} states, {edges} edges, {len(wrong)} not as they should be")
+    if missing:
+        required = os.environ.get("VMFERRY_REQUIRE") == "all"
+        word = "FAILED" if required else "LEFT OUT"
+        print(f"{word} the search by Spin: missing here: {', '.join(missing)} (install spin and gcc)")
+        return 1 if required or wrong else 0
+    return 1 if wrong else 0
+
+
+def _shortest(traces: list[list[str]]) -> list[str]:
+    return min(traces, key=len, default=[])
+
+
+def _shown(one: Told, *, brief: bool) -> Told:
+    verdict = "ok" if one.ok else "WRONG"
+    print(
+        f"{verdict:5} {one.what:62} {one.states:8} states {one.edges:9} edges {one.seconds:6.1f} s  {one.outcome}"
+    )
+    if one.trace and not (brief and one.ok):
+        print(f"      {len(one.trace)} steps: {' -> '.join(one.trace)}")
+    sys.stdout.flush()
+    return one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

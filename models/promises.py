@@ -1,0 +1,88 @@
+"""The promises of the hand-off, as statements about worlds.
+
+I1   at most one host runs the guest                     I1b  at most one host is permitted to
+I2   the guest never goes on from anything but its latest state, and nobody takes the right without a copy
+I3   no step of the protocol (as opposed to a fault) removes the last usable copy of the latest state
+I4   once both ends hold a complete copy, one fault of a host on which the guest does not run loses nothing
+L1   from every reachable world, with no further fault, the guest can run again (judged in ``explore``)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from models.state import (
+    ABSENT,
+    PAUSED,
+    RUNNING,
+    Host,
+    Stands,
+    World,
+    answer_bit,
+    leaving,
+    permitted,
+)
+
+STALE, NO_COPY, BOTH, CRASHED = "stale", "taken without a copy", "although two hosts held it", "with its host"
+"""How the guest's latest state was lost."""
+_SAID_RUNNING: Final = answer_bit(Stands.RUNNING, same_journal=True)
+_COPY_HERE: Final = (Stands.PREPARED, Stands.OWNED, Stands.RUNNING)
+
+
+def _open_attempt(host: Host, world: World) -> int | None:
+    return host.out.attempt if leaving(host, world.attempts) and not host.off else None
+
+
+def usable(world: World) -> set[int]:
+    """Hosts with a complete copy of the latest state that the protocol may still run."""
+    found = set()
+    opened = {_open_attempt(host, world) for host in world.hosts}
+    for number, host in enumerate(world.hosts):
+        if host.vm == ABSENT or host.held != world.latest or host.off:
+            continue
+        mine = _open_attempt(host, world)
+        returnable = mine is not None and not world.said[mine] & _SAID_RUNNING
+        deliverable = host.inn.now in _COPY_HERE and host.inn.newest in opened
+        if permitted(host, world.attempts) or returnable or deliverable:
+            found.add(number)
+    return found
+
+
+def redundant(world: World) -> bool:
+    """Both ends of an open attempt hold a complete copy, nobody has run since, and nothing has failed before."""
+    if world.faults > 1 or any(host.vm == RUNNING for host in world.hosts):
+        return False
+    for number, attempt in enumerate(world.attempts):
+        here, there = world.hosts[attempt.source], world.hosts[attempt.destination]
+        both = all((host.vm, host.held) == (PAUSED, world.latest) for host in (here, there))
+        arrived = there.inn.newest == number and there.inn.now in _COPY_HERE
+        if both and arrived and _open_attempt(here, world) == number:
+            return not world.said[number] & _SAID_RUNNING
+    return False
+
+
+PROMISES: Final[dict[str, Callable[[World], bool]]] = {
+    "I1: two guests run": lambda world: sum(host.vm == RUNNING for host in world.hosts) > 1,
+    "I1b: two hosts are permitted": lambda world: (
+        sum(permitted(host, world.attempts) for host in world.hosts) > 1
+    ),
+    "I2: a stale copy was resumed": lambda world: world.lost == STALE,
+    "I2: the right was taken without a copy": lambda world: world.lost == NO_COPY,
+    "I3: a step destroyed the last usable copy": lambda world: not world.lost and not usable(world),
+    "I4: one fault lost what two hosts held": lambda world: world.lost == BOTH,
+}
+"""What must never be, by name."""
+
+
+def broken(world: World, promises: tuple[str, ...]) -> str:
+    """The first of these promises that does not hold, if any."""
+    for name, fails in PROMISES.items():
+        if name.split(":")[0] in promises and fails(world):
+            return name
+    return ""
+
+
+def runs(world: World) -> bool:
+    """Whether the guest runs somewhere."""
+    return any(host.vm == RUNNING for host in world.hosts)
