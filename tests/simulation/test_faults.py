@@ -123,10 +123,13 @@ def test_a_sync_that_failed_for_a_reader_is_not_tried_again() -> None:
 
 CAUGHT: Final = {
     "source resumes on a timeout": "kill:a/source",
+    "abort without memory": "crash:a/lose",
+    "closing instead of asking": "crash:a/lose",
+    "no rescue of a lost seal": "crash:a/lose",
     "refusal without a record": "kill:a/source",
 }
-"""Which fault shows it. A right that is taken lazily shows in none: whoever resumes syncs what he read first.
-Nor does a copy that is freed with Go: whoever frees asks the journals whether the machine is gone."""
+"""Which fault shows it. Others show with two faults only, or never: the services stand behind them as well (whoever
+resumes syncs what was read first; whoever frees looks whose the machine is)."""
 
 
 @pytest.mark.parametrize("name", CAUGHT)

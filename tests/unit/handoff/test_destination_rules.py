@@ -228,3 +228,13 @@ def test_a_record_without_an_attempt_is_refused() -> None:
     """Every record of a destination is about an attempt."""
     with pytest.raises(InvalidTransitionError):
         evolve(DestinationState(), replace(ACCEPTED, attempt=None))
+
+
+def test_an_unseen_attempt_of_the_same_order_is_refused_without_a_record() -> None:
+    """Two attempts that claim the same place: the one that was not begun here leaves nothing behind."""
+    known, unknown = attempt(), attempt(tag=1)
+    state = evolve(DestinationState(), record(RecordKind.ACCEPTED, known))
+    for event in (CloseAsked(unknown, "asked to"), StatusAsked(unknown)):
+        (only,) = decide(state, event)
+        assert isinstance(only, Answer)
+        assert only.state is AttemptState.REFUSED

@@ -131,3 +131,15 @@ def test_a_permit_cannot_be_changed() -> None:
     """Its machine stays the one it was minted for."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PERMIT.machine_id = OTHER_MACHINE  # type: ignore[misc]
+
+
+def test_a_handover_of_nothing_gives_nothing_up() -> None:
+    """Such a record is damage, which is found where records are folded; it must not hide that."""
+    assert Epochs().after(Record(K.HANDED_OFF, MACHINE)) == Epochs()
+
+
+def test_a_machine_that_is_leaving_was_heard_of() -> None:
+    """Whatever else the journals say of it, it cannot be born again."""
+    outgoing = source.Begun(AWAY)
+    assert not Rights(Epochs(), outgoing, destination.DestinationState()).unheard_of
+    assert Rights(Epochs(), source.Quiet(), destination.DestinationState()).unheard_of

@@ -164,6 +164,26 @@ def test_a_journal_whose_maker_was_killed_is_registered_by_the_next(ledger: Host
 # The directory
 
 
+def test_a_new_directory_survives_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders that were made for it are on disk, and the register's own name, at every start again."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def remembered(fd: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", remembered)
+    directory = tmp_path / "state" / "journals"
+    HostLedger(directory)
+    # What was made, from above; then the register, whose name appears last.
+    assert sorted(synced[:2]) == sorted([tmp_path.name, "state"])
+    assert synced[-2:] == ["journals", "state"]
+    synced.clear()
+    HostLedger(directory)  # its maker may have been killed before these
+    assert synced == ["journals", "state"]
+
+
 def restored_by_copying(directory: Path) -> None:
     backup = directory.with_name("backup")
     shutil.copytree(directory, backup)
