@@ -81,6 +81,11 @@ def _no_direct_tracker(answer: Answer) -> None:
         tracker.usable = tracker.kind == "hash"
 
 
+def _larger_pages(answer: handoff_pb2.NegotiateResponse) -> None:
+    for sized in (answer.offer, *answer.offer.memory_backings):
+        sized.page_size_bytes = 65536
+
+
 def _older_state(answer: Answer) -> None:
     for kind in answer.offer.kinds:
         kind.oldest_state_version = kind.newest_state_version = 0
@@ -97,7 +102,7 @@ CHANGES: dict[str, tuple[Change, set[tuple[str, int]]]] = {
         {("encoding.no-common", BLOCKS)},
     ),
     "pages": (
-        lambda answer: setattr(answer.offer, "page_size_bytes", 65536),
+        _larger_pages,
         {("memory.page-size", BLOCKS)},
     ),
     "state": (_older_state, {("machine.state-version", BLOCKS)}),
