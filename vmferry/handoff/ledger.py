@@ -21,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -40,7 +41,7 @@ from vmferry.errors import (
 from vmferry.handoff import destination, gate, journal, records, source
 from vmferry.handoff.disk import DISK, Disk, damaging
 from vmferry.handoff.gate import ResumePermit
-from vmferry.handoff.register import Mark, Register
+from vmferry.handoff.register import Mark, Register, earlier_incarnation
 from vmferry.handoff.rights import Epochs, Rights
 from vmferry.handoff.states import Append, InvalidTransitionError, Record, RecordKind
 from vmferry.together import to_the_end
@@ -84,6 +85,20 @@ class HostLedger:
         self._register = Register(directory, disk)
         self.incarnation = self._register.incarnation
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Enter the journals of the release before, which had no register, as they are; begun again if it was cut."""
+        if earlier_incarnation(self.directory, self._disk) != self.incarnation:
+            return
+        for machine_id, role in itertools.product(self.machines(), Role):
+            path, label = self._file(machine_id, role)
+            found = journal.read(path, label, settled=True, disk=self._disk)
+            if found.hashes and not found.damage and self._register.mark(_entry(machine_id, role)) is None:
+                self._register.add(_entry(machine_id, role), Mark(len(found.hashes), found.hashes[-1]))
+        with contextlib.suppress(FileNotFoundError):  # the other service may have been faster
+            self._disk.unlink(self.directory / "incarnation")
+        self._disk.sync_folder(self.directory)
 
     def machines(self, role: Role | None = None) -> list[str]:
         """Identities of all machines that any journal here speaks of, or that of one role."""

@@ -63,7 +63,7 @@ class Register:
         self._scanned = ENTRY_BYTES
         with damaging("use", self._path):
             if not disk.exists(self._path):
-                _make(self._path, disk)
+                _make(self._path, disk, earlier_incarnation(directory, disk) or str(uuid.uuid4()))
             with contextlib.closing(disk.open(self._path)) as file:
                 self.incarnation = self._header(file)
             # It may have been made by a process that was killed before its name was on disk.
@@ -164,10 +164,19 @@ class Register:
         return JournalDamagedError(f"{self._path} {why}", path=self._path)
 
 
-def _make(path: Path, disk: Disk) -> None:
+def earlier_incarnation(directory: Path, disk: Disk) -> str:
+    """What the release before kept instead of a register; empty where that has never been, or was taken over."""
+    path = directory / "incarnation"
+    if not disk.exists(path):
+        return ""
+    with contextlib.closing(disk.open(path)) as file:
+        return file.read().decode("ascii", errors="replace").strip()
+
+
+def _make(path: Path, disk: Disk, incarnation: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.closing(disk.create(temporary)) as file:
-        text = f"{_TITLE}\n{uuid.uuid4()}\n{file.identity()}\n".encode("ascii")
+        text = f"{_TITLE}\n{incarnation}\n{file.identity()}\n".encode("ascii")
         body = text.ljust(ENTRY_BYTES - _DIGEST_BYTES, b"\0")
         file.write(body + hashlib.sha256(body).digest(), 0)
         file.sync()

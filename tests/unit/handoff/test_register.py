@@ -360,3 +360,23 @@ def test_a_name_longer_than_an_entry_is_not_cut() -> None:
     """The names that there are fit."""
     longest = f"{MACHINE}/{max(Role, key=len)}"
     assert register._decode(register._encode(longest, mark(1))) == (longest, mark(1))
+
+
+def test_journals_of_the_release_before_are_taken_over_once(ledger: HostLedger) -> None:
+    """Where an incarnation was kept instead of a register, both go on; from then on what is missing is damage."""
+    before = ledger.rights(MACHINE)
+    (ledger.directory / "register").unlink()
+    (ledger.directory / "incarnation").write_text(f"{ledger.incarnation}\n", encoding="ascii")
+    taken_over = HostLedger(ledger.directory)
+    assert taken_over.incarnation == ledger.incarnation
+    assert taken_over.rights(MACHINE) == before
+    assert not (ledger.directory / "incarnation").exists()
+    file_of(ledger, Role.SOURCE).unlink()
+    is_unknown(taken_over)
+
+
+def test_an_incarnation_of_another_directory_takes_nothing_over(ledger: HostLedger) -> None:
+    """A register that is there already is not another's: the stray file changes nothing."""
+    before = ledger.rights(MACHINE)
+    (ledger.directory / "incarnation").write_text("00000000-0000-4000-8000-000000000000\n", encoding="ascii")
+    assert HostLedger(ledger.directory).rights(MACHINE) == before
