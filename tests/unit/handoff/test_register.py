@@ -86,13 +86,16 @@ def test_a_missing_folder_is_damage(ledger: HostLedger) -> None:
 
 @pytest.mark.usefixtures("unsynced")
 @pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
-def test_a_journal_cut_anywhere_before_its_end_is_damage(ledger: HostLedger, role: Role) -> None:
+def test_a_journal_cut_anywhere_before_its_end_is_damage(
+    ledger: HostLedger, role: Role, record_property: Callable[[str, object], None]
+) -> None:
     """Whatever length is left, records that were on disk are missed; a cut behind them loses nothing."""
     path = file_of(ledger, role)
     whole = path.read_bytes()
     expected = ledger.rights(MACHINE)
     count = 5 if role is Role.SOURCE else 4
     lengths = {*range(0, (count + 2) * SLOT_BYTES, 499), *(n * SLOT_BYTES for n in range(count + 3))}
+    record_property("lengths cut", len(lengths))
     # Bytes that are missing are read as zeros, which the padding of a slot is anyway: only its hash must be there.
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
@@ -282,12 +285,16 @@ def test_an_entry_of_another_process_is_found(small: Register, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("unsynced")
-def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(
+    small: Register, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """A damaged mark is one that is missing, never another one: an older one is believed, or nothing is."""
     path = tmp_path / "register"
     whole = path.read_bytes()
     believed = {mark(4), mark(2)}
-    for bit in range(0, len(whole) * 8, 7):
+    bits = range(0, len(whole) * 8, 7)
+    record_property("bits flipped", len(bits))
+    for bit in bits:
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         with path.open("r+b") as file:
@@ -299,11 +306,15 @@ def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(small: Register,
 
 
 @pytest.mark.usefixtures("unsynced")
-def test_a_register_cut_anywhere_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+def test_a_register_cut_anywhere_is_noticed_or_harmless(
+    small: Register, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Entries that are cut off are missing: journals of theirs that have records are not believed then."""
     path = tmp_path / "register"
     whole = path.read_bytes()
-    for length in range(0, len(whole), 61):
+    lengths = range(0, len(whole), 61)
+    record_property("lengths cut", len(lengths))
+    for length in lengths:
         with path.open("r+b") as file:
             file.write(whole)
             file.truncate(length)
