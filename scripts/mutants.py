@@ -66,7 +66,7 @@ NEAREST: Final = {
     "destination": "test_destination.py test_destination_rules.py",
     "journal": "test_journal.py test_journal_disk.py",
     "register": "test_register.py",
-    "ledger": "test_ledger.py test_register.py",
+    "ledger": "test_ledger_disk.py test_ledger.py test_register.py",
     "records": "test_records.py",
     "gate": "test_gate.py",
     "rights": "test_rights.py test_gate.py",

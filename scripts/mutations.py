@@ -31,6 +31,9 @@ _FLAGS: Final = {"durable", "settled", "wait"}
 _STRICTER: Final = {ast.Gt: ">=", ast.GtE: ">", ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "=="}
 
 EQUIVALENT: Final[dict[str, str]] = {
+    "rights.Rights.proved_gone_by: drop isinstance(self.outgoing, source.HandedOff)": (
+        "awaits_word has looked already, which a checker of types cannot know"
+    ),
     "register.Register.note: first <= second as <": "of two equal marks either may be overwritten",
 }
 """Mutants that nothing can notice, by name, with the reason."""
