@@ -37,7 +37,7 @@ Figures = dict[str, str]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of it runs; the whole is more than fits a coffee break only for pairs of faults and for storms."""
+    """How much of it runs; even the whole takes a sample of the pairs of faults, and storms have no end."""
 
     model: tuple[str, ...]
     every_nth_fault: int
