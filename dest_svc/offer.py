@@ -18,9 +18,10 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.encodings import ENCODINGS
 from vmferry.negotiation.facts import KindOffer
 from vmferry.negotiation.path import PATHS
-from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
+from vmferry.negotiation.report import PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2
 

@@ -45,12 +45,14 @@ from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.path import DIRECT
 from vmferry.rpc.daemon import Host
+from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
 from vmferry.security.tickets import VerifiedTicket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.together import to_the_end
+from vmferry.transfer.wire import ChunkFrame, Received, decode_measured, decode_request
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
 from vmferry.v1.handoff_pb2 import DESCRIPTOR
 
@@ -80,7 +82,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the methods to a server."""
         handoff_pb2_grpc.add_DestinationServiceServicer_to_server(self, server)
-        return [DESCRIPTOR.services_by_name["DestinationService"].full_name]
+        name = DESCRIPTOR.services_by_name["DestinationService"].full_name
+        # The two that carry memory are read without a copy.
+        read_requests_with(server, name, self.Transfer, decode_request)
+        read_requests_with(server, name, self.Measure, decode_measured)
+        return [name]
 
     async def recover(self) -> None:
         """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
@@ -126,8 +132,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         response.offer.time.GetCurrentTime()
         return response
 
-    async def Measure(
-        self, request_iterator: AsyncIterator[handoff_pb2.MeasureRequest], context: Context
+    async def Measure(  # type: ignore[override]  # its requests are read by a function of our own
+        self, request_iterator: AsyncIterator[ChunkFrame], context: Context
     ) -> handoff_pb2.MeasureResponse:
         """Take pages in, check and forget them."""
         if self._stopping:
@@ -154,11 +160,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         )
 
     async def Transfer(
-        self, request_iterator: AsyncIterator[transfer_pb2.TransferRequest], context: Context
+        self, request_iterator: AsyncIterator[Received], context: Context
     ) -> AsyncIterator[transfer_pb2.TransferResponse]:
         """Carry one lane."""
         opening = await anext(aiter(request_iterator), None)
-        if opening is None or opening.WhichOneof("message") != "open":
+        if not isinstance(opening, transfer_pb2.TransferRequest) or opening.WhichOneof("message") != "open":
             raise InvalidArgumentError("a lane starts with its opening", field="open")
         receiver = self._receiver(opening.open.migration_id)
         if current_caller().uri != receiver.attempt.source:
@@ -269,7 +275,15 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     ) -> Receiver:
         if arrival.receiver is None:
             path = request.path or DIRECT
-            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, request.lanes, path)
+            arrival.receiver = Receiver(
+                attempt,
+                spec,
+                self._directory,
+                self._config,
+                request.lanes,
+                path,
+                encodings=request.encodings,
+            )
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from source_svc.compressing import Compression
 from source_svc.decisions import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
@@ -25,8 +26,9 @@ from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
+from vmferry.transfer.compression import RAW, Method
 from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
-from vmferry.transfer.frames import build_chunk
+from vmferry.transfer.frames import ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
 _READERS: Final = 2
@@ -48,6 +50,10 @@ class CopySettings:
     """Kind of the tracker that the compatibility report chose."""
     trackers: Sequence[TrackerFinding]
     """What was found out about trackers when the service started."""
+    methods: Sequence[Method] = (RAW,)
+    """How chunks may be compressed."""
+    link_bytes_per_s: float = 0.0
+    """What the link was measured to carry; 0 if it was not."""
 
 
 class Copy:
@@ -79,6 +85,13 @@ class Copy:
             raise
         self._gives_up = machine.spec.qemu is not None and machine.spec.qemu.balloon
         self._lanes: Lanes | None = None
+        self._compression = Compression(
+            settings.methods,
+            readers=_READERS,
+            acknowledged_bytes=self._acknowledged_bytes,
+            link_bytes_per_s=settings.link_bytes_per_s,
+        )
+        self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]
         self._started = time.monotonic()
         self._reported = 0.0
         self._round_left = 0
@@ -223,27 +236,33 @@ class Copy:
         """Read, hash and hand over all pages of ``runs``."""
         self._round_left = runs.page_count
         batches = runs.batches(self._settings.chunk_bytes // PAGE_SIZE)
+        self._compression.start()
 
-        async def read() -> None:
+        async def read(builder: ChunkBuilder) -> None:
             for batch in batches:
                 built = await asyncio.to_thread(
-                    build_chunk,
-                    self._ram,
-                    self._table,
+                    builder.build,
                     batch,
                     round_number=self.round_number,
+                    method=self._compression.next(),
+                    zeros=self.round_number > 1,  # the destination's memory is new and therefore zero
                     compare_only=compare_only,
                 )
                 self._round_left -= built.pages
-                if self.round_number == 1:
-                    # The destination's memory is new and therefore zero.
+                ready_at = time.monotonic()
+                if built.empty:
                     self._open_lanes.traffic.zero_pages += built.zero_pages
-                    built = built.without_zero_runs()
-                if built.chunk.runs or built.chunk.zero_runs:
+                else:
                     await self._open_lanes.send(built)
+                self._compression.add(built.effort, blocked_s=time.monotonic() - ready_at)
                 await self._report()
 
-        await together(*(read() for _ in range(_READERS)))
+        await together(*map(read, self._builders))
+
+    def _acknowledged_bytes(self) -> int:
+        """What has arrived of what was sent, as it was sent."""
+        lanes = self._lanes
+        return lanes.traffic.wire_bytes - lanes.in_flight_bytes if lanes is not None else 0
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""

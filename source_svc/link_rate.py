@@ -22,6 +22,7 @@ from vmferry.memory.digest import DIGEST_SIZE, ZERO_PAGE_DIGEST, digest_pages
 from vmferry.memory.regions import RamFile, Region
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.together import to_the_end, together
+from vmferry.transfer.wire import ChunkFrame, encode_measured
 from vmferry.v1 import handoff_pb2, transfer_pb2
 
 Run = tuple[int, int]
@@ -125,7 +126,7 @@ class LinkRate:
         chunk_bytes = min(self._chunk_bytes, max(PAGE_SIZE, size // len(channels)))
         batches = cycle(list(self.holding.pages.batches(chunk_bytes // PAGE_SIZE)))
         chunks = islice(batches, max(1, round(size / chunk_bytes)))
-        queue: asyncio.Queue[handoff_pb2.MeasureRequest | None] = asyncio.Queue(len(channels))
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(len(channels))
         reading = _READERS
 
         async def read() -> None:
@@ -153,33 +154,31 @@ class LinkRate:
         return sent / seconds
 
 
-async def _nothing() -> AsyncIterator[handoff_pb2.MeasureRequest]:
+async def _nothing() -> AsyncIterator[bytes]:
     return
     yield
 
 
 async def _from(
-    queue: asyncio.Queue[handoff_pb2.MeasureRequest | None],
-) -> AsyncIterator[handoff_pb2.MeasureRequest]:
+    queue: asyncio.Queue[bytes | None],
+) -> AsyncIterator[bytes]:
     while (request := await queue.get()) is not None:
         yield request
 
 
-def _request(ram: RamFile, runs: Sequence[Run]) -> handoff_pb2.MeasureRequest:
+def _request(ram: RamFile, runs: Sequence[Run]) -> bytes:
     """Pages as a migration would send them, except that they say nothing about where they belong."""
     count = sum(pages for _, pages in runs)
     buffer = bytearray(count * PAGE_SIZE)
     ram.read_pages(runs, buffer)
     digest_pages(buffer)  # a migration notes the digest of every page
-    data = bytes(buffer)
-    chunk = transfer_pb2.Chunk(
+    head = transfer_pb2.Chunk(
         round=1,
         runs=[transfer_pb2.PageRun(first_page=0, page_count=count)],
         encoding=transfer_pb2.ENCODING_NONE,
-        data_hash=xxh3_128_digest(data),
-        data=data,
+        data_hash=xxh3_128_digest(buffer),
     )
-    return handoff_pb2.MeasureRequest(chunk=chunk)
+    return encode_measured(ChunkFrame(head, buffer, mark=False))
 
 
 def _hold(ram: RamFile, sampled_bytes: int) -> Holding:

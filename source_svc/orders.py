@@ -17,6 +17,7 @@ from source_svc.peer import Destination
 from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, VmferryError
 from vmferry.machines.qmp import QmpMachine
+from vmferry.negotiation.encodings import COMPRESSIONS
 from vmferry.negotiation.path import PATHS, STREAM
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity, Kind
@@ -44,6 +45,7 @@ class Order:
     compare_bytes: bool
     tracker: str
     path: str
+    compression: str
 
     def subject(self, machine: QmpMachine, destination: Destination, config: HostConfig) -> Subject:
         """What is to be predicted."""
@@ -71,6 +73,10 @@ def read_order(
         raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
     if options.path not in ("", *PATHS):
         raise InvalidArgumentError(f"path must be one of {', '.join(PATHS)}", field="options.path")
+    if options.compression not in ("", *COMPRESSIONS):
+        raise InvalidArgumentError(
+            f"compression must be one of {', '.join(COMPRESSIONS)}", field="options.compression"
+        )
     if options.path == STREAM and options.tracker:
         raise InvalidArgumentError(
             "a hypervisor that streams its memory tracks writes itself", field="options.tracker"
@@ -87,6 +93,7 @@ def read_order(
         compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
         tracker=options.tracker,
         path=options.path,
+        compression=options.compression or config.compression,
     )
 
 

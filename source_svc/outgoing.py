@@ -47,6 +47,7 @@ from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
+from vmferry.transfer.compression import methods
 from vmferry.transfer.seal import seal_digest
 from vmferry.v1 import migration_pb2 as pb
 
@@ -172,14 +173,12 @@ class Outgoing:
                 self._destination,
                 order.tracker,
                 path=order.path,
+                compression=order.compression,
                 compare_bytes=order.compare_bytes,
             )
             message = self.migration.message
-            message.tracker, message.path, message.path_reason = (
-                report.tracker,
-                report.path,
-                report.path_reason,
-            )
+            message.tracker, message.path = report.tracker, report.path
+            message.path_reason, self._encodings = report.path_reason, report.encodings
             span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
                 raise incompatible(report.blocking)
@@ -209,6 +208,7 @@ class Outgoing:
                     protocol_version=self._protocol_version,
                     files=files.identities,
                     path=self.migration.message.path,
+                    encodings=self._encodings,
                     timeout_s=order.reserve_timeout_s,
                 )
             reach("source.accepted")
@@ -222,6 +222,8 @@ class Outgoing:
             order.stall_timeout_s,
             tracker,
             self._plan.trackers,
+            methods(self._encodings, order.compression),
+            self.migration.message.prediction.link_bytes_per_second,
         )
         if self.migration.message.path == STREAM:
             self._may_be_paused = True  # by the hypervisor itself

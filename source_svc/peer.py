@@ -28,6 +28,7 @@ from vmferry.security.tls import is_identity_mismatch, open_channel
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
+_MEASURE: Final = "/vmferry.v1.DestinationService/Measure"
 _SLOWEST_READING_BYTES_PER_S: Final = 100e6
 
 
@@ -75,11 +76,16 @@ class Destination:
         return await self._ask(self._stub.Negotiate(request, timeout=timeout_s + _reading_s(files)))
 
     async def measure(
-        self, channel: grpc.aio.Channel, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+        self, channel: grpc.aio.Channel, requests: AsyncIterator[bytes]
     ) -> handoff_pb2.MeasureResponse:
-        """Have pages taken in and forgotten, over a channel of :meth:`new_channel`."""
-        stub = handoff_pb2_grpc.DestinationServiceStub(channel)
-        return await self._ask(stub.Measure(requests, timeout=self._timeout_s))
+        """Have pages taken in and forgotten, over a channel of :meth:`new_channel`; requests come as bytes."""
+        method = channel.stream_unary(
+            _MEASURE,
+            request_serializer=None,
+            response_deserializer=handoff_pb2.MeasureResponse.FromString,
+        )
+        answer: handoff_pb2.MeasureResponse = await self._ask(method(requests, timeout=self._timeout_s))
+        return answer
 
     async def begin(
         self,
@@ -91,6 +97,7 @@ class Destination:
         protocol_version: int,
         files: Sequence[compatibility_pb2.FileIdentity] = (),
         path: str,
+        encodings: Sequence[str] = (),
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -104,6 +111,7 @@ class Destination:
             protocol_version=protocol_version,
             files=files,
             path=path,
+            encodings=encodings,
         )
         return await self._ask(self._stub.Begin(request, timeout=timeout_s + _reading_s(files)))
 

@@ -136,6 +136,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                 destination,
                 order.tracker,
                 path=order.path,
+                compression=order.compression,
                 compare_bytes=order.compare_bytes,
                 predict=predict,
             )

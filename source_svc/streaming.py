@@ -31,6 +31,7 @@ from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
+from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
 _NOT_READY_S: Final = 0.05
@@ -334,7 +335,7 @@ class StreamedCopy:
     async def _send(self, data: bytes, *, last: bool = False) -> None:
         offset = self._digest.size_bytes
         self._digest.update(data)
-        await self._open_lanes.send(transfer_pb2.StreamPiece(offset=offset, data=data, last=last))
+        await self._open_lanes.send(PieceFrame(transfer_pb2.StreamPiece(offset=offset), data, last))
 
 
 async def _until(ready: Callable[[], Awaitable[bool]]) -> None:

@@ -50,6 +50,8 @@ class HostConfig:
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
     chunk_bytes: int = _MIB
     """Page contents per message."""
+    compression: str = "auto"
+    """How page contents travel unless a caller says: auto (chosen for each chunk), none, lz4 or zstd."""
     downtime_limit_ms: int = 300
     """Longest pause a guest may see; pre-copy goes on until the rest fits."""
     standstill_limit_s: float = 60.0
@@ -111,6 +113,8 @@ class HostConfig:
             raise ConfigError("chunk_bytes must be a multiple of 4096, at most 2 MiB", field="chunk_bytes")
         if self.window_bytes < self.lanes * self.chunk_bytes:
             raise ConfigError("window_bytes must hold at least one chunk per lane", field="window_bytes")
+        if self.compression not in {"auto", "none", "lz4", "zstd"}:
+            raise ConfigError("compression must be auto, none, lz4 or zstd", field="compression")
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise ConfigError("log_level must be debug, info, warning or error", field="log_level")
 

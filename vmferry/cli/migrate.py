@@ -77,6 +77,15 @@ class Way(enum.StrEnum):
     STREAM = "stream"
 
 
+class Compression(enum.StrEnum):
+    """Ways for page contents to travel."""
+
+    AUTO = "auto"
+    NONE = "none"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
 @dataclass(frozen=True)
 class Order:
     """What to move, where to, and how."""
@@ -116,6 +125,10 @@ PathOption = Annotated[
         "--path", help="Insist on how memory travels: 'direct', or in the hypervisor's own 'stream'."
     ),
 ]
+CompressionOption = Annotated[
+    Compression | None,
+    typer.Option("--compression", help="How page contents travel; 'auto' chooses for each chunk what pays."),
+]
 
 
 @calls_source
@@ -130,6 +143,7 @@ async def plan(
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
     path: PathOption = None,
+    compression: CompressionOption = None,
     prediction: Annotated[
         bool,
         typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
@@ -140,7 +154,7 @@ async def plan(
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path, compression),
         without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
@@ -164,6 +178,7 @@ async def migrate(
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
     path: PathOption = None,
+    compression: CompressionOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -178,7 +193,7 @@ async def migrate(
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path, compression),
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -267,9 +282,12 @@ def migration_options(
     verify: Verify,
     tracker: Tracker | None,
     path: Way | None = None,
+    compression: Compression | None = None,
 ) -> MigrationOptions:
     """The options of a migration; what is not given is left to the source's configuration."""
-    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "", path=path or "")
+    options = MigrationOptions(
+        lanes=lanes or 0, tracker=tracker or "", path=path or "", compression=compression or ""
+    )
     if downtime_limit_ms is not None:
         options.downtime_limit.CopyFrom(
             Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)

@@ -21,15 +21,17 @@ from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutErro
 from vmferry.rpc.status import from_rpc_error
 from vmferry.transfer.frames import BuiltChunk
 from vmferry.transfer.numbering import SendingLane, Totals
-from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
+from vmferry.transfer.wire import PieceFrame, encode_piece
+from vmferry.v1 import transfer_pb2
 
 DEVICE_STATE_PIECE_BYTES: Final = 1024 * 1024
 _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 2.0
 _GOODBYE_S: Final = 1.0
+_TRANSFER: Final = "/vmferry.v1.DestinationService/Transfer"
 
-Frame = BuiltChunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece
-Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
+Frame = BuiltChunk | PieceFrame | transfer_pb2.DeviceState
+Call = grpc.aio.StreamStreamCall[bytes, transfer_pb2.TransferResponse]
 
 
 @dataclass
@@ -190,9 +192,7 @@ class _Lane:
         self.finishing = asyncio.Event()
         self._lanes = lanes
         self._settings = settings
-        self._numbering: SendingLane[transfer_pb2.TransferRequest] = SendingLane(
-            settings.window_bytes // settings.count
-        )
+        self._numbering: SendingLane[bytes] = SendingLane(settings.window_bytes // settings.count)
         self._digest = xxh3_128()
         self._room = asyncio.Event()
         self._session_welcomed = asyncio.Event()
@@ -221,8 +221,13 @@ class _Lane:
     async def _session(self) -> None:
         """One connection's life; raises PeerUnreachableError when it may be tried again."""
         async with self._settings.open_channel() as channel:
-            stub = handoff_pb2_grpc.DestinationServiceStub(channel)
-            call: Call = stub.Transfer()  # type: ignore[call-arg]  # written to step by step, without an iterator
+            # Frames are kept as bytes, to be sent again as they are; so the call takes bytes.
+            method = channel.stream_stream(
+                _TRANSFER,
+                request_serializer=None,
+                response_deserializer=transfer_pb2.TransferResponse.FromString,
+            )
+            call: Call = method()  # type: ignore[call-arg]  # written to step by step, without an iterator
             self._session_welcomed = asyncio.Event()
             reader = asyncio.create_task(self._read(call))
             writer = asyncio.create_task(self._write(call))
@@ -245,13 +250,13 @@ class _Lane:
                 await call.done_writing()
                 await call.code()
 
-    def _opening(self) -> transfer_pb2.TransferRequest:
+    def _opening(self) -> bytes:
         settings = self._settings
         return transfer_pb2.TransferRequest(
             open=transfer_pb2.LaneOpen(
                 migration_id=settings.migration_id, transfer_token=settings.transfer_token, lane=self.number
             )
-        )
+        ).SerializeToString()
 
     async def _read(self, call: Call) -> None:
         """Take acknowledgements in; returns when the lane has ended."""
@@ -299,7 +304,7 @@ class _Lane:
         # A reopened lane learns first how far the destination got, so nothing is sent twice needlessly.
         await self._session_welcomed.wait()
         for request in self._numbering.unacknowledged():
-            self._lanes.traffic.repeated_bytes += request.ByteSize()
+            self._lanes.traffic.repeated_bytes += len(request)
             await self._put(call, request)
         finishing = asyncio.create_task(self.finishing.wait())
         try:
@@ -315,7 +320,7 @@ class _Lane:
                     following.cancel()
         finally:
             finishing.cancel()
-        await self._put(call, transfer_pb2.TransferRequest(end=self._ending()))
+        await self._put(call, transfer_pb2.TransferRequest(end=self._ending()).SerializeToString())
         await asyncio.Event().wait()  # the reader ends the session
 
     async def _until_room(self) -> None:
@@ -323,34 +328,32 @@ class _Lane:
             self._room.clear()
             await self._room.wait()
 
-    async def _next_request(self) -> transfer_pb2.TransferRequest:
+    async def _next_request(self) -> bytes:
         # Numbered in the same step as it is taken: from then on a frame is kept until it is acknowledged, so a
         # connection that breaks in this very moment cannot lose it.
         return self._number(await self._lanes.next_frame())
 
-    def _number(self, frame: Frame) -> transfer_pb2.TransferRequest:
+    def _number(self, frame: Frame) -> bytes:
         sequence = self._numbering.next_sequence
         traffic = self._lanes.traffic
         if isinstance(frame, BuiltChunk):
-            frame.chunk.sequence = sequence
-            request = transfer_pb2.TransferRequest(chunk=frame.chunk)
             data_bytes = frame.data_bytes
-            self._digest.update(frame.chunk.data_hash)
-            traffic.zero_pages += 0 if frame.chunk.compare_only else frame.zero_pages
-        elif isinstance(frame, transfer_pb2.StreamPiece):
-            frame.sequence = sequence
-            request = transfer_pb2.TransferRequest(stream_piece=frame)
+            self._digest.update(frame.frame.head.data_hash)
+            traffic.zero_pages += 0 if frame.frame.mark else frame.zero_pages
+            message = frame.numbered(sequence)
+        elif isinstance(frame, PieceFrame):
             data_bytes = len(frame.data)
             self._digest.update(xxh3_128_digest(frame.data))
+            frame.head.sequence = sequence
+            message = encode_piece(frame)
         else:
-            frame.sequence = sequence
-            request = transfer_pb2.TransferRequest(device_state=frame)
             data_bytes = len(frame.data)
-        frame_bytes = request.ByteSize()
-        traffic.wire_bytes += frame_bytes
+            frame.sequence = sequence
+            message = transfer_pb2.TransferRequest(device_state=frame).SerializeToString()
+        traffic.wire_bytes += len(message)
         traffic.data_bytes += data_bytes
-        self._numbering.sent(request, frame_bytes=frame_bytes, data_bytes=data_bytes)
-        return request
+        self._numbering.sent(message, frame_bytes=len(message), data_bytes=data_bytes)
+        return message
 
     def _ending(self) -> transfer_pb2.LaneEnd:
         totals: Totals = self._numbering.totals
@@ -358,7 +361,7 @@ class _Lane:
             frames=totals.frames, data_bytes=totals.data_bytes, digest=self._digest.digest()
         )
 
-    async def _put(self, call: Call, request: transfer_pb2.TransferRequest) -> None:
+    async def _put(self, call: Call, request: bytes) -> None:
         try:
             with _translated():
                 await call.write(request)

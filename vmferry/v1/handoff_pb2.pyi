@@ -344,6 +344,7 @@ class BeginRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Serialized SignedTicket that allows it."""
     lanes: _builtins.int
@@ -368,6 +369,10 @@ class BeginRequest(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.FileIdentity]:
         """The machine's files as the source sees them."""
 
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Encodings of page contents that the source may use, out of the offer; "none" is always one of them."""
+
     def __init__(
         self,
         *,
@@ -379,10 +384,11 @@ class BeginRequest(_message.Message):
         protocol_version: _builtins.int = ...,
         path: _builtins.str = ...,
         files: _abc.Iterable[_compatibility_pb2.FileIdentity] | None = ...,
+        encodings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "encodings", b"encodings", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

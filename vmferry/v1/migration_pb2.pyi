@@ -159,6 +159,7 @@ class MigrationOptions(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     TRACKER_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -167,6 +168,10 @@ class MigrationOptions(_message.Message):
     """Insist on this tracker instead of the best one found."""
     path: _builtins.str
     """Insist on the way memory travels, "direct" or "stream", instead of the better one that works."""
+    compression: _builtins.str
+    """How page contents travel: "auto", which chooses for each chunk, or "none", "lz4" or "zstd". Empty: as the source
+    is configured.
+    """
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """Longest pause the guest may see; pre-copy goes on until the rest fits."""
@@ -194,10 +199,11 @@ class MigrationOptions(_message.Message):
         verify: Global___VerifyMode.ValueType = ...,
         tracker: _builtins.str = ...,
         path: _builtins.str = ...,
+        compression: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "lanes", b"lanes", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """Never sent."""
     ENCODING_NONE: _Encoding.ValueType  # 1
     """Page contents as they are."""
+    ENCODING_LZ4: _Encoding.ValueType  # 2
+    """One LZ4 block without a frame around it."""
+    ENCODING_ZSTD: _Encoding.ValueType  # 3
+    """One Zstandard frame that states the size of its content."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How a chunk's data is encoded."""
@@ -42,6 +46,10 @@ ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """Never sent."""
 ENCODING_NONE: Encoding.ValueType  # 1
 """Page contents as they are."""
+ENCODING_LZ4: Encoding.ValueType  # 2
+"""One LZ4 block without a frame around it."""
+ENCODING_ZSTD: Encoding.ValueType  # 3
+"""One Zstandard frame that states the size of its content."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
@@ -148,11 +156,11 @@ class Chunk(_message.Message):
     region: _builtins.int
     """Index of the region in BeginRequest.regions."""
     encoding: Global___Encoding.ValueType
-    """How data is encoded."""
+    """How data is encoded: not at all, or in one of the encodings that Begin agreed on."""
     data_hash: _builtins.bytes
     """Hash (XXH3, 128 bits, big endian) over the decoded data."""
     data: _builtins.bytes
-    """Contents of the pages in runs."""
+    """Contents of the pages in runs, all of them in one piece."""
     compare_only: _builtins.bool
     """If set, nothing is written: the contents are compared with what the destination holds."""
     @_builtins.property
@@ -266,7 +274,7 @@ class LaneEnd(_message.Message):
     frames: _builtins.int
     """Number of frames sent on this lane since the attempt began."""
     data_bytes: _builtins.int
-    """Sum of data bytes in those frames."""
+    """Sum of data bytes in those frames, of chunks after decoding."""
     digest: _builtins.bytes
     """Hash (XXH3, 128 bits) over the data hashes of all chunks of this lane, in order. Stream pieces count with the
     hash of their data.

@@ -171,7 +171,15 @@ class Receiver:
     """The destination's side; takes the place of ``dest_svc.receiver.Receiver``."""
 
     def __init__(
-        self, attempt: Attempt, spec: MachineSpec, directory: Directory, config: object, lanes: int, path: str
+        self,
+        attempt: Attempt,
+        spec: MachineSpec,
+        directory: Directory,
+        config: object,
+        lanes: int,
+        path: str,
+        *,
+        encodings: object,
     ) -> None:
         self.attempt = attempt
         self.spec = spec

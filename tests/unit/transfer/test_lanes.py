@@ -16,10 +16,12 @@ from vmferry.errors import HashMismatchError, TimedOutError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.status import to_grpc_status
-from vmferry.transfer.frames import Intake, build_chunk
+from vmferry.transfer.frames import ChunkBuilder, Intake
 from vmferry.transfer.lanes import Lanes, LaneSettings
-from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
+from vmferry.transfer.wire import Received, decode_request
+from vmferry.v1 import handoff_pb2, handoff_pb2_grpc, transfer_pb2
 
 PAGES = 512
 LANES = 3
@@ -38,7 +40,7 @@ class Receiver(handoff_pb2_grpc.DestinationServiceServicer):
         self._intake = intake
 
     async def Transfer(  # noqa: N802 - named by the contract
-        self, request_iterator: AsyncIterator[transfer_pb2.TransferRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[Received], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[transfer_pb2.TransferResponse]:
         opening = await anext(aiter(request_iterator))
         self.connections += 1
@@ -52,7 +54,7 @@ class Receiver(handoff_pb2_grpc.DestinationServiceServicer):
             if left == 0:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the link was cut")
 
-    async def _take(self, request: transfer_pb2.TransferRequest) -> int:
+    async def _take(self, request: Received) -> int:
         if self.reject is not None:
             raise self.reject
         return await asyncio.to_thread(take_frame, self._intake, self.device_state, request)
@@ -90,6 +92,8 @@ async def two_ends(
         receiver = Receiver(intake)
         server = grpc.aio.server(interceptors=[Rejecting()])
         handoff_pb2_grpc.add_DestinationServiceServicer_to_server(receiver, server)
+        name = handoff_pb2.DESCRIPTOR.services_by_name["DestinationService"].full_name
+        read_requests_with(server, name, receiver.Transfer, decode_request)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -113,8 +117,9 @@ async def two_ends(
 
 
 async def send_all(ram: RamFile, lanes: Lanes, table: PageTable) -> None:
+    builder = ChunkBuilder(ram, table)
     for runs in PageRuns.whole(PAGES).batches(16):
-        await lanes.send(build_chunk(ram, table, runs, round_number=1))
+        await lanes.send(builder.build(runs, round_number=1))
     await lanes.drain()
 
 
