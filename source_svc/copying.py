@@ -16,9 +16,11 @@ from source_svc.compressing import Compression
 from source_svc.decisions import hopeless, show_decision
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import HashMismatchError
+from source_svc.terms import Terms
+from vmferry.errors import HashMismatchError, VmferryError
 from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.throttle import Throttle
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
@@ -27,13 +29,14 @@ from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
 from vmferry.transfer.compression import RAW, Method
-from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NO_EFFORT, NOT_READY_S, WAITING_S, RoundReport, Verdict, decide
 from vmferry.transfer.frames import ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
 _REPORT_S: Final = 0.1
+_REMEMBERED_ROUNDS: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class CopySettings:
     lanes: int
     window_bytes: int
     chunk_bytes: int
-    downtime_limit_s: float
-    max_rounds: int
+    terms: Terms
+    """What may be done to guest and link, which may change."""
+    throttle: Throttle
     stall_timeout_s: float
     tracker: str
     """Kind of the tracker that the compatibility report chose."""
@@ -65,6 +69,8 @@ class Copy:
         self.round_number = 0
         self.last_round_bytes = 0
         """Pages of the last round, which the guest waited for."""
+        self.expected_downtime_s = 0.0
+        """The pause that was predicted when it was decided to switch."""
         self._machine = machine
         self._destination = destination
         self._migration = migration
@@ -114,6 +120,7 @@ class Copy:
                 frame_bytes=settings.chunk_bytes,
                 stall_timeout_s=settings.stall_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
+                pacer=settings.terms.pacer,
             )
         )
         await self._lanes.open()
@@ -122,32 +129,49 @@ class Copy:
         reach("source.tracking")
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
-        """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
+        """Copy in rounds until the policy wants to switch and ``may_switch`` agrees.
 
         Raises:
-            NotConvergingError: it will never fit.
+            NotConvergingError: the rest will never fit the pause.
         """
-        limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
+        terms, throttle = self._settings.terms, self._settings.throttle
         history: list[RoundReport] = []
+        effort = NO_EFFORT
         runs = await asyncio.to_thread(self._ram.data_runs)
         while True:
             history.append(await self._round(runs))
-            decision = decide(history, limits)
-            show_decision(self._migration, decision)
+            decision = decide(history, terms.limits, effort)
+            show_decision(self._migration, decision, terms.limits, history[-1], throttle.percent)
+            effort = decision.effort
             if decision.verdict is Verdict.GIVE_UP:
-                raise hopeless(self.round_number, decision, limits)
+                raise hopeless(self.round_number, decision)
             if decision.verdict is Verdict.SWITCH:
+                self.expected_downtime_s = decision.expected_downtime_s
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
                 await asyncio.sleep(NOT_READY_S)
+            if decision.waiting:
+                await terms.changed_or(WAITING_S)
+            del history[:-_REMEMBERED_ROUNDS]
+            self._hold_back(effort.throttle_percent)
             runs = await asyncio.to_thread(self._tracker.scan)
 
     async def pause(self) -> float:
         """Pause the guest; returns a moment at which it certainly still ran."""
+        await self._settings.throttle.end()
+        self._migration.message.progress.throttle_percent = 0
+        self._settings.terms.guest_pauses()
         before = time.monotonic()
         await self._machine.stop()
         return before
+
+    def _hold_back(self, percent: int) -> None:
+        """Slow the guest down by so much; raises what went wrong with that before."""
+        if percent != self._settings.throttle.percent:
+            span_event("throttle", percent=percent)
+        self._settings.throttle.set(percent)
+        self._migration.message.progress.throttle_percent = percent
 
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
@@ -201,7 +225,12 @@ class Copy:
         await self._report(force=True)
 
     async def close(self) -> None:
-        """Stop tracking, close lanes and files; safe to call twice."""
+        """Let the guest run, stop tracking, close lanes and files; safe to call twice."""
+        try:
+            await self._settings.throttle.end()
+        except VmferryError as error:  # whoever gives the machine back goes on trying
+            span_event("still held back", why=error.message)
+        self._migration.message.progress.throttle_percent = 0
         await asyncio.to_thread(self._tracker.disarm)
         if self._lanes is not None:
             traffic = self._lanes.traffic
@@ -235,7 +264,8 @@ class Copy:
     async def _send(self, runs: PageRuns, *, compare_only: bool = False) -> None:
         """Read, hash and hand over all pages of ``runs``."""
         self._round_left = runs.page_count
-        batches = runs.batches(self._settings.chunk_bytes // PAGE_SIZE)
+        pacer = self._settings.terms.pacer
+        batches = runs.batches(lambda: pacer.largest_frame(self._settings.chunk_bytes) // PAGE_SIZE)
         self._compression.start()
 
         async def read(builder: ChunkBuilder) -> None:

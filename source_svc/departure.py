@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
@@ -28,6 +29,7 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.destination import Empty
+from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import (
@@ -205,6 +207,10 @@ class Departure:
                 raise
             finally:
                 await machine.close()
+
+    def held_back(self) -> AbstractAsyncContextManager[ResumePermit]:
+        """A permit to let the guest go on while it is copied; there is none from the moment of the seal."""
+        return self._ledger.held_back(self.machine_id)
 
     async def keep_resuming(self, story: Story) -> None:
         """Resume for as long as it takes, if it was due and failed.

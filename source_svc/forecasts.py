@@ -176,7 +176,9 @@ class Forecasts:
             return
         forecast = self.planned(subject)
         measured = self._measurement(subject, tracker)
-        task = None if forecast.message else asyncio.create_task(self._hurry(subject, measured))
+        # A burst to measure the link would go beyond what the caller wants to see on it.
+        silent = forecast.message is not None or subject.limits.precopy_bytes_per_s is not None
+        task = None if silent else asyncio.create_task(self._hurry(subject, measured))
         try:
             yield
         finally:

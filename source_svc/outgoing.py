@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
+from source_svc.device_state import save_device_state
 from source_svc.files import incompatible, shown
 from source_svc.forecasts import Forecasts
 from source_svc.migrations import Migration
@@ -24,6 +24,7 @@ from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
 from source_svc.streaming import StreamedCopy
+from source_svc.terms import Terms, time_limit
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -39,9 +40,9 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
-from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.machines.spec import QEMU
+from vmferry.machines.throttle import Throttle
 from vmferry.negotiation.path import STREAM
 from vmferry.security.material import TlsMaterial
 from vmferry.telemetry.logs import get_logger
@@ -54,6 +55,8 @@ from vmferry.v1 import migration_pb2 as pb
 _LOG: Final = get_logger(__name__)
 _CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
 _PREFLIGHT_S: Final = 1.0
+_UNEXPECTED: Final = 2.0
+"""How much longer than predicted the last round may take before the switch is given up."""
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
@@ -87,6 +90,8 @@ class Outgoing:
         self._plan = plan
         self._forecasts = forecasts
         self._subject = order.subject(machine, destination, config)
+        self._terms = Terms(order)
+        self._throttle = Throttle(machine, departure.held_back)
         self._committed = False
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
@@ -115,6 +120,23 @@ class Outgoing:
             self._cancelled = CancelledByCallerError(why)
             self._task.cancel()
 
+    async def update(self, options: pb.MigrationOptions, order: Order) -> None:
+        """Go on with other options.
+
+        Raises:
+            WrongPhaseError: it is too late for that, or cannot be changed on the way.
+        """
+        before = self._terms.limits.max_throttle_percent
+        if self.migration.message.path == STREAM and order.max_throttle_percent and not before:
+            raise WrongPhaseError(
+                "a hypervisor that streams its memory must know from the beginning that it may slow its guest down",
+                field="max_throttle_percent",
+                remedy="Cancel the migration and start it again with max_throttle_percent.",
+            )
+        self._terms.change(order)
+        self.migration.message.options.CopyFrom(options)
+        await self.migration.touch()
+
     async def interrupt(self) -> None:
         """The service stops: give the machine back, or leave an open hand-off to the next start."""
         assert self._task is not None
@@ -140,8 +162,7 @@ class Outgoing:
             self._departure.close()
 
     async def _work(self) -> None:
-        order = self._order
-        async with _limit("total_timeout", order.total_timeout_s):
+        async with self._terms.total_timeout():
             await self._negotiate()
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
@@ -212,20 +233,22 @@ class Outgoing:
                     timeout_s=order.reserve_timeout_s,
                 )
             reach("source.accepted")
+        streamed = self.migration.message.path == STREAM
+        self._terms.live(live=not streamed or machine.spec.streams_live)
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
             min(self._config.window_bytes, begun.window_bytes),
             self._config.chunk_bytes,
-            self._downtime_limit_s,
-            self._config.max_rounds,
+            self._terms,
+            self._throttle,
             order.stall_timeout_s,
             tracker,
             self._plan.trackers,
             methods(self._encodings, order.compression),
             self.migration.message.prediction.link_bytes_per_second,
         )
-        if self.migration.message.path == STREAM:
+        if streamed:
             self._may_be_paused = True  # by the hypervisor itself
             self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
         else:
@@ -233,16 +256,12 @@ class Outgoing:
         await self._copy.open(order.migration_id, begun.transfer_token)
         self._reserved_at = time.monotonic()
 
-    @property
-    def _downtime_limit_s(self) -> float:
-        """Longest pause the guest may see in the way that was chosen."""
-        live = self.migration.message.path != STREAM or self._machine.spec.streams_live
-        return self._order.downtime_limit_s if live else self._order.standstill_limit_s
-
     async def _preflight(self) -> bool:
         """Whether both sides could finish now; checked before the guest is paused."""
         assert self._attempt is not None
-        until = datetime.now(UTC) + timedelta(seconds=self._config.switch_timeout_s) + _CERTIFICATE_MARGIN
+        assert self._copy is not None
+        switch_s = self._config.switch_timeout_s + self._copy.expected_downtime_s * _UNEXPECTED
+        until = datetime.now(UTC) + timedelta(seconds=switch_s) + _CERTIFICATE_MARGIN
         if self._material.not_after < until:
             raise WrongPhaseError(
                 "this host's certificate expires too soon to finish a hand-off",
@@ -267,8 +286,9 @@ class Outgoing:
         if self._order.compare_bytes:
             limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
-            limit_s += self._downtime_limit_s
-        async with _limit("switch_timeout", limit_s):
+            limit_s += self._terms.limits.longest_downtime_s
+        limit_s += self._copy.expected_downtime_s * _UNEXPECTED
+        async with time_limit("switch_timeout", limit_s):
             self._may_be_paused = True
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()
@@ -285,7 +305,7 @@ class Outgoing:
         """Send what is left of the paused guest; returns its device state."""
         # Saving takes a while and hardly touches memory, so it goes on beside the last round.
         device_state: bytes
-        _, device_state = await together(self._last_round(copy), self._save_device_state())
+        _, device_state = await together(self._last_round(copy), save_device_state(self._machine))
         if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
             await copy.leftovers()
         await copy.send_device_state(device_state)
@@ -297,16 +317,6 @@ class Outgoing:
     async def _last_round(self, copy: Copy) -> None:
         async with phase("last round"):
             await copy.last_round()
-
-    async def _save_device_state(self) -> bytes:
-        async with phase("device state"):
-            data = await self._machine.save_device_state()
-            reach("source.state-saved")
-            span_attributes(bytes=len(data))
-            if self._machine.spec.kind == QEMU:
-                sections = _whole(data, self._machine.spec).sections
-                span_attributes(sections=len(sections), section_bytes=sum(len(one.data) for one in sections))
-            return data
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
         assert self._copy is not None
@@ -408,7 +418,7 @@ class Outgoing:
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""
-        if self._may_be_paused:
+        if self._may_be_paused or self._throttle.used:
             await self._departure.keep_resuming(self)
 
     async def _say_goodbye(self, attempt: Attempt) -> None:
@@ -429,20 +439,3 @@ class Outgoing:
             return self._cancelled or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")
-
-
-def _whole(data: bytes, spec: MachineSpec) -> qemu_state.DeviceState:
-    """The sections of a QEMU's device state; one that is cut short never leaves this host."""
-    try:
-        return qemu_state.parse(data)
-    except qemu_state.StateFormatError as error:
-        raise MachineFailedError(f"the device state of {spec.name}: {error}", machine=spec.uuid) from error
-
-
-@contextlib.asynccontextmanager
-async def _limit(name: str, seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise TimedOutError(f"it took longer than the {name} of {seconds:g} s", limit=name) from error

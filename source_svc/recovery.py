@@ -12,6 +12,7 @@ from typing import Final
 
 from source_svc.departure import Departure, discard_if_gone
 from source_svc.migrations import Migration
+from source_svc.orders import Order
 from source_svc.peer import Destination
 from vmferry.config import HostConfig
 from vmferry.errors import (
@@ -136,6 +137,10 @@ class Recovered:
     def cancel(self, why: str) -> None:
         """There is nothing left to cancel: it is being closed, or only the destination can decide."""
         raise PointOfNoReturnError("the migration is being settled after a restart", why=why)
+
+    async def update(self, _options: pb.MigrationOptions, _order: Order) -> None:
+        """There is nothing left to change."""
+        raise WrongPhaseError("the migration is being settled after a restart", migration=self.migration.id)
 
     async def interrupt(self) -> None:
         """The service stops; the next start goes on."""

@@ -19,7 +19,7 @@ from source_svc.departure import Departure
 from source_svc.farewells import Farewells
 from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
-from source_svc.orders import Order, read_destination, read_order, required
+from source_svc.orders import Order, read_destination, read_order, read_update, required
 from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
@@ -34,6 +34,7 @@ from vmferry.errors import (
     TicketUsedError,
     TooManyMigrationsError,
     VmferryError,
+    WrongPhaseError,
 )
 from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
@@ -124,7 +125,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Ask both hosts and change nothing."""
         record = self._directory.find(required(request.machine, "machine"))
         host, address = read_destination(request.destination, self._own)
-        order = read_order(request.options, self._host)  # refuses bad options by name
+        order = read_order(request.options, self._host, record.spec.memory_bytes)
         destination = self._peer(address, host)
         machine = self._directory.open(record, observe=True) if record.alive else None
         try:
@@ -190,6 +191,19 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             running.cancel("cancelled by a caller")
         return pb.CancelMigrationResponse(migration=migration.snapshot())
 
+    async def UpdateMigration(
+        self, request: pb.UpdateMigrationRequest, context: Context
+    ) -> pb.UpdateMigrationResponse:
+        """Change limits of a migration that has not paused its guest for the switch yet."""
+        migration = self._migrations.get(required(request.id, "id"))
+        running = self._running.get(migration.id)
+        if running is None:
+            raise WrongPhaseError("the migration has ended", migration=migration.id)
+        record = self._directory.find(migration.message.machine_id)
+        options, order = read_update(request, migration.message.options, self._host, record.spec.memory_bytes)
+        await running.update(options, order)
+        return pb.UpdateMigrationResponse(migration=migration.snapshot())
+
     async def ListMachines(
         self, request: pb.ListMachinesRequest, context: Context
     ) -> pb.ListMachinesResponse:
@@ -233,7 +247,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         ticket = self._check_ticket(request.ticket, record, host)
         if self._migrations.known(ticket.migration_id.hex()):
             raise TicketUsedError("the ticket has started a migration already", field="ticket")
-        order = read_order(request.options, self._host, ticket.migration_id, request.ticket)
+        order = read_order(
+            request.options, self._host, record.spec.memory_bytes, ticket.migration_id, request.ticket
+        )
         self._check_free(record)
         message = pb.Migration(
             id=ticket.migration_id.hex(),

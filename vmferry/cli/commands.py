@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import certs, demo, machine, migrate, playground, status, ticket, trace, watch
+from vmferry.cli import bounds, certs, demo, machine, migrate, playground, status, ticket, trace, watch
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -40,6 +40,7 @@ app.command()(playground.playground)
 app.command()(migrate.plan)
 app.command()(migrate.migrate)
 app.command()(migrate.cancel)
+app.command("set")(bounds.set_)
 app.command()(status.status)
 app.command("list")(status.list_)
 app.command()(watch.watch)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, TypeVar
 import typer
 
 from vmferry.cli import migrate
+from vmferry.cli.bounds import Bounds
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
@@ -242,7 +243,7 @@ async def _cross(
     """Move the guest once and note how it went; whether it arrived."""
     # A stream cannot be compared byte for byte, so the crossing that compares is left to take the direct way.
     way = wishes.path if verify is Verify.DIGEST else None
-    options = migration_options(_pause_ms(wishes, way), wishes.lanes, verify, None, way)
+    options = migration_options(Bounds(_pause_ms(wishes, way)), wishes.lanes, verify, None, way)
     order = migrate.Order(
         machine=guest.spec.uuid,
         destination=Destination(host=there.host.identity.uri, address=there.dest.address),

@@ -18,8 +18,16 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from google.protobuf.duration_pb2 import Duration
 
+from vmferry.cli.bounds import (
+    BandwidthOption,
+    Bounds,
+    ChoiceOption,
+    DowntimeOption,
+    MaxDowntimeOption,
+    SwitchoverOption,
+    ThrottleOption,
+)
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
 from vmferry.cli.findings import report_lines
 from vmferry.cli.output import JsonOption, as_document, print_document, say
@@ -109,9 +117,6 @@ ToAddressOption = Annotated[
         "--to-address", metavar="HOST:PORT", help="Its destination service, as the source reaches it."
     ),
 ]
-DowntimeOption = Annotated[
-    int | None, typer.Option("--downtime-limit-ms", min=1, help="Longest pause the guest may see.")
-]
 LanesOption = Annotated[
     int | None, typer.Option("--lanes", min=MIN_LANES, max=MAX_LANES, help="Connections, each its own.")
 ]
@@ -144,6 +149,11 @@ async def plan(
     tracker: TrackerOption = None,
     path: PathOption = None,
     compression: CompressionOption = None,
+    max_downtime_ms: MaxDowntimeOption = None,
+    max_bandwidth: BandwidthOption = "",
+    switchover_bandwidth: SwitchoverOption = "",
+    max_throttle_percent: ThrottleOption = None,
+    on_no_convergence: ChoiceOption = None,
     prediction: Annotated[
         bool,
         typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
@@ -151,10 +161,18 @@ async def plan(
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
+    bounds = Bounds(
+        downtime_limit_ms,
+        max_downtime_ms,
+        max_bandwidth,
+        switchover_bandwidth,
+        max_throttle_percent,
+        on_no_convergence,
+    )
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path, compression),
+        options=migration_options(bounds, lanes, verify, tracker, path, compression),
         without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
@@ -179,6 +197,11 @@ async def migrate(
     tracker: TrackerOption = None,
     path: PathOption = None,
     compression: CompressionOption = None,
+    max_downtime_ms: MaxDowntimeOption = None,
+    max_bandwidth: BandwidthOption = "",
+    switchover_bandwidth: SwitchoverOption = "",
+    max_throttle_percent: ThrottleOption = None,
+    on_no_convergence: ChoiceOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -190,10 +213,18 @@ async def migrate(
     json: JsonOption = False,
 ) -> None:
     """Move a running machine to another host; the exit code tells where it runs."""
+    bounds = Bounds(
+        downtime_limit_ms,
+        max_downtime_ms,
+        max_bandwidth,
+        switchover_bandwidth,
+        max_throttle_percent,
+        on_no_convergence,
+    )
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path, compression),
+        options=migration_options(bounds, lanes, verify, tracker, path, compression),
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -277,7 +308,7 @@ def destination(to_host: str, to_address: str) -> Destination:
 
 
 def migration_options(
-    downtime_limit_ms: int | None,
+    bounds: Bounds,
     lanes: int | None,
     verify: Verify,
     tracker: Tracker | None,
@@ -288,10 +319,7 @@ def migration_options(
     options = MigrationOptions(
         lanes=lanes or 0, tracker=tracker or "", path=path or "", compression=compression or ""
     )
-    if downtime_limit_ms is not None:
-        options.downtime_limit.CopyFrom(
-            Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)
-        )
+    bounds.put_into(options)
     if verify is Verify.BYTES:
         options.verify = migration_pb2.VERIFY_MODE_BYTES
     return options

@@ -81,6 +81,8 @@ def facts(migration: Migration) -> str:
         parts.append(f"rate {size(progress.bytes_per_second)}/s")
     if progress.dirty_bytes_per_second:
         parts.append(f"dirty {size(progress.dirty_bytes_per_second)}/s")
+    if progress.throttle_percent:
+        parts.append(f"guest slowed down by {progress.throttle_percent} %")
     if migration.HasField("downtime"):
         parts.append(f"downtime {milliseconds(migration.downtime):.1f} ms")
     elif progress.HasField("expected_downtime"):

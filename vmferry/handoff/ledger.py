@@ -190,6 +190,19 @@ class HostLedger:
             # One hop to a thread, since a guest's pause waits for it.
             yield await to_the_end(asyncio.to_thread(lock_and_mint))
 
+    @contextlib.asynccontextmanager
+    async def held_back(self, machine_id: str) -> AsyncIterator[ResumePermit]:
+        """A permit to let a guest go on that is held for a moment while its machine is copied."""
+        stack = contextlib.ExitStack()
+
+        def lock_and_mint() -> ResumePermit:
+            stack.enter_context(self.machine_lock(machine_id))
+            # An attempt was on disk before anything was copied; a later record refuses even before it is.
+            return gate.mint_held_back(machine_id, self.rights(machine_id))
+
+        with stack:
+            yield await to_the_end(asyncio.to_thread(lock_and_mint))
+
     def lock_role(self, role: Role) -> RoleLock:
         """Become the one writer of a role's journals until the process ends.
 

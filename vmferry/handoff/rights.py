@@ -83,6 +83,11 @@ class Rights:
         return self.owner and not self.leaving and not self.damaged
 
     @property
+    def runs_on(self) -> bool:
+        """The guest runs here and is being copied: an attempt is open, and nothing of it is sealed."""
+        return self.owner and not self.damaged and isinstance(self.outgoing, source.Begun)
+
+    @property
     def holds(self) -> bool:
         """This host must not accept the machine from elsewhere; :meth:`admits` knows the one exception."""
         return self.damaged or self.owner or self.leaving

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
@@ -21,6 +21,7 @@ from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutErro
 from vmferry.rpc.status import from_rpc_error
 from vmferry.transfer.frames import BuiltChunk
 from vmferry.transfer.numbering import SendingLane, Totals
+from vmferry.transfer.pacer import Pacer
 from vmferry.transfer.wire import PieceFrame, encode_piece
 from vmferry.v1 import transfer_pb2
 
@@ -63,6 +64,8 @@ class LaneSettings:
     stall_timeout_s: float
     on_event: Callable[[str, dict[str, str | int]], None]
     """Told about reconnects."""
+    pacer: Pacer = field(default_factory=Pacer)
+    """Keeps all lanes together within a rate."""
 
 
 class Lanes:
@@ -100,8 +103,9 @@ class Lanes:
 
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state in pieces."""
-        for offset in range(0, len(data), DEVICE_STATE_PIECE_BYTES):
-            piece = data[offset : offset + DEVICE_STATE_PIECE_BYTES]
+        piece_bytes = self._settings.pacer.largest_frame(DEVICE_STATE_PIECE_BYTES)
+        for offset in range(0, len(data), piece_bytes):
+            piece = data[offset : offset + piece_bytes]
             await self.send(transfer_pb2.DeviceState(offset=offset, total_bytes=len(data), data=piece))
 
     async def drain(self) -> None:
@@ -362,6 +366,7 @@ class _Lane:
         )
 
     async def _put(self, call: Call, request: bytes) -> None:
+        await self._settings.pacer.admit(len(request))
         try:
             with _translated():
                 await call.write(request)

@@ -119,6 +119,34 @@ VERIFY_MODE_BYTES: VerifyMode.ValueType  # 1
 """While the guest is paused all memory is sent again and compared byte for byte; costs downtime."""
 Global___VerifyMode: _TypeAlias = VerifyMode  # noqa: Y015
 
+class _OnNoConvergence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnNoConvergenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnNoConvergence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_NO_CONVERGENCE_UNSPECIFIED: _OnNoConvergence.ValueType  # 0
+    """The service's configuration."""
+    ON_NO_CONVERGENCE_ABORT: _OnNoConvergence.ValueType  # 1
+    """End the migration; the guest runs on here."""
+    ON_NO_CONVERGENCE_WAIT: _OnNoConvergence.ValueType  # 2
+    """Go on copying until the guest writes less, a limit is changed, or the total timeout is over."""
+    ON_NO_CONVERGENCE_SWITCH: _OnNoConvergence.ValueType  # 3
+    """Pause the guest for as long as it takes; the predicted pause is in the progress and in the trace."""
+
+class OnNoConvergence(_OnNoConvergence, metaclass=_OnNoConvergenceEnumTypeWrapper):
+    """What to do with a guest that writes faster than its memory can be sent, when nothing else is left to try."""
+
+ON_NO_CONVERGENCE_UNSPECIFIED: OnNoConvergence.ValueType  # 0
+"""The service's configuration."""
+ON_NO_CONVERGENCE_ABORT: OnNoConvergence.ValueType  # 1
+"""End the migration; the guest runs on here."""
+ON_NO_CONVERGENCE_WAIT: OnNoConvergence.ValueType  # 2
+"""Go on copying until the guest writes less, a limit is changed, or the total timeout is over."""
+ON_NO_CONVERGENCE_SWITCH: OnNoConvergence.ValueType  # 3
+"""Pause the guest for as long as it takes; the predicted pause is in the progress and in the trace."""
+Global___OnNoConvergence: _TypeAlias = OnNoConvergence  # noqa: Y015
+
 @_typing.final
 class Destination(_message.Message):
     """A host to go to."""
@@ -160,6 +188,11 @@ class MigrationOptions(_message.Message):
     TRACKER_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     COMPRESSION_FIELD_NUMBER: _builtins.int
+    MAX_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: _builtins.int
+    ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
+    MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -172,6 +205,14 @@ class MigrationOptions(_message.Message):
     """How page contents travel: "auto", which chooses for each chunk, or "none", "lz4" or "zstd". Empty: as the source
     is configured.
     """
+    max_bandwidth: _builtins.int
+    """Most bytes per second on the wire while the guest runs, over all lanes together; at least 262144."""
+    switchover_bandwidth: _builtins.int
+    """The same while the guest is paused; also what is counted on then, if max_bandwidth hides what the link could do."""
+    on_no_convergence: Global___OnNoConvergence.ValueType
+    """What to do when nothing else is left to try."""
+    max_throttle_percent: _builtins.int
+    """How far a guest that writes too fast may be slowed down: 1 to 95 per cent of its time; never, unless asked for."""
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """Longest pause the guest may see; pre-copy goes on until the rest fits."""
@@ -188,6 +229,10 @@ class MigrationOptions(_message.Message):
     def reserve_timeout(self) -> _duration_pb2.Duration:
         """Limit for the destination to take its memory and start its copy."""
 
+    @_builtins.property
+    def max_downtime(self) -> _duration_pb2.Duration:
+        """Longest pause that is acceptable: downtime_limit is raised towards it step by step while rounds do not converge."""
+
     def __init__(
         self,
         *,
@@ -200,10 +245,15 @@ class MigrationOptions(_message.Message):
         tracker: _builtins.str = ...,
         path: _builtins.str = ...,
         compression: _builtins.str = ...,
+        max_bandwidth: _builtins.int = ...,
+        switchover_bandwidth: _builtins.int = ...,
+        max_downtime: _duration_pb2.Duration | None = ...,
+        on_no_convergence: Global___OnNoConvergence.ValueType = ...,
+        max_throttle_percent: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -255,6 +305,8 @@ class MigrationProgress(_message.Message):
     EXPECTED_DOWNTIME_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
+    THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    ALLOWED_DOWNTIME_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Current round; the first copies all memory."""
     memory_bytes: _builtins.int
@@ -271,6 +323,8 @@ class MigrationProgress(_message.Message):
     """Measured rate at which the guest writes memory, bytes per second."""
     zero_pages: _builtins.int
     """Pages that were all zero and therefore not sent."""
+    throttle_percent: _builtins.int
+    """Share of its time that is taken from the guest so that it writes less, in per cent."""
     @_builtins.property
     def expected_downtime(self) -> _duration_pb2.Duration:
         """The pause that a switch now would cause, as predicted."""
@@ -278,6 +332,10 @@ class MigrationProgress(_message.Message):
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
         """Predicted time to the switch; absent while it does not converge."""
+
+    @_builtins.property
+    def allowed_downtime(self) -> _duration_pb2.Duration:
+        """The pause that is acceptable at the moment: downtime_limit, or what it was raised to."""
 
     def __init__(
         self,
@@ -292,10 +350,12 @@ class MigrationProgress(_message.Message):
         expected_downtime: _duration_pb2.Duration | None = ...,
         eta: _duration_pb2.Duration | None = ...,
         zero_pages: _builtins.int = ...,
+        throttle_percent: _builtins.int = ...,
+        allowed_downtime: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "expected_downtime", b"expected_downtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "eta", b"eta", "expected_downtime", b"expected_downtime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "eta", b"eta", "expected_downtime", b"expected_downtime", "memory_bytes", b"memory_bytes", "remaining_bytes", b"remaining_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "eta", b"eta", "expected_downtime", b"expected_downtime", "memory_bytes", b"memory_bytes", "remaining_bytes", b"remaining_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -822,6 +882,97 @@ class CancelMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015
+
+@_typing.final
+class UpdateMigrationRequest(_message.Message):
+    """Changes a running migration; what is absent stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MAX_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    DOWNTIME_LIMIT_FIELD_NUMBER: _builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: _builtins.int
+    TOTAL_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
+    MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Identity of the migration."""
+    max_bandwidth: _builtins.int
+    """As in MigrationOptions; 0 is the service's configuration."""
+    switchover_bandwidth: _builtins.int
+    """As in MigrationOptions; 0 is the service's configuration."""
+    on_no_convergence: Global___OnNoConvergence.ValueType
+    """As in MigrationOptions; unspecified leaves it as it is."""
+    max_throttle_percent: _builtins.int
+    """As in MigrationOptions."""
+    @_builtins.property
+    def downtime_limit(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions."""
+
+    @_builtins.property
+    def max_downtime(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions."""
+
+    @_builtins.property
+    def total_timeout(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions; counted from the beginning of the migration."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        max_bandwidth: _builtins.int | None = ...,
+        switchover_bandwidth: _builtins.int | None = ...,
+        downtime_limit: _duration_pb2.Duration | None = ...,
+        max_downtime: _duration_pb2.Duration | None = ...,
+        total_timeout: _duration_pb2.Duration | None = ...,
+        on_no_convergence: Global___OnNoConvergence.ValueType = ...,
+        max_throttle_percent: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "id", b"id", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bandwidth: _TypeAlias = _typing.Literal["max_bandwidth"]  # noqa: Y015
+    _WhichOneofArgType__max_bandwidth: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth"]  # noqa: Y015
+    _WhichOneofReturnType__max_throttle_percent: _TypeAlias = _typing.Literal["max_throttle_percent"]  # noqa: Y015
+    _WhichOneofArgType__max_throttle_percent: _TypeAlias = _typing.Literal["_max_throttle_percent", b"_max_throttle_percent"]  # noqa: Y015
+    _WhichOneofReturnType__switchover_bandwidth: _TypeAlias = _typing.Literal["switchover_bandwidth"]  # noqa: Y015
+    _WhichOneofArgType__switchover_bandwidth: _TypeAlias = _typing.Literal["_switchover_bandwidth", b"_switchover_bandwidth"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bandwidth) -> _WhichOneofReturnType__max_bandwidth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_throttle_percent) -> _WhichOneofReturnType__max_throttle_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__switchover_bandwidth) -> _WhichOneofReturnType__switchover_bandwidth | None: ...
+
+Global___UpdateMigrationRequest: _TypeAlias = UpdateMigrationRequest  # noqa: Y015
+
+@_typing.final
+class UpdateMigrationResponse(_message.Message):
+    """The migration with its new options."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """The migration."""
+
+    def __init__(
+        self,
+        *,
+        migration: Global___Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateMigrationResponse: _TypeAlias = UpdateMigrationResponse  # noqa: Y015
 
 @_typing.final
 class ListMachinesRequest(_message.Message):

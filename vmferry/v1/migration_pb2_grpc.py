@@ -65,6 +65,11 @@ class SourceServiceStub:
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.UpdateMigration = channel.unary_unary(
+                '/vmferry.v1.SourceService/UpdateMigration',
+                request_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
+                _registered_method=True)
         self.ListMachines = channel.unary_unary(
                 '/vmferry.v1.SourceService/ListMachines',
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.ListMachinesRequest.SerializeToString,
@@ -123,6 +128,13 @@ class SourceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateMigration(self, request, context):
+        """Changes limits of a migration that has not paused its guest for the switch yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMachines(self, request, context):
         """Lists the machines on this host.
         """
@@ -169,6 +181,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.CancelMigration,
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationResponse.SerializeToString,
+            ),
+            'UpdateMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateMigration,
+                    request_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.SerializeToString,
             ),
             'ListMachines': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMachines,
@@ -344,6 +361,33 @@ class SourceService:
             '/vmferry.v1.SourceService/CancelMigration',
             vmferry_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
             vmferry_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.SourceService/UpdateMigration',
+            vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+            vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class SourceServiceStub:
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
+    UpdateMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]
+    """Changes limits of a migration that has not paused its guest for the switch yet."""
     ListMachines: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]
     """Lists the machines on this host."""
     GetMachine: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]
@@ -67,6 +69,8 @@ class SourceServiceAsyncStub(SourceServiceStub):
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
+    UpdateMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]  # type: ignore[assignment]
+    """Changes limits of a migration that has not paused its guest for the switch yet."""
     ListMachines: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]  # type: ignore[assignment]
     """Lists the machines on this host."""
     GetMachine: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]  # type: ignore[assignment]
@@ -122,6 +126,14 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.CancelMigrationResponse, _abc.Awaitable[_migration_pb2.CancelMigrationResponse]]:
         """Cancels a migration that has not begun its hand-off; the machine runs on here."""
+
+    @_abc_1.abstractmethod
+    def UpdateMigration(
+        self,
+        request: _migration_pb2.UpdateMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.UpdateMigrationResponse, _abc.Awaitable[_migration_pb2.UpdateMigrationResponse]]:
+        """Changes limits of a migration that has not paused its guest for the switch yet."""
 
     @_abc_1.abstractmethod
     def ListMachines(

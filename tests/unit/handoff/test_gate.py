@@ -14,7 +14,7 @@ import pytest
 from tests.unit.handoff.samples import MACHINE, OTHER_MACHINE, attempt, record
 from vmferry.errors import JournalDamagedError, MachineNotOwnedError
 from vmferry.handoff import destination, source
-from vmferry.handoff.gate import ResumePermit, mint
+from vmferry.handoff.gate import ResumePermit, mint, mint_held_back
 from vmferry.handoff.rights import Epochs, Rights, Standing
 from vmferry.handoff.states import Record, RecordKind
 
@@ -87,6 +87,20 @@ def test_a_permit_is_minted_only_for_an_owner_with_nothing_open(name: str) -> No
     else:
         permit = mint(MACHINE, now)
         assert (permit.machine_id, permit.epoch) == (MACHINE, epoch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_guest_that_is_held_back_goes_on_only_while_it_is_copied(name: str) -> None:
+    """Of all courses of records only an attempt of which nothing is sealed gives that permit; damage never does."""
+    written = CASES[name][0]
+    if name == "begun":
+        permit = mint_held_back(MACHINE, rights(*written))
+        assert (permit.machine_id, permit.epoch) == (MACHINE, 1)
+    else:
+        with pytest.raises(MachineNotOwnedError):
+            mint_held_back(MACHINE, rights(*written))
+    with pytest.raises(MachineNotOwnedError):
+        mint_held_back(MACHINE, rights(*written, damaged=True))
 
 
 @pytest.mark.parametrize("name", CASES)

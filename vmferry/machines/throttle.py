@@ -1,0 +1,107 @@
+"""Slowing a guest down so that it writes less: it is held still for a part of every tenth of a second.
+
+::
+
+    |<-------------- 100 ms -------------->|
+    | stop: held, N per cent | cont: it runs |
+
+Promise: the guest is let go only with a permit of its own kind, minted anew each time from the journals, which
+exists only while its machine is being copied and nothing of it is sealed; nothing here can undo a hand-off's pause.
+After :meth:`Throttle.end` the guest runs and is never held again, whatever failed before; a guest that was held when
+this process was killed is resumed by the next one, as every guest is whose machine did not leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Final
+
+from vmferry.errors import VmferryError
+from vmferry.handoff.gate import ResumePermit
+from vmferry.machines.port import Machine, RunState
+from vmferry.together import to_the_end
+
+_PERIOD_S: Final = 0.1
+
+
+class Throttle:
+    """Holds one machine's guest back, by as much as it was last told."""
+
+    def __init__(
+        self, machine: Machine, permitted: Callable[[], AbstractAsyncContextManager[ResumePermit]]
+    ) -> None:
+        self.used = False
+        """Whether the guest was ever held, even if nobody said that it was."""
+        self._machine = machine
+        self._permitted = permitted
+        self._percent = 0
+        self._held = False
+        self._ending = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._failure: VmferryError | None = None
+
+    @property
+    def percent(self) -> int:
+        """What part of its time is taken from the guest."""
+        return self._percent
+
+    def set(self, percent: int) -> None:
+        """Take so much of its time from the guest from now on.
+
+        Raises:
+            VmferryError: what went wrong with what was asked for before.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._ending.is_set():
+            return
+        self._percent = percent
+        if percent and self._task is None:
+            self.used = True
+            self._task = asyncio.create_task(self._hold_back(), name=f"throttle-{self._machine.spec.name}")
+
+    async def end(self) -> None:
+        """Let the guest run at full speed, for good; safe to call twice.
+
+        Raises:
+            VmferryError: the guest is held and cannot be let go now.
+        """
+        self._ending.set()
+        await to_the_end(self._end())
+
+    async def _end(self) -> None:
+        if self._task is not None:
+            # It is not interrupted: a command whose answer nobody waits for would break the connection.
+            await asyncio.wait({self._task})
+        self._percent = 0
+        if self._held:
+            await self._let_go()
+
+    async def _hold_back(self) -> None:
+        try:
+            while not self._ending.is_set():
+                await self._turn()
+        except VmferryError as error:
+            self._failure = error
+
+    async def _turn(self) -> None:
+        share = self._percent / 100
+        if share and await self._machine.run_state() is RunState.RUNNING:
+            self._held = True
+            await self._machine.stop()
+            await self._sleep(_PERIOD_S * share)
+            await self._let_go()
+        await self._sleep(_PERIOD_S * (1 - share))
+
+    async def _let_go(self) -> None:
+        async with self._permitted() as permit:
+            await self._machine.cont(permit)
+        self._held = False
+
+    async def _sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ending.wait()
