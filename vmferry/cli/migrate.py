@@ -117,6 +117,16 @@ PathOption = Annotated[
     ),
 ]
 
+ReconnectOption = Annotated[
+    float | None,
+    typer.Option(
+        "--reconnect-timeout",
+        metavar="SECONDS",
+        min=0.001,
+        help="How long a broken connection to the destination is tried again; the guest runs meanwhile.",
+    ),
+]
+
 
 @calls_source
 async def plan(
@@ -164,6 +174,7 @@ async def migrate(
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
     path: PathOption = None,
+    reconnect_timeout: ReconnectOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -175,10 +186,13 @@ async def migrate(
     json: JsonOption = False,
 ) -> None:
     """Move a running machine to another host; the exit code tells where it runs."""
+    options = migration_options(downtime_limit_ms, lanes, verify, tracker, path)
+    if reconnect_timeout is not None:
+        options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        options=options,
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
