@@ -101,6 +101,7 @@ class Lane:
         self._numbering = ReceivingLane()
         self._digest = xxh3_128()
         self._connection = 0
+        self._newest = 0
 
     @property
     def frames(self) -> int:
@@ -111,8 +112,21 @@ class Lane:
         self,
         requests: AsyncIterable[Received],
         take: Take,
+        number: int = 0,
     ) -> AsyncIterator[Response]:
-        """Take in what one connection brings."""
+        """Take in what one connection brings.
+
+        Args:
+            requests: its frames.
+            take: puts them where they belong.
+            number: of the connection, as the source counts; 0 if it does not.
+
+        Raises:
+            StaleAttemptError: a newer connection has been opened, or is while this one is served.
+        """
+        if number and number <= self._newest:
+            raise StaleAttemptError("a newer connection of the lane has been opened")
+        self._newest = max(self._newest, number)
         self._connection += 1
         connection = self._connection
         async with self.lock:  # an older connection's last frame may still be on its way into memory

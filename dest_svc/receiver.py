@@ -62,6 +62,8 @@ class Receiver:
         self.spec = spec
         self.transfer_token = secrets.token_bytes(32)
         self.progressed_at = time.monotonic()
+        self.reconnect_timeout_s = 0.0
+        """How long its source may be gone, beyond the time in which nothing needs to happen."""
         self.machine: QmpMachine | None = None
         self._directory = directory
         self._lanes = [Lane(config.window_bytes // lanes) for _ in range(lanes)]
@@ -130,10 +132,12 @@ class Receiver:
             raise InvalidArgumentError(f"there are {len(self._lanes)} lanes", field="open.lane")
         return self._lanes[opening.lane]
 
-    async def serve(self, lane: Lane, requests: AsyncIterable[Received]) -> AsyncIterator[Response]:
+    async def serve(
+        self, lane: Lane, requests: AsyncIterable[Received], connection: int = 0
+    ) -> AsyncIterator[Response]:
         """Take in what one connection of a lane brings."""
         assert self._memory is not None, "lanes open after Begin was answered"
-        async for response in lane.serve(requests, self._memory.take):
+        async for response in lane.serve(requests, self._memory.take, connection):
             self.progressed_at = time.monotonic()
             reach("dest.frame-taken")
             yield response

@@ -153,11 +153,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
-        return handoff_pb2.BeginResponse(
+        response = handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
             window_bytes=self._config.window_bytes,
         )
+        response.reconnect_timeout.FromNanoseconds(int(receiver.reconnect_timeout_s * 1e9))
+        return response
 
     async def Transfer(
         self, request_iterator: AsyncIterator[Received], context: Context
@@ -171,7 +173,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             raise PermissionDeniedError("only the attempt's source may send its memory")
         lane = receiver.lane(opening.open)
         async with phase("receive", lane=opening.open.lane):
-            async for response in receiver.serve(lane, request_iterator):
+            async for response in receiver.serve(lane, request_iterator, opening.open.connection):
                 yield response
 
     async def Seal(self, request: handoff_pb2.SealRequest, context: Context) -> handoff_pb2.SealResponse:
@@ -284,6 +286,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 path,
                 encodings=request.encodings,
             )
+            wanted_s = max(0.0, request.reconnect_timeout.ToNanoseconds() / 1e9)
+            arrival.receiver.reconnect_timeout_s = min(wanted_s, self._config.max_reconnect_timeout_s)
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()
@@ -421,7 +425,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     continue
                 silent_s = time.monotonic() - receiver.progressed_at
                 died = receiver.machine is not None and not await receiver.machine.alive()
-                if died or silent_s > self._config.receive_timeout_s:
+                if died or silent_s > self._config.receive_timeout_s + receiver.reconnect_timeout_s:
                     await self._give_up(arrival, receiver, died=died)
 
     async def _give_up(self, arrival: Arrival, receiver: Receiver, *, died: bool) -> None:

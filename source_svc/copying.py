@@ -14,6 +14,7 @@ from typing import Final
 
 from source_svc.compressing import Compression
 from source_svc.decisions import hopeless, show_decision
+from source_svc.link import LinkReport
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from source_svc.terms import Terms
@@ -32,11 +33,14 @@ from vmferry.transfer.compression import RAW, Method
 from vmferry.transfer.convergence import NO_EFFORT, NOT_READY_S, WAITING_S, RoundReport, Verdict, decide
 from vmferry.transfer.frames import ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.patience import Connections
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
 _REPORT_S: Final = 0.1
 _REMEMBERED_ROUNDS: Final = 1000
+BROKEN_SHARE: Final = 0.25
+"""A round that was without a lane for a larger part of its time is no measure of what can be sent."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class CopySettings:
     """What may be done to guest and link, which may change."""
     throttle: Throttle
     stall_timeout_s: float
+    reconnect_timeout_s: float
     tracker: str
     """Kind of the tracker that the compatibility report chose."""
     trackers: Sequence[TrackerFinding]
@@ -98,6 +103,7 @@ class Copy:
             link_bytes_per_s=settings.link_bytes_per_s,
         )
         self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]
+        self._link: LinkReport | None = None
         self._started = time.monotonic()
         self._reported = 0.0
         self._round_left = 0
@@ -119,10 +125,12 @@ class Copy:
                 window_bytes=settings.window_bytes,
                 frame_bytes=settings.chunk_bytes,
                 stall_timeout_s=settings.stall_timeout_s,
+                reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
                 pacer=settings.terms.pacer,
             )
         )
+        self._link = LinkReport(self._lanes, self._migration)
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
         await self._machine.get_ready()
@@ -139,9 +147,13 @@ class Copy:
         effort = NO_EFFORT
         runs = await asyncio.to_thread(self._ram.data_runs)
         while True:
-            history.append(await self._round(runs))
+            report, told = await self._round(runs)
+            if not told:
+                runs = await asyncio.to_thread(self._tracker.scan)
+                continue
+            history.append(report)
             decision = decide(history, terms.limits, effort)
-            show_decision(self._migration, decision, terms.limits, history[-1], throttle.percent)
+            show_decision(self._migration, decision, terms.limits, report, throttle.percent)
             effort = decision.effort
             if decision.verdict is Verdict.GIVE_UP:
                 raise hopeless(self.round_number, decision)
@@ -232,6 +244,8 @@ class Copy:
             span_event("still held back", why=error.message)
         self._migration.message.progress.throttle_percent = 0
         await asyncio.to_thread(self._tracker.disarm)
+        if self._link is not None:
+            await self._link.close()
         if self._lanes is not None:
             traffic = self._lanes.traffic
             span_attributes(
@@ -243,12 +257,19 @@ class Copy:
         self._ram.close()
 
     @property
+    def connections(self) -> Connections:
+        """How the lanes are connected now."""
+        return self._open_lanes.connections
+
+    @property
     def _open_lanes(self) -> Lanes:
         assert self._lanes is not None, "the lanes were opened"
         return self._lanes
 
-    async def _round(self, runs: PageRuns) -> RoundReport:
+    async def _round(self, runs: PageRuns) -> tuple[RoundReport, bool]:
+        """One round; and whether it tells something: most of a long break says nothing about link or guest."""
         self.round_number += 1
+        broken_s = self._open_lanes.connections.broken_s
         before = self._open_lanes.traffic.data_bytes
         started = time.monotonic()
         async with phase("round", number=self.round_number, pages=runs.page_count):
@@ -259,7 +280,9 @@ class Copy:
             dirty = await asyncio.to_thread(self._tracker.count)
             span_attributes(dirty_pages=dirty)
         sent = self._open_lanes.traffic.data_bytes - before
-        return RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)
+        broken_s = self._open_lanes.connections.broken_s - broken_s
+        report = RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)
+        return report, broken_s < BROKEN_SHARE * seconds
 
     async def _send(self, runs: PageRuns, *, compare_only: bool = False) -> None:
         """Read, hash and hand over all pages of ``runs``."""

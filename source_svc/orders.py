@@ -48,6 +48,7 @@ class Order:
     """The same for a guest whose memory can only be sent while it stands still."""
     total_timeout_s: float
     stall_timeout_s: float
+    reconnect_timeout_s: float
     reserve_timeout_s: float
     compare_bytes: bool
     tracker: str
@@ -127,6 +128,7 @@ def read_order(
         standstill_limit_s=_seconds(options, "downtime_limit", config.standstill_limit_s),
         total_timeout_s=_seconds(options, "total_timeout", total_s),
         stall_timeout_s=_seconds(options, "stall_timeout", config.stall_timeout_s),
+        reconnect_timeout_s=_seconds(options, "reconnect_timeout", config.reconnect_timeout_s),
         reserve_timeout_s=_seconds(options, "reserve_timeout", config.reserve_timeout_s),
         compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
         tracker=options.tracker,

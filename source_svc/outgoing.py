@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import time
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from source_svc.copying import Copy, CopySettings
@@ -19,10 +18,12 @@ from source_svc.departure import Departure
 from source_svc.device_state import save_device_state
 from source_svc.files import incompatible, shown
 from source_svc.forecasts import Forecasts
+from source_svc.link import until_reached
 from source_svc.migrations import Migration
 from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
+from source_svc.readiness import UNEXPECTED, Readiness
 from source_svc.streaming import StreamedCopy
 from source_svc.terms import Terms, time_limit
 from vmferry.config import HostConfig
@@ -33,7 +34,6 @@ from vmferry.errors import (
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
-    TimedOutError,
     VmferryError,
     WrongPhaseError,
 )
@@ -44,19 +44,16 @@ from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU
 from vmferry.machines.throttle import Throttle
 from vmferry.negotiation.path import STREAM
-from vmferry.security.material import TlsMaterial
+from vmferry.security.renewal import CurrentMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
 from vmferry.transfer.compression import methods
 from vmferry.transfer.seal import seal_digest
+from vmferry.v1 import handoff_pb2
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
-_CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
-_PREFLIGHT_S: Final = 1.0
-_UNEXPECTED: Final = 2.0
-"""How much longer than predicted the last round may take before the switch is given up."""
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
@@ -72,7 +69,7 @@ class Outgoing:
         machine: QmpMachine,
         destination: Destination,
         config: HostConfig,
-        material: TlsMaterial,
+        material: CurrentMaterial,
         plan: Plan,
         *,
         forecasts: Forecasts,
@@ -87,6 +84,7 @@ class Outgoing:
         self._destination = destination
         self._config = config
         self._material = material
+        self._own = material.get().identity.uri
         self._plan = plan
         self._forecasts = forecasts
         self._subject = order.subject(machine, destination, config)
@@ -168,7 +166,7 @@ class Outgoing:
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
             async with phase("precopy", path=self.migration.message.path, tracker=self._copy.tracker_kind):
-                await self._copy.converge(self._preflight)
+                await self._copy.converge(self._readiness.both)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
             ready = await self._switch()
@@ -221,16 +219,21 @@ class Outgoing:
             machine = self._machine
             async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
                 files.check()
-                begun = await self._destination.begin(
-                    attempt,
-                    ticket=order.ticket,
-                    spec=machine.spec,
-                    lanes=order.lanes,
-                    protocol_version=self._protocol_version,
-                    files=files.identities,
-                    path=self.migration.message.path,
-                    encodings=self._encodings,
-                    timeout_s=order.reserve_timeout_s,
+                begun = await until_reached(
+                    lambda: self._destination.begin(
+                        attempt,
+                        ticket=order.ticket,
+                        spec=machine.spec,
+                        lanes=order.lanes,
+                        protocol_version=self._protocol_version,
+                        files=files.identities,
+                        path=self.migration.message.path,
+                        encodings=self._encodings,
+                        reconnect_timeout_s=order.reconnect_timeout_s,
+                        timeout_s=order.reserve_timeout_s,
+                    ),
+                    "Begin",
+                    order.reconnect_timeout_s,
                 )
             reach("source.accepted")
         streamed = self.migration.message.path == STREAM
@@ -243,6 +246,7 @@ class Outgoing:
             self._terms,
             self._throttle,
             order.stall_timeout_s,
+            _granted(order.reconnect_timeout_s, begun),
             tracker,
             self._plan.trackers,
             methods(self._encodings, order.compression),
@@ -254,40 +258,26 @@ class Outgoing:
         else:
             self._copy = Copy(self._machine, self._destination, self.migration, settings)
         await self._copy.open(order.migration_id, begun.transfer_token)
-        self._reserved_at = time.monotonic()
-
-    async def _preflight(self) -> bool:
-        """Whether both sides could finish now; checked before the guest is paused."""
-        assert self._attempt is not None
-        assert self._copy is not None
-        switch_s = self._config.switch_timeout_s + self._copy.expected_downtime_s * _UNEXPECTED
-        until = datetime.now(UTC) + timedelta(seconds=switch_s) + _CERTIFICATE_MARGIN
-        if self._material.not_after < until:
-            raise WrongPhaseError(
-                "this host's certificate expires too soon to finish a hand-off",
-                remedy="Renew it, then migrate again.",
-            )
-        await asyncio.to_thread(self._departure.probe_journal)
-        problems = await self._destination.preflight(self._attempt, timeout_s=_PREFLIGHT_S)
-        if not problems:
-            return True
-        span_event("not yet", problems="; ".join(problems))
-        if time.monotonic() - self._reserved_at > self._order.reserve_timeout_s:
-            raise TimedOutError(
-                f"the destination is not ready: {'; '.join(problems)}", limit="reserve_timeout"
-            )
-        return False
+        self._readiness = Readiness(
+            attempt,
+            self._copy,
+            self._departure,
+            self._destination,
+            self._material,
+            switch_timeout_s=self._config.switch_timeout_s,
+            reserve_timeout_s=order.reserve_timeout_s,
+            reconnect_timeout_s=settings.reconnect_timeout_s,
+        )
 
     async def _switch(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
         assert self._copy is not None
-        assert self._attempt is not None
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
             limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
             limit_s += self._terms.limits.longest_downtime_s
-        limit_s += self._copy.expected_downtime_s * _UNEXPECTED
+        limit_s += self._copy.expected_downtime_s * UNEXPECTED
         async with time_limit("switch_timeout", limit_s):
             self._may_be_paused = True
             async with phase("pause"):
@@ -321,15 +311,18 @@ class Outgoing:
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
         assert self._copy is not None
         assert self._attempt is not None
+        attempt, rounds = self._attempt, self._copy.round_number
         digest = seal_digest(
-            self._attempt,
+            attempt,
             memory_root=await self._copy.root(),
             device_state=device_state,
             spec_digest=self._machine.spec.digest(),
         )
         await self._departure.apply(source.Paused(digest))
-        seal = self._destination.seal(
-            self._attempt, digest, rounds=self._copy.round_number, timeout_s=timeout_s
+        seal = until_reached(
+            lambda: self._destination.seal(attempt, digest, rounds=rounds, timeout_s=timeout_s),
+            "Seal",
+            timeout_s,
         )
         # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
         heard: source.Heard
@@ -368,7 +361,7 @@ class Outgoing:
     async def stays_paused(self, why: MachineFailedError) -> None:
         """The machine belongs here and its guest cannot go on yet."""
         span_event("not resumed yet", why=why.message)
-        self.migration.message.owner = self._material.identity.uri
+        self.migration.message.owner = self._own
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on resuming")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
@@ -382,7 +375,7 @@ class Outgoing:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
             return
-        self.migration.message.owner = self._material.identity.uri
+        self.migration.message.owner = self._own
         error = MachineFailedError("the destination returned the machine instead of running it")
         await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
 
@@ -411,7 +404,7 @@ class Outgoing:
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
-        self.migration.message.owner = self._material.identity.uri
+        self.migration.message.owner = self._own
         cancelled = isinstance(error, CancelledByCallerError)
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
         await self.migration.end(outcome, error)
@@ -439,3 +432,9 @@ class Outgoing:
             return self._cancelled or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")
+
+
+def _granted(wanted_s: float, begun: handoff_pb2.BeginResponse) -> float:
+    """How long a broken connection is tried again: no longer than the destination waits for it."""
+    granted = begun.reconnect_timeout
+    return min(wanted_s, granted.ToNanoseconds() / 1e9) if begun.HasField("reconnect_timeout") else wanted_s

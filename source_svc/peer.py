@@ -1,7 +1,8 @@
 """The destination as the source talks to it.
 
 Promise: every call has a limit, goes only to the host whose identity is expected, and fails with an error of the
-catalogue; an answer names the incarnation of the journal that gave it.
+catalogue; an answer names the incarnation of the journal that gave it. A connection that is made anew is made with
+the certificate that this host has by then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final, TypeVar
 import grpc
 import grpc.aio
 
-from vmferry.errors import PeerIdentityError
+from vmferry.errors import PeerIdentityError, PeerUnreachableError
 from vmferry.handoff.records import attempt_to_ref
 from vmferry.handoff.source import Heard
 from vmferry.handoff.states import Attempt, AttemptState
@@ -23,7 +24,7 @@ from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
-from vmferry.security.material import TlsMaterial
+from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
@@ -36,24 +37,36 @@ class Destination:
     """One destination service, over connections of our own."""
 
     def __init__(
-        self, address: str, expected: Identity, material: TlsMaterial, *, rpc_timeout_s: float
+        self, address: str, expected: Identity, material: CurrentMaterial, *, rpc_timeout_s: float
     ) -> None:
         self.address = address
         self.expected = expected
         self._material = material
         self._timeout_s = rpc_timeout_s
-        self._channel = self.new_channel()
-        self._stub = handoff_pb2_grpc.DestinationServiceStub(self._channel)
+        self._channels: list[grpc.aio.Channel] = []
+        """For calls; the last one is in use."""
+        self._connect()
 
     def new_channel(self) -> grpc.aio.Channel:
         """A channel with a connection of its own to the same host."""
         return open_channel(
-            self.address, self.expected, self._material, interceptors=ClientTracingInterceptors()
+            self.address, self.expected, self._material.get(), interceptors=ClientTracingInterceptors()
         )
 
     async def close(self) -> None:
         """Close the control connection."""
-        await self._channel.close(None)
+        for channel in self._channels:
+            await channel.close(None)
+
+    def _connect(self) -> None:
+        self._proof = self._material.get()
+        self._channels.append(self.new_channel())
+        self._stub = handoff_pb2_grpc.DestinationServiceStub(self._channels[-1])
+
+    def _connect_anew(self) -> None:
+        """Prove who this is with a newer certificate, if there is one: a channel keeps its own for life."""
+        if self._material.get() is not self._proof:
+            self._connect()
 
     async def negotiate(
         self,
@@ -98,6 +111,7 @@ class Destination:
         files: Sequence[compatibility_pb2.FileIdentity] = (),
         path: str,
         encodings: Sequence[str] = (),
+        reconnect_timeout_s: float,
         timeout_s: float,
     ) -> handoff_pb2.BeginResponse:
         """Begin an attempt."""
@@ -113,6 +127,7 @@ class Destination:
             path=path,
             encodings=encodings,
         )
+        request.reconnect_timeout.FromNanoseconds(int(reconnect_timeout_s * 1e9))
         return await self._ask(self._stub.Begin(request, timeout=timeout_s + _reading_s(files)))
 
     async def preflight(self, attempt: Attempt, *, timeout_s: float) -> list[str]:
@@ -152,7 +167,10 @@ class Destination:
                 raise PeerIdentityError(
                     f"the host at {self.address} is not {self.expected}", field="destination.host"
                 ) from error
-            raise from_rpc_error(error) from error
+            found = from_rpc_error(error)
+            if isinstance(found, PeerUnreachableError):
+                self._connect_anew()
+            raise found from error
 
 
 def _reading_s(files: Iterable[compatibility_pb2.FileIdentity]) -> float:

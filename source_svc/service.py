@@ -48,6 +48,7 @@ from vmferry.negotiation.path import STREAM
 from vmferry.negotiation.report import Report
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
+from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
@@ -268,7 +269,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             machine,
             peer,
             self._config,
-            self._host.tls.load(),
+            CurrentMaterial(self._host.tls),
             self._plan(record, host),
             forecasts=self._forecasts,
         )
@@ -363,7 +364,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
 
     def _peer(self, address: str, host: Identity) -> Destination:
-        return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
+        material = CurrentMaterial(self._host.tls)
+        return Destination(address, host, material, rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
         return Plan(

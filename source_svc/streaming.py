@@ -19,8 +19,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from source_svc.copying import CopySettings
+from source_svc.copying import BROKEN_SHARE, CopySettings
 from source_svc.decisions import hopeless, show_decision
+from source_svc.link import LinkReport
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
@@ -38,6 +39,7 @@ from vmferry.transfer.convergence import (
     decide,
 )
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.patience import Connections
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
 from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
@@ -80,6 +82,7 @@ class StreamedCopy:
         self._source = StreamSource(machine.paths.stream_socket)
         self._digest = StreamDigest()
         self._lanes: Lanes | None = None
+        self._link: LinkReport | None = None
         self._carrying: asyncio.Task[None] | None = None
         self._rounds: Rounds | None = None
         self._active_at = 0.0
@@ -102,10 +105,12 @@ class StreamedCopy:
                 window_bytes=settings.window_bytes,
                 frame_bytes=settings.chunk_bytes,
                 stall_timeout_s=settings.stall_timeout_s,
+                reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
                 pacer=settings.terms.pacer,
             )
         )
+        self._link = LinkReport(self._lanes, self._migration)
         await self._lanes.open()
         await self._machine.get_ready_to_stream(slow_down=settings.terms.limits.max_throttle_percent > 0)
 
@@ -121,7 +126,11 @@ class StreamedCopy:
             return
         await self._begin()
         history: list[RoundReport] = []
+        broken_s = self.connections.broken_s
         while (report := await self._round()) is not None:
+            before, broken_s = broken_s, self.connections.broken_s
+            if broken_s - before > BROKEN_SHARE * report.seconds:
+                continue  # a break says nothing about the link or the guest
             history.append(report)
             decision = self._decide(history)
             now = self._migration.message.progress.throttle_percent
@@ -211,6 +220,8 @@ class StreamedCopy:
             self._carrying.cancel()
             await asyncio.gather(self._carrying, return_exceptions=True)
         self._source.close()
+        if self._link is not None:
+            await self._link.close()
         if self._lanes is not None:
             traffic = self._lanes.traffic
             span_attributes(
@@ -219,6 +230,11 @@ class StreamedCopy:
                 repeated_bytes=traffic.repeated_bytes,
             )
             await self._lanes.close()
+
+    @property
+    def connections(self) -> Connections:
+        """How the lanes are connected now."""
+        return self._open_lanes.connections
 
     @property
     def _open_lanes(self) -> Lanes:

@@ -73,7 +73,11 @@ class HostConfig:
     reserve_timeout_s: float = 60.0
     """Limit for the destination to take memory and start its copy."""
     stall_timeout_s: float = 30.0
-    """Limit without any acknowledged progress."""
+    """Limit without any acknowledged progress while all lanes are connected."""
+    reconnect_timeout_s: float = 60.0
+    """How long a broken connection to the destination is tried again before the hand-off; the guest runs on."""
+    max_reconnect_timeout_s: float = 600.0
+    """A destination keeps an attempt for a source whose connections broke at most so long, whatever it asks for."""
     total_timeout_s: float = 3600.0
     """Limit for everything before the hand-off, or what the next setting comes to if that is longer."""
     total_timeout_per_gib_s: float = 60.0
@@ -94,7 +98,8 @@ class HostConfig:
     """A source that lost the guest's memory before the hand-off waits so long for a destination that cannot be
     reached and may hold the only copy; then it takes the machine back, to be started anew. inf: for ever."""
     receive_timeout_s: float = 60.0
-    """A destination closes an attempt that made no progress for so long before it was prepared."""
+    """A destination closes an attempt that made no progress for so long before it was prepared; the time for which
+    its source tries a broken connection again comes on top."""
     max_outgoing: int = 2
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
@@ -118,7 +123,8 @@ class HostConfig:
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
             "qmp_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
-            "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s",
+            "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
+            "max_reconnect_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

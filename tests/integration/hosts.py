@@ -300,6 +300,7 @@ async def open_world(
         "rpc_timeout_s": 2.0,
         "handoff_retry_s": 0.1,
         "receive_timeout_s": 3.0,
+        "reconnect_timeout_s": 5.0,
         "memory_headroom_mib": 0,
     }
     with (

@@ -56,6 +56,7 @@ PURE = (
     "vmferry.transfer.numbering",
     "vmferry.transfer.convergence",
     "vmferry.transfer.prediction",
+    "vmferry.transfer.patience",
 )
 IMPURE = {
     "asyncio",

@@ -135,6 +135,16 @@ CompressionOption = Annotated[
     typer.Option("--compression", help="How page contents travel; 'auto' chooses for each chunk what pays."),
 ]
 
+ReconnectOption = Annotated[
+    float | None,
+    typer.Option(
+        "--reconnect-timeout",
+        metavar="SECONDS",
+        min=0.001,
+        help="How long a broken connection to the destination is tried again; the guest runs meanwhile.",
+    ),
+]
+
 
 @calls_source
 async def plan(
@@ -202,6 +212,7 @@ async def migrate(
     switchover_bandwidth: SwitchoverOption = "",
     max_throttle_percent: ThrottleOption = None,
     on_no_convergence: ChoiceOption = None,
+    reconnect_timeout: ReconnectOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -221,10 +232,13 @@ async def migrate(
         max_throttle_percent,
         on_no_convergence,
     )
+    options = migration_options(bounds, lanes, verify, tracker, path, compression)
+    if reconnect_timeout is not None:
+        options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(bounds, lanes, verify, tracker, path, compression),
+        options=options,
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):

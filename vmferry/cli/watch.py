@@ -139,6 +139,9 @@ def _print_summary(migration: Migration) -> None:
             end="",
         )
         print(f"{size(migration.progress.wire_bytes)} on the wire")
+        if migration.progress.reconnects:
+            again = size(migration.progress.repeated_bytes)
+            print(f"  {migration.progress.reconnects} lanes reopened, {again} sent again")
     if migration.HasField("verification"):
         found = migration.verification
         print(f"  compared {size(found.compared_bytes)} byte for byte: {found.different_pages} pages differ")

@@ -345,6 +345,7 @@ class BeginRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     ENCODINGS_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Serialized SignedTicket that allows it."""
     lanes: _builtins.int
@@ -373,6 +374,10 @@ class BeginRequest(_message.Message):
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Encodings of page contents that the source may use, out of the offer; "none" is always one of them."""
 
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long the source wants to try a broken connection again; absent means not at all."""
+
     def __init__(
         self,
         *,
@@ -385,10 +390,11 @@ class BeginRequest(_message.Message):
         path: _builtins.str = ...,
         files: _abc.Iterable[_compatibility_pb2.FileIdentity] | None = ...,
         encodings: _abc.Iterable[_builtins.str] | None = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reconnect_timeout", b"reconnect_timeout", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "encodings", b"encodings", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "encodings", b"encodings", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "reconnect_timeout", b"reconnect_timeout", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -403,22 +409,28 @@ class BeginResponse(_message.Message):
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
     TRANSFER_TOKEN_FIELD_NUMBER: _builtins.int
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     destination_incarnation: _builtins.str
     """Incarnation of the destination's journal."""
     transfer_token: _builtins.bytes
     """Secret that opens lanes of this attempt: 32 bytes."""
     window_bytes: _builtins.int
     """Bytes that may be unacknowledged over all lanes together."""
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long this host keeps the attempt for a source whose connections broke: what it asked for, or less."""
+
     def __init__(
         self,
         *,
         destination_incarnation: _builtins.str = ...,
         transfer_token: _builtins.bytes = ...,
         window_bytes: _builtins.int = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reconnect_timeout", b"reconnect_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "transfer_token", b"transfer_token", "window_bytes", b"window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "reconnect_timeout", b"reconnect_timeout", "transfer_token", b"transfer_token", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -193,6 +193,7 @@ class MigrationOptions(_message.Message):
     MAX_DOWNTIME_FIELD_NUMBER: _builtins.int
     ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
     MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -233,6 +234,10 @@ class MigrationOptions(_message.Message):
     def max_downtime(self) -> _duration_pb2.Duration:
         """Longest pause that is acceptable: downtime_limit is raised towards it step by step while rounds do not converge."""
 
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long a broken connection to the destination is tried again before the hand-off; the guest runs meanwhile."""
+
     def __init__(
         self,
         *,
@@ -250,10 +255,11 @@ class MigrationOptions(_message.Message):
         max_downtime: _duration_pb2.Duration | None = ...,
         on_no_convergence: Global___OnNoConvergence.ValueType = ...,
         max_throttle_percent: _builtins.int = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "path", b"path", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +313,11 @@ class MigrationProgress(_message.Message):
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
     THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     ALLOWED_DOWNTIME_FIELD_NUMBER: _builtins.int
+    LANES_CONNECTED_FIELD_NUMBER: _builtins.int
+    DISCONNECTED_SINCE_FIELD_NUMBER: _builtins.int
+    RECONNECT_LEFT_FIELD_NUMBER: _builtins.int
+    RECONNECTS_FIELD_NUMBER: _builtins.int
+    REPEATED_BYTES_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Current round; the first copies all memory."""
     memory_bytes: _builtins.int
@@ -325,6 +336,12 @@ class MigrationProgress(_message.Message):
     """Pages that were all zero and therefore not sent."""
     throttle_percent: _builtins.int
     """Share of its time that is taken from the guest so that it writes less, in per cent."""
+    lanes_connected: _builtins.int
+    """Lanes that have a connection now."""
+    reconnects: _builtins.int
+    """How often a lane was reopened after its connection had broken."""
+    repeated_bytes: _builtins.int
+    """Bytes that were sent again because a connection broke before they were acknowledged; not in wire_bytes."""
     @_builtins.property
     def expected_downtime(self) -> _duration_pb2.Duration:
         """The pause that a switch now would cause, as predicted."""
@@ -336,6 +353,14 @@ class MigrationProgress(_message.Message):
     @_builtins.property
     def allowed_downtime(self) -> _duration_pb2.Duration:
         """The pause that is acceptable at the moment: downtime_limit, or what it was raised to."""
+
+    @_builtins.property
+    def disconnected_since(self) -> _timestamp_pb2.Timestamp:
+        """Since when no lane has a connection, by this host's clock; absent while one has."""
+
+    @_builtins.property
+    def reconnect_left(self) -> _duration_pb2.Duration:
+        """How much longer a connection is tried for; absent while a lane has one."""
 
     def __init__(
         self,
@@ -352,10 +377,15 @@ class MigrationProgress(_message.Message):
         zero_pages: _builtins.int = ...,
         throttle_percent: _builtins.int = ...,
         allowed_downtime: _duration_pb2.Duration | None = ...,
+        lanes_connected: _builtins.int = ...,
+        disconnected_since: _timestamp_pb2.Timestamp | None = ...,
+        reconnect_left: _duration_pb2.Duration | None = ...,
+        reconnects: _builtins.int = ...,
+        repeated_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "eta", b"eta", "expected_downtime", b"expected_downtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "disconnected_since", b"disconnected_since", "eta", b"eta", "expected_downtime", b"expected_downtime", "reconnect_left", b"reconnect_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "eta", b"eta", "expected_downtime", b"expected_downtime", "memory_bytes", b"memory_bytes", "remaining_bytes", b"remaining_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "disconnected_since", b"disconnected_since", "eta", b"eta", "expected_downtime", b"expected_downtime", "lanes_connected", b"lanes_connected", "memory_bytes", b"memory_bytes", "reconnect_left", b"reconnect_left", "reconnects", b"reconnects", "remaining_bytes", b"remaining_bytes", "repeated_bytes", b"repeated_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -87,22 +87,28 @@ class LaneOpen(_message.Message):
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     TRANSFER_TOKEN_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
+    CONNECTION_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.bytes
     """Identity of the migration: 16 bytes."""
     transfer_token: _builtins.bytes
     """Secret that Begin returned; binds the lane to the attempt."""
     lane: _builtins.int
     """Number of the lane, from 0."""
+    connection: _builtins.int
+    """Number of this connection of the lane, from 1 and growing, so that an opening that was delayed on its way cannot
+    take the lane from a newer one. 0: not told.
+    """
     def __init__(
         self,
         *,
         migration_id: _builtins.bytes = ...,
         transfer_token: _builtins.bytes = ...,
         lane: _builtins.int = ...,
+        connection: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "migration_id", b"migration_id", "transfer_token", b"transfer_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection", b"connection", "lane", b"lane", "migration_id", b"migration_id", "transfer_token", b"transfer_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

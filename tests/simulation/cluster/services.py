@@ -53,6 +53,7 @@ CONFIG: Final = HostConfig(
     state_dir=Path("/host"),
     reserve_timeout_s=4.0,
     stall_timeout_s=3.0,
+    reconnect_timeout_s=3.0,
     total_timeout_s=20.0,
     switch_timeout_s=2.0,
     rpc_timeout_s=1.5,
@@ -133,6 +134,9 @@ class Peer(Destination):
     async def close(self) -> None:
         """Nothing is held."""
 
+    def _connect_anew(self) -> None:
+        """There is no certificate that could be a newer one."""
+
 
 class Stub:
     """What gRPC generates, for the simulated network."""
@@ -203,7 +207,8 @@ def make_host(name: str, ledger: HostLedger, directory: Any, journal_broken: Any
     """What a service of a host stands on."""
     own = identity_of(name)
     material = SimpleNamespace(identity=own, not_after=_FOREVER)
-    return Host(CONFIG, SimpleNamespace(load=lambda: material), own, ledger, directory, (), journal_broken)  # type: ignore[arg-type]
+    files: Any = SimpleNamespace(load=lambda: material, fingerprint=tuple)
+    return Host(CONFIG, files, own, ledger, directory, (), journal_broken)
 
 
 def start_request(machine: str, destination: str, migration_id: bytes) -> pb.StartMigrationRequest:

@@ -25,6 +25,7 @@ from vmferry.machines.launcher import stop_machine
 from vmferry.machines.spec import MachineSpec
 from vmferry.together import together
 from vmferry.transfer.numbering import Arrival, ReceivingLane, SendingLane, Totals
+from vmferry.transfer.patience import Connections
 from vmferry.transfer.seal import seal_digest
 
 LANES: Final = 2
@@ -60,6 +61,7 @@ class Copy:
         self._stall_s = settings.stall_timeout_s
         self._lanes: list[_SendingEnd] = []
         self._device_state = b""
+        self.connections = Connections(LANES, whole=True, all_lost_s=None, reconnect_left_s=0.0, broken_s=0.0)
 
     async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
         """Connect the lanes."""
@@ -185,6 +187,7 @@ class Receiver:
         self.spec = spec
         self.transfer_token = secrets.token_bytes(4)
         self.progressed_at = asyncio.get_running_loop().time()
+        self.reconnect_timeout_s = 0.0
         self.machine: Machine | None = None
         self.reserved_bytes = self.outstanding_bytes = self.memory_bytes = 0
         self._directory = directory

@@ -1,0 +1,255 @@
+"""Links between hosts that break while machines cross: a pause of the transfer, never its end before the limit.
+
+The hosts are in network namespaces; what happens to the wire between them is real (a cable that is pulled, packets
+that vanish, connections that the kernel resets, a rate), and only the destination's wire is touched, so that the
+source can be watched all the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from source_svc.link import until_reached
+from source_svc.peer import Destination
+from tests.integration.hosts import MIB, Guest, World, open_world
+from tests.integration.network import Network, Wire, switched_hosts
+from tests.integration.services import DEADLINE_S, DOMAIN, eventually
+from tests.integration.test_crossing import events
+from vmferry.errors import PeerUnreachableError
+from vmferry.security.authority import issue
+from vmferry.security.identity import Identity, Kind
+from vmferry.security.material import TlsFiles
+from vmferry.security.renewal import CurrentMaterial
+from vmferry.v1 import migration_pb2 as pb
+
+pytestmark = [pytest.mark.usefixtures("healed"), pytest.mark.timeout(180)]
+
+WINDOW_BYTES = 4 * MIB
+LANES = 4
+SLOW_MBIT = 40
+RESIDENT_MIB = 24
+"""Takes some seconds at that rate."""
+
+
+@dataclass
+class Broken:
+    """Two hosts with a network between them that is to be broken."""
+
+    world: World
+    network: Network
+
+    @property
+    def wire(self) -> Wire:
+        """The one to the destination of machines that leave host a."""
+        return self.network.wires["b"]
+
+    async def guest(self) -> Guest:
+        """A canary with enough memory to be on its way for a while."""
+        return await self.world.run(memory_mib=64, params={"resident-mib": str(RESIDENT_MIB)})
+
+    def break_down(self) -> None:
+        """Reset every connection, and let none be made."""
+        self.wire.reset()
+        self.wire.unplug()
+
+    async def in_the_middle(self, guest: Guest, **options: object) -> str:
+        """Start a migration over a slow link that has sent a part of its memory; returns its id."""
+        self.wire.shape(SLOW_MBIT)
+        world = self.world
+        migration_id = await world.start(guest, world.a, world.b, lanes=LANES, **options)
+        await world.reaches(
+            world.a, migration_id, lambda now: now.progress.sent_bytes > 2 * MIB, "a part of memory is sent"
+        )
+        return migration_id
+
+
+@pytest.fixture(scope="module")
+async def broken() -> AsyncIterator[Broken]:
+    """Hosts a and b in namespaces."""
+    with switched_hosts(taps=False) as network:
+        async with open_world(
+            places=network.places,
+            window_bytes=WINDOW_BYTES,
+            chunk_bytes=256 * 1024,
+            reconnect_timeout_s=40.0,
+        ) as world:
+            yield Broken(world, network)
+
+
+@pytest.fixture
+async def healed(broken: Broken) -> AsyncIterator[None]:
+    """Heals the wires, ends a test's machines, and fails it if anything of them is left."""
+    yield
+    for wire in broken.network.wires.values():
+        wire.shape(None)
+        wire.heal()
+    left = await broken.world.end_guests()
+    assert not left, left
+    assert all(service.running for service in broken.world.services), "a service has ended"
+
+
+def lost(now: pb.Migration) -> bool:
+    """Whether no lane has a connection."""
+    return now.progress.HasField("disconnected_since")
+
+
+def assert_little_was_repeated(migration: pb.Migration) -> None:
+    """No break costs more than the window of the lane that it met."""
+    progress = migration.progress
+    print(f"{progress.reconnects} lanes reopened, {progress.repeated_bytes} bytes sent twice")
+    assert progress.repeated_bytes <= progress.reconnects * (WINDOW_BYTES // LANES + 1024)
+
+
+async def completes(broken: Broken, guest: Guest, migration_id: str) -> pb.Migration:
+    """The machine arrives, whole, and nothing of it is left at the source."""
+    broken.wire.shape(None)
+    world = broken.world
+    migration = await world.ended(world.a, migration_id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+    assert world.a.holdings(guest.spec) == []
+    await guest.assert_clean(world.b)
+    assert_little_was_repeated(migration)
+    return migration
+
+
+async def test_a_break_is_a_pause(broken: Broken) -> None:
+    """Longer than a stall may last, and than the destination waits for a silent source: it goes on after it."""
+    world = broken.world
+    guest = await broken.guest()
+    limits = {"stall_timeout": 1.5, "reconnect_timeout": 40.0}
+    migration_id = await broken.in_the_middle(guest, **limits)
+    broken.break_down()
+    found = await world.reaches(world.a, migration_id, lost, "the connection is lost")
+    said = guest.serial(world.a).count("\n")
+    long = world.b.config.receive_timeout_s + 3
+
+    def after_long(now: pb.Migration) -> bool:
+        return lost(now) and now.progress.reconnect_left.ToMilliseconds() < (40 - long) * 1000
+
+    later = await world.reaches(world.a, migration_id, after_long, "the time that is left is told")
+    assert found.progress.lanes_connected == later.progress.lanes_connected == 0
+    assert found.progress.disconnected_since == later.progress.disconnected_since
+    assert later.phase == pb.MIGRATION_PHASE_PRECOPYING
+    assert guest.serial(world.a).count("\n") > said, "the guest runs meanwhile"
+    broken.wire.heal()
+    back = await world.reaches(world.a, migration_id, lambda now: not lost(now), "the connection is back")
+    assert back.progress.lanes_connected > 0
+    migration = await completes(broken, guest, migration_id)
+    assert migration.progress.reconnects >= LANES
+
+    def told() -> bool:
+        names = {event for _, event, _ in events(world.trace_dir, migration.trace_id)}
+        return names >= {"connection lost", "lane lost", "connection back", "lane reopened"}
+
+    await eventually(told, "the trace tells")
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+async def test_a_black_hole_is_noticed(broken: Broken, direction: str) -> None:
+    """Whichever direction vanishes, without a sign from the network; the machine goes on when it is filled."""
+    world = broken.world
+    guest = await broken.guest()
+    migration_id = await broken.in_the_middle(guest)
+    broken.wire.swallow(to_host=direction == "to", from_host=direction == "from")
+    began = time.monotonic()
+    await world.reaches(world.a, migration_id, lost, "the black hole is noticed")
+    print(f"noticed after {time.monotonic() - began:.1f} s")
+    began = time.monotonic()
+    broken.wire.heal()
+    await world.reaches(world.a, migration_id, lambda now: not lost(now), "the connection is back")
+    print(f"back after {time.monotonic() - began:.1f} s")
+    await completes(broken, guest, migration_id)
+
+
+async def test_a_break_beyond_the_limit_gives_the_machine_back(broken: Broken) -> None:
+    """The limit is named, the guest has never been paused, and the destination lets go when it is reached again."""
+    world = broken.world
+    guest = await broken.guest()
+    migration_id = await broken.in_the_middle(guest, reconnect_timeout=2.0)
+    broken.break_down()
+    migration = await world.ended(world.a, migration_id)
+    assert "2 s" in migration.reason.message
+    assert not migration.HasField("downtime")
+    broken.wire.heal()
+    broken.wire.shape(None)
+    await world.assert_failed_and_well(guest, world.a, world.b, migration, "PEER_UNREACHABLE")
+
+
+async def test_one_dead_path_of_several_does_not_matter(broken: Broken) -> None:
+    """The others carry on, and the lane is reopened from another port, which takes another path; nobody heals it."""
+    world = broken.world
+    guest = await broken.guest()
+    migration_id = await broken.in_the_middle(guest)
+    broken.wire.shape(None)
+    broken.wire.swallow_from_port(broken.wire.ports(world.a.place)[0])
+    migration = await world.ended(world.a, migration_id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+    assert migration.progress.reconnects == 1
+    names = [event for _, event, _ in events(world.trace_dir, migration.trace_id)]
+    assert "connection lost" not in names
+    await guest.assert_clean(world.b)
+    assert_little_was_repeated(migration)
+
+
+async def test_certificates_may_be_replaced_during_a_break(broken: Broken) -> None:
+    """Lanes are reopened with what the files hold by then: expired, they are refused; renewed, they go on."""
+    world = broken.world
+    guest = await broken.guest()
+    migration_id = await broken.in_the_middle(guest)
+    broken.break_down()
+    await world.reaches(world.a, migration_id, lost, "the connection is lost")
+    try:
+        until = datetime.now(UTC) + timedelta(seconds=6)
+        replace_certificates(world, until)
+        taken_up = '"new certificate in use"'
+        await eventually(lambda: taken_up in world.a.source.log_text(), "the source takes them up")
+        await eventually(lambda: datetime.now(UTC) > until, "the certificates expire")
+        broken.wire.heal()
+        await asyncio.sleep(1.5)  # a connection would be made in this time: here nothing may happen
+        assert lost(await world.state(world.a, migration_id))
+    finally:
+        replace_certificates(world, None)
+    await completes(broken, guest, migration_id)
+
+
+async def test_calls_are_made_with_a_newer_certificate(broken: Broken, tmp_path: Path) -> None:
+    """The connection for calls outlives its certificate; when it breaks, the next one is made with the new one."""
+    world = broken.world
+    guest = await broken.guest()
+    until = datetime.now(UTC) + timedelta(seconds=4)
+    authority = world.root / "tls" / "authority"
+    issue(authority, world.a.identity, tmp_path / "tls", not_after=until)
+    material = CurrentMaterial(TlsFiles(tmp_path / "tls"))
+    destination = Destination(world.b.dest.address, world.b.identity, material, rpc_timeout_s=DEADLINE_S)
+    try:
+
+        async def ask() -> str:
+            answer = await destination.negotiate(guest.spec, (), (), timeout_s=DEADLINE_S)
+            return answer.offer.host
+
+        assert await ask() == world.b.identity.uri
+        await eventually(lambda: datetime.now(UTC) > until, "the certificate expires")
+        assert await ask() == world.b.identity.uri
+        broken.wire.reset()
+        with pytest.raises(PeerUnreachableError):
+            await until_reached(ask, "Negotiate", 0.5)
+        issue(authority, world.a.identity, tmp_path / "tls", force=True)
+        assert await until_reached(ask, "Negotiate", DEADLINE_S) == world.b.identity.uri
+    finally:
+        await destination.close()
+
+
+def replace_certificates(world: World, not_after: datetime | None) -> None:
+    """Issue new ones for both hosts, as ``vmferry certs issue --force`` does."""
+    for name in world.hosts:
+        identity = Identity(DOMAIN, Kind.VMHOST, name)
+        issue(
+            world.root / "tls" / "authority", identity, world.tls_dir(name), force=True, not_after=not_after
+        )
