@@ -216,28 +216,10 @@ class Outgoing:
             phase("reserve"),
         ):
             await self._departure.begin(attempt)
-            machine = self._machine
-            async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
-                files.check()
-                begun = await until_reached(
-                    lambda: self._destination.begin(
-                        attempt,
-                        ticket=order.ticket,
-                        spec=machine.spec,
-                        lanes=order.lanes,
-                        protocol_version=self._protocol_version,
-                        files=files.identities,
-                        path=self.migration.message.path,
-                        encodings=self._encodings,
-                        reconnect_timeout_s=order.reconnect_timeout_s,
-                        timeout_s=order.reserve_timeout_s,
-                    ),
-                    "Begin",
-                    order.reconnect_timeout_s,
-                )
+            begun = await self._begin(attempt)
             reach("source.accepted")
         streamed = self.migration.message.path == STREAM
-        self._terms.live(live=not streamed or machine.spec.streams_live)
+        self._terms.live(live=not streamed or self._machine.spec.streams_live)
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
@@ -268,6 +250,28 @@ class Outgoing:
             reserve_timeout_s=order.reserve_timeout_s,
             reconnect_timeout_s=settings.reconnect_timeout_s,
         )
+
+    async def _begin(self, attempt: Attempt) -> handoff_pb2.BeginResponse:
+        """Show the destination what is to come, and have it take the memory."""
+        order, machine = self._order, self._machine
+        async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
+            files.check()
+            return await until_reached(
+                lambda: self._destination.begin(
+                    attempt,
+                    ticket=order.ticket,
+                    spec=machine.spec,
+                    lanes=order.lanes,
+                    protocol_version=self._protocol_version,
+                    files=files.identities,
+                    path=self.migration.message.path,
+                    encodings=self._encodings,
+                    reconnect_timeout_s=order.reconnect_timeout_s,
+                    timeout_s=order.reserve_timeout_s,
+                ),
+                "Begin",
+                order.reconnect_timeout_s,
+            )
 
     async def _switch(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
