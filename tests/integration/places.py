@@ -156,8 +156,7 @@ async def _settled(world: World, guest: Guest) -> Host | None:
         return None
     (owner,) = owners
     other = world.b if owner is world.a else world.a
-    machine = await _found_on(world, guest, owner)
-    if machine is None or other.holdings(guest.spec):
+    if other.holdings(guest.spec) or (machine := await _found_on(world, guest, owner)) is None:
         return None
     quiet = machine.right == machine_pb2.MACHINE_RIGHT_OWNED and not machine.migration_id
     return owner if quiet and machine.state == machine_pb2.MACHINE_STATE_RUNNING else None

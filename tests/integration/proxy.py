@@ -39,10 +39,7 @@ class Link:
     def reset(self) -> None:
         """Break it at both ends, as a router does that forgot it."""
         for writer in (self.source, self.destination):
-            with contextlib.suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+            _reset(writer)
 
     def half_close(self, *, up: bool) -> None:
         """Tell one end that the other one has nothing more to say."""
@@ -213,7 +210,7 @@ class Proxy:
                 raise ConnectionRefusedError
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target())
         except OSError:
-            writer.transport.abort()
+            _reset(writer)
             return
         link = Link(writer, other_writer)
         self.links.append(link)
@@ -286,6 +283,13 @@ class Proxy:
         elif self._answered and length >= _CALL_BYTES:
             then, self._on_call = self._on_call, None
             then()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
 
 
 @contextlib.asynccontextmanager

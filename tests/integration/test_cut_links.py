@@ -11,10 +11,11 @@ fault strikes at every place. The name of a test is all that is needed to run it
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 import grpc
 import grpc.aio
@@ -59,32 +60,32 @@ PHASES = {
 """The places in the order of a migration."""
 BEFORE = ("begin", "pre-copy", "pause", "seal")
 UNANSWERED = ("ready", "go", "owned", "ran")
-DECISIVE = ("source.recorded.handed-off", "dest.recorded.owned")
+GIVEN_UP = "source.recorded.handed-off"
+TAKEN = "dest.recorded.owned"
+"""The places between which nobody can know; what the source says is of no importance any more at the second one."""
 
 
-def in_turns(places: tuple[str, ...], faults: tuple[Fault, ...]) -> list[tuple[Fault, str]]:
+def in_turns(places: Iterable[str], faults: Sequence[Fault]) -> list[tuple[Fault, str]]:
     """Each place with one fault, each fault as often as the others."""
-    return [(faults[number % len(faults)], place) for number, place in enumerate(places)]
+    return list(zip(itertools.cycle(faults), places, strict=False))
 
 
 ORDER = tuple(place for places in PHASES.values() for place in places)
-EVERYTHING = [(fault, place) for place in ORDER for fault in Fault]
-HURT = (
-    EVERYTHING
-    if SOAK
-    else [(fault, place) for place in DECISIVE for fault in Fault]
-    + in_turns(tuple(places[0] for phase, places in PHASES.items() if phase != "owned"), tuple(Fault))
-)
-KILLED = (
-    [(fault, place) for place in ORDER for fault in (Fault.LOST, Fault.CUT)]
-    if SOAK
-    else in_turns(
-        ("source.recorded.sealed", "dest.recorded.prepared", *DECISIVE, "dest.recorded.accepted"),
-        (Fault.LOST, Fault.CUT),
-    )
-)
-ASLEEP = ORDER if SOAK else ("dest.recorded.prepared", *DECISIVE)
-AGAIN = (*PHASES["begin"], *PHASES["pre-copy"], *PHASES["seal"]) if SOAK else ("dest.recorded.prepared",)
+TOTAL = (Fault.LOST, Fault.CUT)
+if SOAK:
+    HURT = [(fault, place) for place in ORDER for fault in Fault]
+    KILLED = [(fault, place) for place in ORDER for fault in TOTAL]
+    ASLEEP = [(place, woken) for place in ORDER for woken in ("source", "both")]
+    AGAIN = [place for phase in BEFORE for place in PHASES[phase]]
+    SAID = [Fault.LOST, Fault.CUT, Fault.LATE_DOWN]
+else:
+    DOWN = (Fault.LOST_DOWN, Fault.LATE_DOWN, Fault.CUT, Fault.CLOSED_DOWN, Fault.SLOW_DOWN)
+    HURT = [*((fault, GIVEN_UP) for fault in Fault), *((fault, TAKEN) for fault in DOWN)]
+    HURT += in_turns((places[0] for places in PHASES.values() if TAKEN not in places), tuple(Fault))
+    KILLED = in_turns(("source.recorded.sealed", "dest.recorded.prepared", GIVEN_UP, TAKEN), TOTAL)
+    ASLEEP = [(GIVEN_UP, "source"), ("dest.recorded.prepared", "both"), (TAKEN, "both")]
+    AGAIN = ["dest.recorded.prepared"]
+    SAID = [Fault.LOST]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,11 @@ async def world(evidence: Evidence) -> AsyncIterator[World]:
     """Hosts whose hypervisors leave evidence, and whose services do not wait long for each other."""
     assert evidence
     async with open_world(
-        stall_timeout_s=2.0, switch_timeout_s=3.0, reserve_timeout_s=4.0, negotiate_timeout_s=10.0
+        rpc_timeout_s=1.5,
+        stall_timeout_s=2.0,
+        switch_timeout_s=3.0,
+        reserve_timeout_s=4.0,
+        negotiate_timeout_s=10.0,
     ) as opened:
         yield opened
 
@@ -211,8 +216,7 @@ async def test_a_service_killed_behind_a_cut_link_settles_it_when_both_are_mende
     await assert_mended(world, guest, link, evidence)
 
 
-@pytest.mark.parametrize("woken", ["source", "both"])
-@pytest.mark.parametrize("place", ASLEEP)
+@pytest.mark.parametrize(("place", "woken"), ASLEEP)
 async def test_two_services_that_sleep_wake_up_to_one_truth(
     world: World, guest: Guest, link: Proxy, evidence: Evidence, place: str, woken: str
 ) -> None:
@@ -279,12 +283,12 @@ async def said(process: asyncio.subprocess.Process) -> str:
     return output.decode()
 
 
-@pytest.mark.parametrize("fault", [Fault.LOST, Fault.LATE_DOWN, Fault.CUT] if SOAK else [Fault.LOST])
+@pytest.mark.parametrize("fault", SAID)
 async def test_a_command_says_unknown_and_never_failed_after_the_hand_off(
     world: World, guest: Guest, link: Proxy, evidence: Evidence, fault: Fault
 ) -> None:
     """``vmferry migrate`` and ``vmferry watch`` end with the exit code for *unknown* while Go has no answer."""
-    async with armed(world, "source.recorded.handed-off", "stop") as service:
+    async with armed(world, GIVEN_UP, "stop") as service:
         migrate = await command(
             world, "migrate", guest.spec.name, "--to-host", world.b.identity.uri, "--to-address", link.address
         )
