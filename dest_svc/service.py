@@ -121,7 +121,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
         response = handoff_pb2.NegotiateResponse(
-            offer=await asyncio.to_thread(self._offer), destination_incarnation=self._ledger.incarnation
+            offer=await asyncio.to_thread(self._offer, request.spec.uuid),
+            destination_incarnation=self._ledger.incarnation,
         )
         if request.HasField("spec"):
             spec = spec_from_message(request.spec)
@@ -399,7 +400,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 return arrival.receiver
         raise AttemptNotFoundError("no such attempt is open here", field="open.migration_id")
 
-    def _offer(self) -> compatibility_pb2.HostOffer:
+    def _offer(self, newcomer: str) -> compatibility_pb2.HostOffer:
         receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
         return make_offer(
             self._own,
@@ -409,10 +410,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             qemu_binaries=self._config.qemu_binaries,
             backings=self._memory_backings(),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
-            incoming=len(receivers),
+            incoming=sum(receiver.spec.uuid != newcomer for receiver in receivers),
             max_incoming=self._config.max_incoming,
             draining=self._config.draining,
             certificate_not_after=self._host.tls.load().not_after,
+            newcomer=newcomer,
         )
 
     async def _watch(self) -> None:
