@@ -180,9 +180,11 @@ class Copy:
 
     def _hold_back(self, percent: int) -> None:
         """Slow the guest down by so much; raises what went wrong with that before."""
-        if percent != self._settings.throttle.percent:
-            span_event("throttle", percent=percent)
-        self._settings.throttle.set(percent)
+        throttle = self._settings.throttle
+        before = throttle.percent
+        throttle.set(percent)
+        if percent != before:
+            span_event("throttle", percent=percent, means=throttle.means.value)
         self._migration.message.progress.throttle_percent = percent
 
     async def last_round(self) -> None:

@@ -89,7 +89,7 @@ class Outgoing:
         self._forecasts = forecasts
         self._subject = order.subject(machine, destination, config)
         self._terms = Terms(order)
-        self._throttle = Throttle(machine, departure.held_back)
+        self._throttle = Throttle.of(machine, departure.held_back)
         self._committed = False
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None

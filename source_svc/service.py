@@ -39,6 +39,7 @@ from vmferry.errors import (
 from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Rights
+from vmferry.machines import cpulimit
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.fileidentity import Contents
 from vmferry.machines.port import RunState
@@ -95,6 +96,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
+        for record in self._directory.list():
+            cpulimit.restore(record.paths.home)
         leaving = set(self._ledger.machines(Role.SOURCE))
         for machine_id in self._ledger.machines():
             try:

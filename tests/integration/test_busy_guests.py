@@ -22,9 +22,9 @@ from vmferry.v1 import migration_pb2 as pb
 pytestmark = pytest.mark.usefixtures("tidy")
 
 CAP = 10_000_000
-PAUSE_S = 0.4
-"""At the cap that is room for 3.8 MB, half of a working set."""
-SET_MIB = 8
+PAUSE_S = 0.2
+"""At the cap that is room for 1.8 MB, less than half of a working set."""
+SET_MIB = 4
 STUCK: dict[str, Any] = {"max_bandwidth": CAP, "downtime_limit": PAUSE_S}
 TOLERANCE = 1.05
 LOOKS = 40
@@ -187,7 +187,7 @@ async def test_switching_all_the_same_has_its_price(world: World, guest: Guest) 
 
 async def test_slowing_the_guest_down_brings_it_across(world: World) -> None:
     """It writes less, so that the rest fits; where it arrives it has all of its time again."""
-    guest = await busy(world, mib_per_s=2 * SET_MIB)
+    guest = await busy(world, mib_per_s=4 * SET_MIB)
     migration_id = await throttled(world, guest, 1, **STUCK, max_throttle_percent=95)
     ended = await world.ended(world.a, migration_id)
     assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED, ended

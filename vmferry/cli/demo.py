@@ -23,6 +23,7 @@ from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
 from vmferry.cli.demo_report import Crossing, Report
+from vmferry.cli.demo_work import next_sign, watch_before
 from vmferry.cli.machine import run_machine
 from vmferry.cli.migrate import LanesOption, PathOption, Verify, Way, migration_options
 from vmferry.cli.output import JsonOption, console, print_document, say, size
@@ -250,13 +251,15 @@ async def _cross(
         options=options,
         request_id=migrate.new_request_id(),
     )
+    watched = await watch_before(guest, here.host)
     async with open_source(here.source.address, here.host.identity.uri, world.admin_tls) as source:
         with phase("schedule"), progress_view() as view:
             started = await migrate.start(source, order)
             migration = await follow(source, started.id, view, last=started)
     crossing = Crossing(migration, f"{here.host.name} to {there.host.name}", verified=verify is Verify.BYTES)
     if crossing.completed:
-        crossing = crossing.with_gap(await guest.gap_ms(there.host))
+        arrived = await next_sign(guest, there.host)
+        crossing = crossing.as_seen(await guest.gap_ms(there.host), watched.slowdown_percent(arrived))
     report.crossings.append(crossing)
     tell(_sentence(crossing))
     return crossing.completed
@@ -273,6 +276,7 @@ def _sentence(crossing: Crossing) -> str:
         return f"{start}{outcome_name(migration)}: {migration.reason.reason}: {migration.reason.message}"
     figures = (
         f"downtime {crossing.downtime_ms:.1f} ms (the guest saw {crossing.guest_gap_ms or 0:.1f}), "
+        f"guest slowed down by {crossing.guest_slowdown_percent or 0:.0f} %, "
         f"total {crossing.total_ms / 1000:.2f} s, {migration.progress.round} rounds, "
         f"{size(migration.progress.wire_bytes)} on the wire"
     )

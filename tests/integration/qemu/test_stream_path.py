@@ -204,6 +204,21 @@ async def test_a_guest_is_never_paused_for_longer_than_allowed(
     await assert_well(world, guest)
 
 
+async def test_a_stream_keeps_to_its_limits(world: World, ticker: MachineSpec) -> None:
+    """It takes as long as its caps make it, and its hypervisor takes in how far it may hold the guest back."""
+    guest = await boot(world, ticker)
+    slowest = 256 * KIB
+    caps = {"max_bandwidth": slowest, "switchover_bandwidth": slowest, "max_throttle_percent": 60}
+    here, there = world.a, world.b
+    for limits in (caps, {}):
+        migration = await world.assert_crosses(guest, here, there, **STREAM, **limits)
+        assert migration.progress.wire_bytes > slowest // 4
+        if limits:
+            took_s = migration.total.ToMilliseconds() / 1000
+            assert migration.progress.wire_bytes <= took_s * slowest * 1.05
+        here, there = there, here
+
+
 async def test_what_a_stream_cannot_do_is_refused_by_name(world: World, ticker: MachineSpec) -> None:
     """Comparing bytes blocks, in the plan and in a migration; without it the plan says what to expect."""
     guest = await boot(world, ticker)
