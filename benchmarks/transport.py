@@ -4,9 +4,14 @@ In turn, several times: a pump (the lanes of a migration at one end, the lanes o
 processes of their own, over mutual TLS; frames are encoded, numbered, encrypted, decoded, acknowledged, forgotten),
 and a migration of a machine that holds as much. The ratio of the medians is what a migration makes of its transport.
 
-    python benchmarks/transport.py [--mib N] [--repeat N] [--lanes N] [--compression KIND] [--contents KIND] [--json]
+    python benchmarks/transport.py [--mib N] [--repeat N] [--lanes N] [--compression KIND] [--contents KIND]
+                                   [--json]
 
 ``--contents random`` cannot be compressed; ``files`` are shared libraries of this computer. The pump sends raw pages.
+A slow link is made around it, by root, in a network namespace of its own::
+
+    unshare --net sh -c 'ip link set lo up mtu 1500 &&
+        tc qdisc add dev lo root tbf rate 1000mbit burst 256kb latency 50ms && python benchmarks/transport.py'
 """
 
 from __future__ import annotations
@@ -44,6 +49,7 @@ from vmferry.v1 import migration_pb2 as pb
 MIB: Final = 1024 * 1024
 _GUEST_MIB: Final = 16
 """What the guest keeps for itself at the beginning of its memory."""
+_SPANS_ARE_WRITTEN_S: Final = 2.0
 _SERVICE: Final = "vmferry.v1.DestinationService"
 
 
@@ -84,8 +90,9 @@ async def sink(tls_dir: Path, window_bytes: int) -> None:
 @asynccontextmanager
 async def sink_process(world: World, window_bytes: int) -> AsyncIterator[str]:
     """A sink with host b's certificate in a process of its own; its address."""
+    command = (sys.executable, __file__, "--sink", str(world.tls_dir("b")), "--window", str(window_bytes))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, __file__, "--sink", str(world.tls_dir("b")), "--window", str(window_bytes)),
+        *command,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -197,6 +204,8 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 )
                 moved.append(rate)
                 wire.append(ended.progress.wire_bytes)
+        await asyncio.sleep(_SPANS_ARE_WRITTEN_S)
+        changes = choices(world.trace_dir)
         peaks = {
             f"{service.role}-{service.host.name}": int(service.status("VmHWM").split()[0]) // 1024
             for service in world.services
@@ -211,7 +220,28 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "migration_wire_bytes": _spread(wire),
         "ratio": round(statistics.median(moved) / statistics.median(bare), 3),
         "peak_rss_mib": peaks,
+        "choices": changes,
     }
+
+
+def choices(trace_dir: Path) -> list[str]:
+    """What migrations changed their compression to, and what they knew; of spans that were written out already."""
+    found = []
+    for path in trace_dir.glob("*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            scopes = [
+                scope for resource in json.loads(line)["resourceSpans"] for scope in resource["scopeSpans"]
+            ]
+            for span in (span for scope in scopes for span in scope["spans"]):
+                for event in span.get("events", ()):
+                    if event["name"] == "compression":
+                        values = {
+                            one["key"]: next(iter(one["value"].values())) for one in event["attributes"]
+                        }
+                        found.append(
+                            " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in values.items())
+                        )
+    return found
 
 
 def _spread(figures: list[float]) -> dict[str, float]:
