@@ -73,8 +73,8 @@ def lost(now: pb.Migration) -> bool:
 
 def assert_little_was_repeated(migration: pb.Migration) -> None:
     """No break costs more than the window of the lane that it met."""
-    progress = migration.progress
-    assert progress.repeated_bytes <= progress.reconnects * (WINDOW_BYTES // LANES + 1024)
+    progress, lanes = migration.progress, migration.options.lanes
+    assert progress.repeated_bytes <= progress.reconnects * (WINDOW_BYTES // lanes + 1024)
 
 
 @contextlib.asynccontextmanager
