@@ -82,12 +82,17 @@ class Wire:
     def shape(self, mbit: int | None) -> None:
         """Let no more through than so many Mbit/s, either way; None: as much as there is."""
         self._mbit = mbit
+        if mbit is not None:
+            self.throttle(mbit)
+            return
         for end in self._ends:
-            if mbit is None:
-                run("tc", "-n", end[0], "qdisc", "del", "dev", end[1], "root", check=False)
-            else:
-                # Such a queue holds 50 ms: more would only delay whatever else is on its way.
-                tc(*end, "root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
+            run("tc", "-n", end[0], "qdisc", "del", "dev", end[1], "root", check=False)
+
+    def throttle(self, mbit: int) -> None:
+        """The same until it is healed."""
+        for end in self._ends:
+            # Such a queue holds 50 ms: more would only delay whatever else is on its way.
+            tc(*end, "root", "tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "50ms")
 
     def reset(self, port: int | None = None) -> None:
         """Have the host's kernel break its TCP connections, or the one from this port: both ends see a reset."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import pytest
 
 from source_svc.link import until_reached
 from source_svc.peer import Destination
-from tests.integration.hosts import MIB, Guest, World, open_world
-from tests.integration.network import Network, Wire, switched_hosts
+from tests.integration.hosts import Guest, World
+from tests.integration.links import LANES, Broken, assert_little_was_repeated, broken_hosts, lost
 from tests.integration.services import DEADLINE_S, DOMAIN, eventually
 from tests.integration.test_crossing import events
 from vmferry.errors import PeerUnreachableError
@@ -31,80 +30,19 @@ from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.usefixtures("healed"), pytest.mark.timeout(180)]
 
-WINDOW_BYTES = 4 * MIB
-LANES = 4
-SLOW_MBIT = 40
-RESIDENT_MIB = 24
-"""Takes some seconds at that rate."""
-
-
-@dataclass
-class Broken:
-    """Two hosts with a network between them that is to be broken."""
-
-    world: World
-    network: Network
-
-    @property
-    def wire(self) -> Wire:
-        """The one to the destination of machines that leave host a."""
-        return self.network.wires["b"]
-
-    async def guest(self) -> Guest:
-        """A canary with enough memory to be on its way for a while."""
-        return await self.world.run(memory_mib=64, params={"resident-mib": str(RESIDENT_MIB)})
-
-    def break_down(self) -> None:
-        """Reset every connection, and let none be made."""
-        self.wire.reset()
-        self.wire.unplug()
-
-    async def in_the_middle(self, guest: Guest, **options: object) -> str:
-        """Start a migration over a slow link that has sent a part of its memory; returns its id."""
-        self.wire.shape(SLOW_MBIT)
-        world = self.world
-        migration_id = await world.start(guest, world.a, world.b, lanes=LANES, **options)
-        await world.reaches(
-            world.a, migration_id, lambda now: now.progress.sent_bytes > 2 * MIB, "a part of memory is sent"
-        )
-        return migration_id
-
 
 @pytest.fixture(scope="module")
 async def broken() -> AsyncIterator[Broken]:
     """Hosts a and b in namespaces."""
-    with switched_hosts(taps=False) as network:
-        async with open_world(
-            places=network.places,
-            window_bytes=WINDOW_BYTES,
-            chunk_bytes=256 * 1024,
-            reconnect_timeout_s=40.0,
-        ) as world:
-            yield Broken(world, network)
+    async with broken_hosts() as hosts:
+        yield hosts
 
 
 @pytest.fixture
 async def healed(broken: Broken) -> AsyncIterator[None]:
     """Heals the wires, ends a test's machines, and fails it if anything of them is left."""
     yield
-    for wire in broken.network.wires.values():
-        wire.shape(None)
-        wire.heal()
-    left = await broken.world.end_guests()
-    assert not left, left
-    assert all(service.running for service in broken.world.services), "a service has ended"
-
-
-def lost(now: pb.Migration) -> bool:
-    """Whether no lane has a connection."""
-    return now.progress.HasField("disconnected_since")
-
-
-def assert_little_was_repeated(migration: pb.Migration) -> None:
-    """No break costs more than the window of the lane that it met."""
-    progress = migration.progress
-    print(f"{progress.reconnects} lanes reopened, {progress.repeated_bytes} bytes sent twice")
-    assert progress.repeated_bytes <= progress.reconnects * (WINDOW_BYTES // LANES + 1024)
+    await broken.tidy()
 
 
 async def completes(broken: Broken, guest: Guest, migration_id: str) -> pb.Migration:
