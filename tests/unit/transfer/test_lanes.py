@@ -256,7 +256,9 @@ async def test_a_lane_that_is_away_does_not_hold_up_the_others(tmp_path: Path) -
         await until(lambda: sum(lane.frames for lane in receiver.lanes) >= PAGES // 16 - 1)
         assert lanes.connections.standing == LANES - 1
         assert lanes.connections.all_lost_s is None
-        await until(lambda: lanes.in_flight_bytes <= frame_bytes + 1024)  # the last acknowledgements are heard
+        await until(
+            lambda: lanes.in_flight_bytes <= frame_bytes + 1024
+        )  # the last acknowledgements are heard
         await until(lambda: lanes.connections.broken_s > 1.0)
         assert not sending.done()
         receiver.away.clear()
