@@ -176,7 +176,7 @@ async def test_switching_all_the_same_has_its_price(world: World, guest: Guest) 
         world.a,
         world.b,
         **STUCK,
-        switchover_bandwidth=CAP // 2,
+        switchover_bandwidth=CAP // 8,
         on_no_convergence=pb.ON_NO_CONVERGENCE_SWITCH,
     )
     expected_s = migration.progress.expected_downtime.ToMilliseconds() / 1000
@@ -205,10 +205,10 @@ async def test_a_guest_that_was_slowed_down_in_vain_has_its_time_back(world: Wor
         most = max(most, now.progress.throttle_percent)
         return now.phase == pb.MIGRATION_PHASE_ENDED
 
-    migration_id = await world.start(guest, world.a, world.b, **STUCK, max_throttle_percent=30)
+    migration_id = await world.start(guest, world.a, world.b, **STUCK, max_throttle_percent=20)
     ended = await world.reaches(world.a, migration_id, look, "its end")
     assert ended.reason.reason == "NOT_CONVERGING", ended
-    assert most == 30
+    assert most == 20
     assert ended.progress.throttle_percent == 0
     await world.assert_stays(guest, world.a, world.b)
     await assert_never_held(world.a, guest)
