@@ -429,7 +429,7 @@ async def test_a_caller_that_hangs_up_changes_nothing(world: World, bystander: B
             call.cancel()
             migration = (await stub.StartMigration(order)).migration
         ended = await world.ended(here, migration.id)
-        assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED
+        assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED, ended
         bystander.turn()
     await bystander.assert_unharmed()
 

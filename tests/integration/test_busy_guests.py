@@ -28,6 +28,8 @@ SET_MIB = 4
 STUCK: dict[str, Any] = {"max_bandwidth": CAP, "downtime_limit": PAUSE_S}
 TOLERANCE = 1.05
 LOOKS = 40
+_BEFORE_MEMORY_BYTES = 64 * 1024
+"""What the services say to each other before memory is on its way."""
 
 
 async def busy(world: World, mib_per_s: int = 64) -> Guest:
@@ -98,20 +100,18 @@ class WireCounter:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def most_per_s(self, window_s: float) -> float:
-        """The highest rate over any window that is at least so long."""
-        rates, begin = [0.0], 0
-        for at, total in self.samples:
-            while begin + 1 < len(self.samples) and at - self.samples[begin + 1][0] >= window_s:
-                begin += 1
-            since, before = self.samples[begin]
-            if at - since >= window_s:
-                rates.append((total - before) / (at - since))
-        return max(rates)
+    def beyond(self, bytes_per_s: float) -> float:
+        """The most bytes that at any moment had gone over since the beginning beyond what the rate allows.
+
+        Since the beginning, and not in each window: this process, or a receiver, that was held up makes up for it.
+        """
+        begun_at, begun = [sample for sample in self.samples if sample[1] < _BEFORE_MEMORY_BYTES][-1]
+        since = [(at - begun_at, total - begun) for at, total in self.samples if at >= begun_at]
+        return max(sent - bytes_per_s * seconds for seconds, sent in since)
 
 
 async def test_a_cap_holds_on_the_wire(world: World, link: Proxy) -> None:
-    """Counted outside of both services, no second has more than the cap and 5 %, and the guest crosses."""
+    """Counted outside of both services, there is never more than the cap and 5 %, and the guest crosses."""
     guest = await world.run(memory_mib=64, params={"resident-mib": "40"})
     link.begin_migration()
     counter = WireCounter(link)
@@ -122,7 +122,7 @@ async def test_a_cap_holds_on_the_wire(world: World, link: Proxy) -> None:
     finally:
         await counter.stop()
     assert migration.progress.wire_bytes > 40 * MIB
-    assert counter.most_per_s(1.0) <= CAP * TOLERANCE
+    assert counter.beyond(CAP * TOLERANCE) <= MIB
 
 
 async def test_a_cap_is_lifted_on_the_way(world: World) -> None:
@@ -176,7 +176,7 @@ async def test_switching_all_the_same_has_its_price(world: World, guest: Guest) 
         world.a,
         world.b,
         **STUCK,
-        switchover_bandwidth=CAP // 2,
+        switchover_bandwidth=CAP // 8,
         on_no_convergence=pb.ON_NO_CONVERGENCE_SWITCH,
     )
     expected_s = migration.progress.expected_downtime.ToMilliseconds() / 1000
@@ -205,10 +205,10 @@ async def test_a_guest_that_was_slowed_down_in_vain_has_its_time_back(world: Wor
         most = max(most, now.progress.throttle_percent)
         return now.phase == pb.MIGRATION_PHASE_ENDED
 
-    migration_id = await world.start(guest, world.a, world.b, **STUCK, max_throttle_percent=30)
+    migration_id = await world.start(guest, world.a, world.b, **STUCK, max_throttle_percent=20)
     ended = await world.reaches(world.a, migration_id, look, "its end")
     assert ended.reason.reason == "NOT_CONVERGING", ended
-    assert most == 30
+    assert most == 20
     assert ended.progress.throttle_percent == 0
     await world.assert_stays(guest, world.a, world.b)
     await assert_never_held(world.a, guest)
