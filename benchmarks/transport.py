@@ -145,7 +145,7 @@ def _chunks(content: bytes, size_mib: int) -> Iterator[BuiltChunk]:
             data_hash=digest,
         )
         frame = ChunkFrame(head, data, mark=False)
-        yield BuiltChunk(frame, pages, 0, len(data), Effort(RAW, len(data), 0, 0.0, 0.0), _nothing)
+        yield BuiltChunk(frame, pages, 0, len(data), Effort(RAW, len(data), 0, 0.0, 0.0, 0.0), _nothing)
 
 
 def _nothing() -> None:

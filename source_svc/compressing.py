@@ -7,12 +7,9 @@ event of the span, with what it was decided by.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from vmferry.machines.host import usable_cpus
@@ -20,10 +17,11 @@ from vmferry.telemetry.tracing import span_event
 from vmferry.transfer.compression import RAW, Effort, Experience, Link, Method, Situation, choose
 
 _LOOK_S: Final = 0.1
+_SEEN_ENOUGH_BYTES: Final = 8 * 1024 * 1024
+"""A look after less than this is by chance, as bytes are acknowledged a whole chunk at a time."""
+_LONGEST_LOOK_S: Final = 0.5
 _PROBE_EVERY: Final = 64
 """While chunks travel raw, one of so many is compressed."""
-_SENT_ENOUGH_BYTES: Final = 1024 * 1024
-_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,6 @@ class _Reading:
     acknowledged_bytes: int
     own_s: float
     """Processor time of this service."""
-    idle_s: float
-    """What all processors were idle."""
 
 
 class Compression:
@@ -62,7 +58,7 @@ class Compression:
         self._experience = Experience()
         self._link = Link(link_bytes_per_s)
         self._situation = Situation(
-            self._link.bytes_per_s, readers, cores=usable_cpus() / 2, send_s_per_byte=0.7e-9
+            self._link.bytes_per_s, readers, cores=usable_cpus(), send_s_per_byte=0.7e-9
         )
         self._current = choose(allowed, self._experience, self._situation, allowed[0])
         self._strongest_probe = next((method for method in allowed if method.encoding == "zstd"), allowed[-1])
@@ -95,7 +91,11 @@ class Compression:
         self._experience.add(effort)
         self._encoded_s += effort.read_s + effort.encode_s
         self._blocked_s += blocked_s
-        if time.monotonic() - self._last.at_s >= _LOOK_S:
+        passed_s = time.monotonic() - self._last.at_s
+        if passed_s >= _LOOK_S and (
+            passed_s >= _LONGEST_LOOK_S
+            or self._acknowledged_bytes() - self._last.acknowledged_bytes >= _SEEN_ENOUGH_BYTES
+        ):
             self._look()
 
     def _look(self) -> None:
@@ -103,16 +103,15 @@ class Compression:
         seconds = now.at_s - last.at_s
         wire_bytes = now.acknowledged_bytes - last.acknowledged_bytes
         own_cores = (now.own_s - last.own_s) / seconds
-        idle_cores = max(0.0, now.idle_s - last.idle_s) / seconds
         self._link.add(seconds=seconds, wire_bytes=wire_bytes, blocked=self._blocked_s / (seconds * readers))
         send_s = self._situation.send_s_per_byte
-        if wire_bytes >= _SENT_ENOUGH_BYTES:
+        if wire_bytes >= _SEEN_ENOUGH_BYTES:  # otherwise it is what a service uses at rest
             fresh = max(0.0, now.own_s - last.own_s - self._encoded_s) / wire_bytes
             send_s = (send_s + fresh) / 2
         self._situation = replace(
             self._situation,
             link_bytes_per_s=self._link.bytes_per_s,
-            cores=own_cores + min(idle_cores, max(0.0, usable_cpus() - own_cores)),
+            cores=max(own_cores, self._experience.share * usable_cpus()),
             send_s_per_byte=send_s,
         )
         self._restart(now)
@@ -132,15 +131,4 @@ class Compression:
         self._encoded_s = self._blocked_s = 0.0
 
     def _read(self) -> _Reading:
-        return _Reading(time.monotonic(), self._acknowledged_bytes(), time.process_time(), _idle_s())
-
-
-def _idle_s() -> float:
-    """What all processors of this host were idle since it started."""
-    with (
-        contextlib.suppress(OSError, ValueError, IndexError),
-        Path("/proc/stat").open(encoding="ascii") as file,
-    ):
-        fields = file.readline().split()
-        return (int(fields[4]) + int(fields[5])) / _TICKS_PER_S
-    return 0.0
+        return _Reading(time.monotonic(), self._acknowledged_bytes(), time.process_time())

@@ -46,6 +46,8 @@ class Effort:
     """Seconds of a core for reading and hashing."""
     encode_s: float
     """Seconds of a core for the method."""
+    encode_wall_s: float
+    """How long that took."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ _GUESSES: Final[Mapping[Method, _Guess]] = {
 _GUESSED_RATIO: Final = 2.0
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
+_SHARE_FORGETTING: Final = 0.95
 _LEAST_BYTES: Final = 64 * 1024
 """Chunks smaller than this say little."""
 
@@ -89,6 +92,8 @@ class Experience:
 
     read_s_per_byte: float = 0.4e-9
     """Seconds of a core to read and hash a byte."""
+    share: float = 1.0
+    """What part of a core one gets who could use a whole one: the rest is used by others."""
     _seen: dict[Method, _Sums] = field(default_factory=dict)
     _last: Method | None = None
 
@@ -96,11 +101,14 @@ class Experience:
         """Note what was done with a chunk."""
         if effort.data_bytes < _LEAST_BYTES:
             return
-        fresh = effort.read_s / effort.data_bytes
-        self.read_s_per_byte = _FORGETTING * self.read_s_per_byte + (1 - _FORGETTING) * fresh
+        read_s = effort.read_s / effort.data_bytes
+        self.read_s_per_byte = _FORGETTING * self.read_s_per_byte + (1 - _FORGETTING) * read_s
         if effort.encoded_bytes:
             self._seen.setdefault(effort.method, _Sums()).add(effort)
             self._last = effort.method
+            # Only of this: reading and hashing also wait for Python's lock, which more processors would not help.
+            share = min(1.0, effort.encode_s / max(effort.encode_wall_s, 1e-9))
+            self.share = _SHARE_FORGETTING * self.share + (1 - _SHARE_FORGETTING) * share
 
     def ratio(self, method: Method) -> float:
         """How many times smaller a method makes these contents; by what was tried last, which knows them best."""
@@ -126,8 +134,10 @@ class Experience:
 
 
 _FIRST_GUESS_BYTES_PER_S: Final = 125e6
-_GROWTH_PER_S: Final = 0.5
+_GROWTH_PER_S: Final = 0.15
 """A link that is not filled may be faster than it was; believed so slowly that trying it out costs little."""
+_FIRST_GROWTH_PER_S: Final = 1.0
+"""The same before it was ever seen to be full."""
 _BLOCKED: Final = 0.25
 """Share of their time that readers wait for lanes when the link is what limits."""
 
@@ -136,9 +146,9 @@ class Link:
     """How fast the lanes are, by what went over them while they were the bottleneck."""
 
     def __init__(self, bytes_per_s: float = 0.0) -> None:
-        """Start with what a measurement found, if there was one."""
+        """Start with what a short measurement found, if there was one."""
         self.bytes_per_s = bytes_per_s or _FIRST_GUESS_BYTES_PER_S
-        self._measured = bytes_per_s > 0
+        self._seen_full = False
 
     def add(self, *, seconds: float, wire_bytes: float, blocked: float) -> None:
         """Note a stretch of time.
@@ -150,10 +160,11 @@ class Link:
         """
         rate = wire_bytes / seconds
         if blocked >= _BLOCKED:
-            self.bytes_per_s = (self.bytes_per_s + rate) / 2 if self._measured else rate
-            self._measured = True
+            self.bytes_per_s = (self.bytes_per_s + rate) / 2 if self._seen_full else rate
+            self._seen_full = True
         else:
-            self.bytes_per_s = max(self.bytes_per_s * (1 + _GROWTH_PER_S * seconds), rate)
+            growth = _GROWTH_PER_S if self._seen_full else _FIRST_GROWTH_PER_S
+            self.bytes_per_s = max(self.bytes_per_s * (1 + growth * seconds), rate)
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,7 @@ class Situation:
     readers: int
     """Chunks that are read and compressed at a time."""
     cores: float
-    """Cores that the service may use: what it uses now and what is idle."""
+    """Cores that the service gets if it wants them."""
     send_s_per_byte: float
     """Seconds of a core to send a byte, encryption and all."""
 

@@ -110,9 +110,10 @@ class ChunkBuilder:
             encoding=NUMBERS[NONE],
             data_hash=xxh3_128_digest(split.data),
         )
-        data, size, was_read_at = split.data, len(split.data), time.thread_time()
+        data, size = split.data, len(split.data)
+        was_read_at, began = time.thread_time(), time.monotonic()
         encoded = self._encode(method, data)
-        encode_s = time.thread_time() - was_read_at
+        encode_s, encode_wall_s = time.thread_time() - was_read_at, time.monotonic() - began
         if encoded and len(encoded) < size * _WORTH_IT:
             head.encoding, data = NUMBERS[method.encoding], encoded
         give_back: Callable[[], None] = partial(self._free.append, buffer)
@@ -124,7 +125,7 @@ class ChunkBuilder:
             pages,
             sum(count for _, count in split.zero_runs),
             size,
-            Effort(method, size, len(encoded), was_read_at - started, encode_s),
+            Effort(method, size, len(encoded), was_read_at - started, encode_s, encode_wall_s),
             give_back,
         )
 
