@@ -1,8 +1,8 @@
 """A migration's progress as a person watches it.
 
-Promise: a terminal shows one live picture; a pipe or a log file gets one plain line for each change of phase or round,
-when the connection between the hosts is lost or back, and, in between, at most one a second; nothing is written to
-stdout.
+Promise: a terminal shows one live picture; a pipe or a log file gets one plain line for each change of phase or
+round, when the connection between the hosts is lost or back, and, in between, at most one a second; nothing is
+written to stdout.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from vmferry.v1 import migration_pb2 as pb
 LANES = 4
 STREAM = {"path": "stream", "downtime_limit": 30.0, "lanes": LANES}
 SLOW_MBIT = 1
-"""So slow that the stream of the smallest guest takes some seconds."""
+"""So slow that the stream of a guest whose memory is nearly all zero takes some seconds."""
 SOAK = bool(os.environ.get("VMFERRY_SOAK"))
 RUNS = 40 if SOAK else 3
 SEED = int(os.environ.get("VMFERRY_SEED") or random.randrange(1 << 32))
@@ -67,7 +67,7 @@ async def completes(broken: Broken, guest: LinuxGuest, migration_id: str) -> pb.
 async def test_a_guest_runs_while_its_stream_is_broken(broken: Broken, images: Path) -> None:
     """Under KVM, for longer than the destination waits for a silent source."""
     world = broken.world
-    guest = await boot(world, ticker_in_stream(images, "kvm"))
+    guest = await boot(world, ticker_in_stream(images, "kvm", memory_mib=512))
     migration_id = await broken_down(broken, guest)
     said = guest.serial(world.a).count("\n")
     limit_ms = (world.a.config.reconnect_timeout_s - world.b.config.receive_timeout_s - 3) * 1000
@@ -97,7 +97,7 @@ async def test_streams_over_links_that_break_at_random(broken: Broken, images: P
     """A guest that runs goes to and fro in streams; it is never damaged, and there is always exactly one copy."""
     print(f"VMFERRY_SEED={SEED}")
     here, there = broken.world.a, broken.world.b
-    guest = await boot(broken.world, ticker_in_stream(images, "kvm"))
+    guest = await boot(broken.world, ticker_in_stream(images, "kvm", memory_mib=256))
     for number in range(RUNS):
         rng = random.Random(f"{SEED} {number}")
         longest_s = 12.0 if SOAK else 2.0
