@@ -30,6 +30,7 @@ _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 2.0
 _GOODBYE_S: Final = 1.0
 _LONGEST_CAUSE: Final = 200
+_SHORTEST_LOOK_S: Final = 0.02
 
 Frame = BuiltChunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece
 Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
@@ -215,7 +216,8 @@ class Lanes:
                     limit="reconnect_timeout",
                     seconds=f"{limits.reconnect_s:g}",
                 )
-            await asyncio.sleep(min(1.0, limits.stall_s / 4, limits.reconnect_s / 4))
+            # No limit, whoever set it, makes this busy.
+            await asyncio.sleep(max(_SHORTEST_LOOK_S, min(1.0, limits.stall_s / 4, limits.reconnect_s / 4)))
 
 
 class _Lane:
