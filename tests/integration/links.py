@@ -179,11 +179,12 @@ async def disturbed(
     there: Host,
     *,
     longest_s: float,
+    mbit: int = SLOW_MBIT,
     **options: Any,
 ) -> Story:
     """Migrate over a slow link to which things happen at random moments; it is healed, and what follows awaited."""
     wire = broken.network.wires[there.name]
-    wire.shape(SLOW_MBIT)
+    wire.shape(mbit)
     faults: list[str] = []
     migration_id = await broken.world.start(guest, here, there, **options)
     for _ in range(rng.choice((1, 1, 2))):

@@ -25,9 +25,9 @@ from tests.support import require
 
 TAP = "tap0"
 UPLINK = "up0"
-GUEST = "198.18.77.10"
-_CLIENT = "198.18.77.3"
-_HOSTS = {"a": "198.18.77.1", "b": "198.18.77.2"}
+_HOSTS = {"a": 1, "b": 2}
+_CLIENT, _GUEST = 3, 10
+"""Last parts of addresses."""
 _PREFIX = 24
 
 
@@ -124,6 +124,8 @@ class Network:
 
     places: dict[str, Place]
     wires: dict[str, Wire]
+    guest: str
+    """An address for a guest."""
 
 
 @contextlib.contextmanager
@@ -132,7 +134,9 @@ def switched_hosts(*, taps: bool = True) -> Iterator[Network]:
     require(os.geteuid() == 0, "only root can make network namespaces")
     require(not taps or Path("/dev/net/tun").exists(), "no /dev/net/tun")
     mark = secrets.token_hex(3)
-    switch, places = f"vf-{mark}-s", {name: Place(_HOSTS[name], f"vf-{mark}-{name}") for name in _HOSTS}
+    net = _unused_net()
+    switch = f"vf-{mark}-s"
+    places = {name: Place(f"{net}.{number}", f"vf-{mark}-{name}") for name, number in _HOSTS.items()}
     spaces = [switch, *(place.namespace for place in places.values())]
     with contextlib.ExitStack() as stack:
         for space in spaces:
@@ -152,9 +156,17 @@ def switched_hosts(*, taps: bool = True) -> Iterator[Network]:
         client = f"vf-{mark}"
         ip("link", "add", client, "type", "veth", "peer", "to-client", "netns", switch)
         _plug_in(switch, "to-client")
-        ip("address", "add", f"{_CLIENT}/{_PREFIX}", "dev", client)
+        ip("address", "add", f"{net}.{_CLIENT}/{_PREFIX}", "dev", client)
         ip("link", "set", client, "up")
-        yield Network(places, {name: Wire(switch, name, place) for name, place in places.items()})
+        wires = {name: Wire(switch, name, place) for name, place in places.items()}
+        yield Network(places, wires, f"{net}.{_GUEST}")
+
+
+def _unused_net() -> str:
+    """The first parts of addresses, from the range for tests of networks, that no other test has at the moment."""
+    taken = run("ip", "-o", "-4", "address")
+    nets = (f"198.{18 + secrets.randbelow(2)}.{secrets.randbelow(256)}" for _ in range(1000))
+    return next(net for net in nets if f" {net}." not in taken)
 
 
 def _connect(end: str, namespace: str, other: str, its_namespace: str) -> None:

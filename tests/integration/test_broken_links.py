@@ -8,6 +8,7 @@ source can be watched all the time.
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ from tests.integration.hosts import Guest, World
 from tests.integration.links import LANES, Broken, assert_little_was_repeated, broken_hosts, lost
 from tests.integration.services import DEADLINE_S, DOMAIN, eventually
 from tests.integration.test_crossing import events
+from vmferry import failpoints
 from vmferry.errors import PeerUnreachableError
 from vmferry.security.authority import issue
 from vmferry.security.identity import Identity, Kind
@@ -134,6 +136,38 @@ async def test_one_dead_path_of_several_does_not_matter(broken: Broken) -> None:
     assert "connection lost" not in names
     await guest.assert_clean(world.b)
     assert_little_was_repeated(migration)
+
+
+@pytest.mark.parametrize("for_long", [False, True], ids=["reset", "broken down"])
+async def test_a_break_in_the_guests_pause(broken: Broken, for_long: bool) -> None:
+    """Connections that were reset are made anew and the machine crosses; without any it goes on here, in time."""
+    world = broken.world
+    guest = await broken.guest()
+    source = world.a.source
+    source.environment[failpoints.VARIABLE] = "source.paused=stop"
+    await source.restart()
+    try:
+        migration_id = await world.start(guest, world.a, world.b, lanes=LANES)
+        await eventually(lambda: source.status("State").startswith("T"), "the guest is paused", seconds=60)
+        if for_long:
+            broken.break_down()
+        else:
+            broken.wire.reset()
+        source.signal(signal.SIGCONT)
+        if not for_long:
+            migration = await completes(broken, guest, migration_id)
+            assert migration.progress.reconnects >= LANES
+            return
+        said = guest.serial(world.a).count("\n")
+        await eventually(lambda: guest.serial(world.a).count("\n") > said, "the guest goes on", seconds=30)
+        broken.wire.heal()
+        migration = await world.ended(world.a, migration_id)
+        assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
+        assert "switch_timeout" in migration.reason.message
+    finally:
+        source.environment.clear()
+        await source.restart()
+    await world.assert_stays(guest, world.a, world.b)
 
 
 async def test_certificates_may_be_replaced_during_a_break(broken: Broken) -> None:

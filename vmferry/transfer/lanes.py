@@ -33,6 +33,7 @@ _LONGEST_BACKOFF_S: Final = 2.0
 _GOODBYE_S: Final = 1.0
 _TRANSFER: Final = "/vmferry.v1.DestinationService/Transfer"
 _LONGEST_CAUSE: Final = 200
+_SHORTEST_LOOK_S: Final = 0.02
 
 Frame = BuiltChunk | PieceFrame | transfer_pb2.DeviceState
 Call = grpc.aio.StreamStreamCall[bytes, transfer_pb2.TransferResponse]
@@ -221,7 +222,8 @@ class Lanes:
                     limit="reconnect_timeout",
                     seconds=f"{limits.reconnect_s:g}",
                 )
-            await asyncio.sleep(min(1.0, limits.stall_s / 4, limits.reconnect_s / 4))
+            # No limit, whoever set it, makes this busy.
+            await asyncio.sleep(max(_SHORTEST_LOOK_S, min(1.0, limits.stall_s / 4, limits.reconnect_s / 4)))
 
 
 class _Lane:

@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
-import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.integration.hosts import MIB, World
 from tests.integration.proxy import Proxy
-from tests.integration.qemu import firmware
-from tests.integration.qemu.conftest import QEMU, LinuxGuest, boot, linux_spec
+from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec, ticker_in_stream
 from tests.integration.services import DEADLINE_S, eventually, eventually_async
-from tests.support import require
-from vmferry.machines.qemu import probe
-from vmferry.machines.qemu.spec import QemuSpec
-from vmferry.machines.spec import MachineSpec, new_qemu_spec
+from vmferry.machines.spec import MachineSpec
 from vmferry.v1 import compatibility_pb2, machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -34,21 +28,12 @@ SLOW = 150 * KIB
 """So slow that the stream of the smallest guest takes some seconds."""
 MEMORY_MIB = 64
 STREAM = {"path": "stream", "downtime_limit": 30.0}
-OLD_CPU = "pentium3"
-"""All that the smallest guest needs; nested KVM does not always have more."""
 
 
 @pytest.fixture(params=["kvm", "tcg"])
 def ticker(request: pytest.FixtureRequest, images: Path) -> MachineSpec:
     """The smallest guest that checks itself, streamed while it runs and streamed while it is paused."""
-    accelerator = request.param
-    if accelerator == "kvm":
-        problem = probe.accelerator_problem(str(QEMU), "kvm", OLD_CPU)
-        require(not problem, f"KVM runs no guest here: {problem}")
-    rom = images / "ticker.rom"
-    rom.write_bytes(firmware.image())
-    part = QemuSpec(accelerator=accelerator, cpu=OLD_CPU, firmware=str(rom))
-    return replace(new_qemu_spec("vm", MEMORY_MIB, 1, part), name=f"tic-{uuid.uuid4().hex[:8]}")
+    return ticker_in_stream(images, request.param)
 
 
 async def in_the_middle(world: World, guest: LinuxGuest, link: Proxy) -> str:

@@ -66,12 +66,14 @@ def test_migrate_sends_a_ticket_for_exactly_this_crossing(call: Run, source: Fak
     """The ticket names machine, source and destination; options not given are left to the service."""
     source.script = [migration(outcome=COMPLETED)]
 
-    assert call(*MOVE, "--downtime-limit-ms", 1250, "--lanes", 2).code == ExitCode.OK
+    limits = ("--downtime-limit-ms", 1250, "--reconnect-timeout", 2.5)
+    assert call(*MOVE, *limits, "--lanes", 2).code == ExitCode.OK
 
     (ticket,) = source.tickets
     assert (ticket.machine_id, ticket.source.uri, ticket.destination.uri) == (MACHINE_ID, HOST_A, HOST_B)
     options = source.requests[-1].options
     assert options.downtime_limit.ToMilliseconds() == 1250
+    assert options.reconnect_timeout.ToMilliseconds() == 2500
     assert options.lanes == 2
     assert options.verify == migration_pb2.VERIFY_MODE_UNSPECIFIED
     assert not options.tracker
