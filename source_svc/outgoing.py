@@ -18,6 +18,7 @@ from typing import Final
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
 from source_svc.files import incompatible, shown
+from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
 from source_svc.migrations import Migration
 from source_svc.orders import Order
@@ -57,7 +58,7 @@ _PREFLIGHT_S: Final = 1.0
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
 
-class Outgoing:
+class Outgoing(Followed):
     """A migration in progress."""
 
     def __init__(

@@ -11,7 +11,9 @@ import contextlib
 from typing import Final
 
 from source_svc.departure import Departure, discard_if_gone
+from source_svc.following import Followed
 from source_svc.migrations import Migration
+from source_svc.pause import Pause
 from source_svc.peer import Destination
 from vmferry.config import HostConfig
 from vmferry.errors import (
@@ -65,6 +67,9 @@ class Returned:
         self._directory = directory
         self._retry_s = retry_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pauses: dict[str, Pause] = {}
+        self._why_not: dict[str, str] = {}
+        """Why a machine was not resumed by the last try."""
 
     def __contains__(self, machine_id: str) -> bool:
         return machine_id in self._tasks
@@ -72,9 +77,17 @@ class Returned:
     def add(self, machine_id: str) -> None:
         """Begin to look after a machine."""
         if machine_id not in self._tasks:
+            self._pauses[machine_id] = Pause()
             task = asyncio.create_task(self._settle(machine_id), name=f"return-{machine_id}")
             self._tasks[machine_id] = task
             task.add_done_callback(lambda _: self._tasks.pop(machine_id, None))
+
+    async def hurry(self, machine_id: str) -> str:
+        """Try now; returns why that came to nothing, if it did. It is then tried again until it works."""
+        new = machine_id not in self._tasks
+        self.add(machine_id)
+        await self._pauses[machine_id].hurry(self._tasks[machine_id], tries=1 if new else 0)
+        return self._why_not.get(machine_id, "")
 
     async def stop(self) -> None:
         """Leave the rest to the next start."""
@@ -84,17 +97,21 @@ class Returned:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _settle(self, machine_id: str) -> None:
+        pause = self._pauses[machine_id]
         while True:
             try:
                 await settle_quiet(machine_id, self._ledger, self._directory)
             except MachineFailedError as error:
+                self._why_not[machine_id] = error.message
                 _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
             except VmferryError as error:
+                self._why_not[machine_id] = error.message
                 _LOG.error("cannot be resumed", machine=machine_id, detail=error.message)
                 return
             else:
+                self._why_not.pop(machine_id, None)
                 return
-            await asyncio.sleep(self._retry_s)
+            await pause.wait(self._retry_s)
 
 
 def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
@@ -106,7 +123,7 @@ def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
     )
 
 
-class Recovered:
+class Recovered(Followed):
     """An attempt that was open when the service ended; followed to its end without a guest to copy."""
 
     def __init__(
