@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Final
 
 from source_svc.departure import Departure, discard_if_gone
@@ -26,9 +27,10 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff import source
-from vmferry.handoff.ledger import HostLedger
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.reading import Reading
 from vmferry.handoff.rights import Standing
-from vmferry.handoff.states import AttemptState, Tell
+from vmferry.handoff.states import AttemptState, RecordKind, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
@@ -36,6 +38,7 @@ from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
+_OPEN: Final = {RecordKind.BEGUN, RecordKind.SEALED, RecordKind.HANDED_OFF}
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -54,6 +57,22 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
                 await machine.cont(permit)
     finally:
         await machine.close()
+
+
+def unknown_migration(machine_id: str, readings: Sequence[Reading], own: str) -> pb.Migration | None:
+    """The migration that was open when its journal was last readable: what became of it cannot be known."""
+    entries = next(one.entries for one in readings if one.role is Role.SOURCE)
+    if not entries or entries[-1].record.kind not in _OPEN or entries[-1].record.attempt is None:
+        return None
+    attempt = entries[-1].record.attempt
+    return pb.Migration(
+        id=attempt.migration_id.hex(),
+        machine=machine_id,
+        machine_id=machine_id,
+        source=own,
+        destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
+        phase=pb.MIGRATION_PHASE_HANDING_OFF,
+    )
 
 
 class Returned:

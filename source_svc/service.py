@@ -23,7 +23,13 @@ from source_svc.orders import Order, read_destination, read_order, required
 from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
+from source_svc.recovery import (
+    Recovered,
+    Returned,
+    not_resumed_yet,
+    settle_quiet,
+    unknown_migration,
+)
 from source_svc.settling import SourcePart
 from vmferry.errors import (
     InvalidArgumentError,
@@ -31,6 +37,7 @@ from vmferry.errors import (
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    PointOfNoReturnError,
     ServiceStoppingError,
     TicketUsedError,
     TooManyMigrationsError,
@@ -38,6 +45,7 @@ from vmferry.errors import (
 )
 from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
+from vmferry.handoff.reading import read_machine
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.fileidentity import Contents
 from vmferry.machines.qmp import QmpMachine
@@ -97,6 +105,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
+                await self._keep_unknown(machine_id, error)
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
@@ -180,6 +189,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         running = self._running.get(migration.id)
         if running is not None:
             running.cancel("cancelled by a caller")
+        elif not migration.ended:
+            raise PointOfNoReturnError("nothing is known of the migration any more", migration=migration.id)
         return pb.CancelMigrationResponse(migration=migration.snapshot())
 
     async def ListMachines(
@@ -311,6 +322,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             return
         if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
+
+    async def _keep_unknown(self, machine_id: str, error: VmferryError) -> None:
+        """Tell whoever asks for the machine's migration that nothing is known of it."""
+        readings = read_machine(self._config.journal_dir, machine_id, error.message)
+        message = unknown_migration(machine_id, readings, self._own.uri)
+        if message is not None:
+            migration = Migration(message)
+            self._migrations.add(migration)
+            await migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, error)
 
     def _follow_open(self, machine_id: str) -> bool:
         """Go on with the machine's open attempt; false if there is none."""

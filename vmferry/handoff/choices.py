@@ -15,7 +15,8 @@ from vmferry.handoff.rights import Rights
 from vmferry.handoff.states import Attempt
 
 CONFIRMATION: Final = "I confirm the other copy is powered off"
-_EVIDENCE: Final = f'(--evidence ID | --confirm "{CONFIRMATION}")'
+_OR_CONFIRM: Final = f'. ID names what shows it; without one: --confirm "{CONFIRMATION}"'
+"""Behind a risk, for the two commands that take an operator's word."""
 _MEMORY_HERE: Final = {Guest.RUNNING, Guest.PAUSED}
 
 
@@ -80,7 +81,7 @@ def _wait(facts: Facts, found: Doubt | None, now: tuple[Side, str, Attempt] | No
     command = (
         f"vmferry watch {now[2].migration_id.hex()}"
         if now and leaving
-        else f"vmferry recover {facts.machine}"
+        else f"vmferry recover {facts.machine} --show"
     )
     for_a_person = {
         Reason.JOURNAL_DAMAGED,
@@ -157,8 +158,8 @@ def _force_reclaim(facts: Facts) -> Choice:
     with_memory = " --with-memory" if memory else ""
     return Choice(
         "force-reclaim",
-        risk,
-        f"vmferry handoff force-reclaim {facts.machine} {_EVIDENCE}{with_memory}",
+        risk + _OR_CONFIRM,
+        f"vmferry handoff force-reclaim {facts.machine} --evidence ID{with_memory}",
         why_not,
     )
 
@@ -187,8 +188,8 @@ def _force_accept(facts: Facts) -> Choice:
         )
     return Choice(
         "force-accept",
-        risk,
-        f"vmferry handoff force-accept {facts.machine} {_EVIDENCE}{' [--with-memory]' if with_memory else ''}",
+        risk + _OR_CONFIRM,
+        f"vmferry handoff force-accept {facts.machine} --evidence ID{' [--with-memory]' if with_memory else ''}",
         why_not,
     )
 
