@@ -15,13 +15,16 @@ class Pause:
     def __init__(self) -> None:
         self._cut = asyncio.Event()
         self._waiting = False
-        self._begun = asyncio.Event()
-        """The next wait has begun, so a try has ended; made anew for each wait."""
+        self._ended = 0
+        """How many tries have ended: each wait begins behind one."""
+        self._news = asyncio.Event()
+        """Another one has; made anew each time."""
 
     async def wait(self, seconds: float) -> bool:
         """Wait, for as long as nobody cuts it short; returns whether somebody did."""
-        self._begun.set()
-        self._begun = asyncio.Event()
+        self._ended += 1
+        self._news.set()
+        self._news = asyncio.Event()
         self._waiting = True
         try:
             with contextlib.suppress(TimeoutError):
@@ -43,12 +46,11 @@ class Pause:
             # One that is under way began before, maybe with a connection that is dead: one more follows at once.
             tries = 1 if self._waiting else 2
             self._cut.set()
-        for _ in range(tries):
-            begun = asyncio.create_task(self._begun.wait())
+        enough = self._ended + tries
+        while self._ended < enough and not task.done():
+            news = asyncio.create_task(self._news.wait())
             try:
-                await asyncio.wait({task, begun}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({task, news}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                begun.cancel()
-                await asyncio.gather(begun, return_exceptions=True)
-            if task.done():
-                return
+                news.cancel()
+                await asyncio.gather(news, return_exceptions=True)
