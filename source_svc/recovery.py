@@ -67,7 +67,6 @@ def unknown_migration(machine_id: str, readings: Sequence[Reading], own: str) ->
     attempt = entries[-1].record.attempt
     return pb.Migration(
         id=attempt.migration_id.hex(),
-        machine=machine_id,
         machine_id=machine_id,
         source=own,
         destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),

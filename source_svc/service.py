@@ -328,6 +328,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         readings = read_machine(self._config.journal_dir, machine_id, error.message)
         message = unknown_migration(machine_id, readings, self._own.uri)
         if message is not None:
+            message.machine = self._name_of(machine_id)
             migration = Migration(message)
             self._migrations.add(migration)
             await migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, error)

@@ -82,8 +82,8 @@ def _arrived(rights: Rights) -> bool:
 
 
 def _told(message: pb.Migration) -> str:
-    asked = f"asked {message.destination.host} again"
+    tried = f"tried again with {message.destination.host}"
     if message.phase == pb.MIGRATION_PHASE_ENDED:
         outcome = pb.MigrationOutcome.Name(message.outcome).removeprefix("MIGRATION_OUTCOME_").lower()
-        return f"{asked}: the migration is {outcome}, the machine belongs to {message.owner}"
-    return f"{asked}: {message.reason.message or 'no answer yet'}"
+        return f"{tried}: the migration is {outcome}, the machine belongs to {message.owner}"
+    return f"{tried}: {message.reason.message or 'no answer yet'}"

@@ -218,7 +218,7 @@ async def test_recover_shows_both_ends_and_settles_at_once_when_the_link_is_whol
     assert time.monotonic() - began < RETRY_S / 3
     assert kinds(settled.ends()["here"])["source"][-1] == "DONE"
     assert kinds(settled.ends()["there"])["destination"][-1] == "RAN"
-    assert any("asked" in text for text in settled.ends()["here"]["done"])
+    assert any("tried again" in text for text in settled.ends()["here"]["done"])
     ended = await world.ended(world.a, migration_id)
     assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED
     await guest.assert_clean(world.b)

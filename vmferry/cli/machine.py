@@ -107,14 +107,14 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             machine.name or "-",
             label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
-            machine.blockage.reason or "-",
             _memory(machine.spec),
             _label(machine.spec),
+            machine.blockage.reason or "-",
             machine.uuid,
         )
         for machine in machines
     ]
-    headings = ("NAME", "STATE", "RIGHT", "BLOCKED", "MEMORY", "KIND", "UUID")
+    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", "BLOCKED", "UUID")
     print_table(headings, rows, empty="no machines")
     for machine in machines:
         if machine.HasField("blockage"):

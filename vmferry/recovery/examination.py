@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,27 +105,29 @@ class Examiner:
     async def strays(self, records: Iterable[MachineRecord]) -> list[machine_pb2.Machine]:
         """Blocked machines of which only journals are left here."""
         known = {record.spec.uuid for record in records}
-        found = await self._examine_all([one for one in await self._all() if one not in known], {})
+        suspects = await asyncio.to_thread(self._suspects, known)
+        found = [await self._examine(machine_id, None) for machine_id in suspects]
         return [as_message(one) for one in found if one.doubt is not None]
 
     async def census(self) -> Counter[Reason]:
         """How many machines of this host are blocked, by reason, as far as they are this service's half to settle."""
         records = {record.spec.uuid: record for record in self.directory.list()}
-        found = await self._examine_all(await self._all(), records)
+        suspects = await asyncio.to_thread(self._suspects, set(records))
+        # One after the other: nobody waits for this, and everybody shares the disk and the hypervisors.
+        found = [await self._examine(one, records.get(one)) for one in (*records, *suspects)]
         return Counter(
             one.doubt.reason
             for one in found
             if one.doubt is not None and self.service in (None, _ROLES[one.doubt.side])
         )
 
-    async def _all(self) -> list[str]:
-        return await asyncio.to_thread(self._with_journals)
-
-    async def _examine_all(
-        self, machine_ids: Iterable[str], records: dict[str, MachineRecord]
-    ) -> list[Known]:
-        # One after the other: nobody waits for this, and everybody shares the disk and the hypervisors.
-        return [await self._examine(machine_id, records.get(machine_id)) for machine_id in machine_ids]
+    def _suspects(self, known: Container[str]) -> list[str]:
+        """Machines of which only journals are here, and that may be blocked; most are gone for good."""
+        return [
+            machine_id
+            for machine_id in self._with_journals()
+            if machine_id not in known and _may_be_in_doubt(self._rights(machine_id), Guest.ABSENT)
+        ]
 
     async def _examine(
         self, machine_id: str, record: MachineRecord | None, *, thorough: bool = False
