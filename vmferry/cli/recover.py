@@ -50,6 +50,48 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 
+PeerOption = Annotated[
+    str,
+    typer.Option("--peer", metavar="HOST:PORT", help="A service of the other host, if it is not known here."),
+]
+PeerHostOption = Annotated[
+    str,
+    typer.Option("--peer-host", metavar="URI", help="Who must answer there, if the attempt does not say."),
+]
+ShowOption = Annotated[bool, typer.Option("--show", help="Change nothing, only show.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="Read this host's journals without a service; changes nothing."
+    ),
+]
+# Unlike those of other commands, these may be missing: --config needs no service.
+SourceOption = Annotated[
+    str,
+    typer.Option(
+        "--source",
+        envvar="VMFERRY_SOURCE",
+        metavar="HOST:PORT",
+        help="The source (or destination) service of the host.",
+    ),
+]
+SourceHostOption = Annotated[
+    str,
+    typer.Option(
+        "--source-host",
+        envvar="VMFERRY_SOURCE_HOST",
+        metavar="URI",
+        help="Identity its certificate must carry: spiffe://DOMAIN/vmhost/NAME.",
+    ),
+]
+TlsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls", envvar="VMFERRY_TLS", metavar="DIR", help="Own certificates: ca.pem, tls.crt, tls.key."
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Asked:
     """Whom to ask, as the options say."""
@@ -97,50 +139,14 @@ class Host:
 def recover(
     *,
     machine: MachineArgument,
-    peer: Annotated[
-        str,
-        typer.Option(
-            "--peer", metavar="HOST:PORT", help="A service of the other host, if it is not known from here."
-        ),
-    ] = "",
-    peer_host: Annotated[
-        str,
-        typer.Option(
-            "--peer-host", metavar="URI", help="Who must answer there, if the attempt does not say."
-        ),
-    ] = "",
-    show: Annotated[bool, typer.Option("--show", help="Change nothing, only show.")] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE", help="Read this host's journals without a service; changes nothing."
-        ),
-    ] = None,
+    peer: PeerOption = "",
+    peer_host: PeerHostOption = "",
+    show: ShowOption = False,
+    config: ConfigOption = None,
     json: JsonOption = False,
-    source: Annotated[
-        str,
-        typer.Option(
-            "--source",
-            envvar="VMFERRY_SOURCE",
-            metavar="HOST:PORT",
-            help="The source (or destination) service of the host.",
-        ),
-    ] = "",
-    source_host: Annotated[
-        str,
-        typer.Option(
-            "--source-host",
-            envvar="VMFERRY_SOURCE_HOST",
-            metavar="URI",
-            help="Identity its certificate must carry: spiffe://DOMAIN/vmhost/NAME.",
-        ),
-    ] = "",
-    tls: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls", envvar="VMFERRY_TLS", metavar="DIR", help="Own certificates: ca.pem, tls.crt, tls.key."
-        ),
-    ] = None,
+    source: SourceOption = "",
+    source_host: SourceHostOption = "",
+    tls: TlsOption = None,
 ) -> None:
     """Show what both hosts know of a machine and settle what can be settled; exit code 6 while it is unknown."""
     asked = Asked(source, source_host, tls, peer, peer_host)
