@@ -155,9 +155,11 @@ class Examiner:
             served=self.service is not None,
         )
         found = doubt(facts)
-        since = _since(found, journals) if found is not None else None
-        if found is not None and not found.lasts(since / 1e9 if since is not None else None, time.time()):
-            found = None
+        if (
+            found is not None and not thorough
+        ):  # who asks for one machine is told how it stands at this moment
+            since = _since(found, journals)
+            found = found if found.lasts(since / 1e9 if since is not None else None, time.time()) else None
         return Known(machine_id, record, rights, answer, journals, contact, found, facts)
 
     def _rights(self, machine_id: str) -> Rights:

@@ -78,13 +78,14 @@ async def test_the_journal_tells_since_when(
 async def test_a_fresh_doubt_is_no_blockage(
     directory: MachineDirectory, ledger: HostLedger, tmp_path: Path
 ) -> None:
-    """A hand-off takes its moment: nothing is called blocked meanwhile."""
+    """A hand-off takes its moment: no list and no count calls it blocked; who asks for this machine is told."""
     ledger.birth(MACHINE)
     with closing(ledger.open_source(MACHINE)) as log:
         for kind in (K.BEGUN, K.SEALED, K.HANDED_OFF):
             log.append(Append(record(kind), durable=kind is not K.SEALED))
-    assert (await examiner(directory, ledger, tmp_path).find(MACHINE)).doubt is None
     assert await examiner(directory, ledger, tmp_path).strays([]) == []
+    assert not await examiner(directory, ledger, tmp_path).census()
+    assert (await examiner(directory, ledger, tmp_path).find(MACHINE)).doubt is not None
 
 
 async def test_each_service_counts_its_own_half(
