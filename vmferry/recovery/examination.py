@@ -30,6 +30,7 @@ from vmferry.v1 import machine_pb2
 
 _NO_RIGHTS = Rights(Epochs(), source.Quiet(), destination.DestinationState(), damaged=True)
 _ROLES = {Side.SOURCE: Role.SOURCE, Side.DESTINATION: Role.DESTINATION}
+_TICK_NS = 1_000_000_000
 _SIDES = {role: side for side, role in _ROLES.items()}
 
 
@@ -78,6 +79,7 @@ class Examiner:
         self.ledger = ledger
         self.service = service
         self._journal_dir = journal_dir
+        self._settled: dict[str, tuple[tuple[int, int, int], ...]] = {}
         self._contact = contact
 
     async def find(self, name: str) -> Known:
@@ -123,11 +125,28 @@ class Examiner:
 
     def _suspects(self, known: Container[str]) -> list[str]:
         """Machines of which only journals are here, and that may be blocked; most are gone for good."""
-        return [
-            machine_id
-            for machine_id in self._with_journals()
-            if machine_id not in known and _may_be_in_doubt(self._rights(machine_id), Guest.ABSENT)
-        ]
+        return [one for one in self._with_journals() if one not in known and not self._is_settled(one)]
+
+    def _is_settled(self, machine_id: str) -> bool:
+        """Whether nothing about a machine without a process here can be in doubt; read again only if it changed."""
+        stamp = self._stamp(machine_id)
+        if self._settled.get(machine_id) == stamp:
+            return True
+        settled = not _may_be_in_doubt(self._rights(machine_id), Guest.ABSENT)
+        written_ns = [time_ns for time_ns, _, _ in stamp]
+        # A file may be written twice within one tick of its clock.
+        if settled and max(written_ns, default=0) < time.time_ns() - _TICK_NS:
+            self._settled[machine_id] = stamp
+        return settled
+
+    def _stamp(self, machine_id: str) -> tuple[tuple[int, int, int], ...]:
+        """What is different once a journal of the machine was written, cut, replaced or removed."""
+        found = []
+        for role in Role:
+            with contextlib.suppress(FileNotFoundError):
+                status = (self._journal_dir / machine_id / f"{role}.journal").stat()
+                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return tuple(found)
 
     async def _examine(
         self, machine_id: str, record: MachineRecord | None, *, thorough: bool = False

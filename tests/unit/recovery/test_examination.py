@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -15,7 +16,7 @@ from vmferry.errors import MachineNotFoundError
 from vmferry.handoff.blocked import Reason, Word
 from vmferry.handoff.journal import SLOT_BYTES
 from vmferry.handoff.ledger import HostLedger, Role
-from vmferry.handoff.rights import Standing
+from vmferry.handoff.rights import Rights, Standing
 from vmferry.handoff.states import Append, AttemptState, RecordKind
 from vmferry.machines.directory import MachineDirectory
 from vmferry.recovery.contact import Contact
@@ -86,6 +87,34 @@ async def test_a_fresh_doubt_is_no_blockage(
     assert await examiner(directory, ledger, tmp_path).strays([]) == []
     assert not await examiner(directory, ledger, tmp_path).census()
     assert (await examiner(directory, ledger, tmp_path).find(MACHINE)).doubt is not None
+
+
+async def test_what_is_gone_for_good_is_read_once_and_a_change_is_seen(
+    directory: MachineDirectory, ledger: HostLedger, tmp_path: Path, handed_off: int
+) -> None:
+    """A host that sent thousands of machines away lists quickly; a journal that is harmed later is noticed."""
+    assert handed_off
+    with closing(ledger.open_source(MACHINE)) as log:
+        log.append(Append(record(K.DONE)))
+    for role in (Role.OPERATOR, Role.SOURCE):
+        os.utime(file_of(ledger, role), (1, 1))
+    looking = examiner(directory, ledger, tmp_path)
+    assert await looking.strays([]) == []
+    read: list[str] = []
+    rights = ledger.rights
+
+    def noted(machine_id: str) -> Rights:
+        read.append(machine_id)
+        return rights(machine_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "rights", noted)
+        assert await looking.strays([]) == []
+        assert read == []
+        file_of(ledger, Role.SOURCE).unlink()
+        (stray,) = await looking.strays([])
+    assert stray.blockage.reason == "JOURNAL_DAMAGED"
+    assert read
 
 
 async def test_each_service_counts_its_own_half(
