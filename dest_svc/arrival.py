@@ -54,6 +54,8 @@ class Arrival:
         self._resume_retry_s = resume_retry_s
         self._on_broken_journal = on_broken_journal
         self._resuming: asyncio.Task[None] | None = None
+        self._hindered = ""
+        """Why the guest could not be resumed the last time."""
         self._afterwards: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
 
@@ -126,6 +128,7 @@ class Arrival:
         try:
             await self.resume()
         except VmferryError as error:
+            self._hindered = error.message
             _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
             if self._resuming is None or self._resuming.done():
                 self._resuming = asyncio.create_task(self._keep_resuming())
@@ -213,6 +216,25 @@ class Arrival:
                         await self._discard()  # the service was killed between the record and its effect
                 case destination.Owned() | destination.Empty():
                     pass
+
+    async def settle(self, *, copy_gone: bool) -> str:
+        """Do now what would be tried next; returns what came of it, or nothing if nothing was to be done.
+
+        Args:
+            copy_gone: the copy's process has ended; one that is only silent may be the last copy.
+        """
+        async with self.lock:
+            match self.state.current:
+                case destination.Prepared() if copy_gone and not await self.copy_waits():
+                    await self.lose_copy("the prepared copy died")
+                    refused = isinstance(self.state.current, destination.Refused)
+                    return "the prepared copy is gone: the attempt is refused" if refused else ""
+                case destination.Owned(ran=False):
+                    await self._try_resume()
+                    now = self.state.current
+                    ran = isinstance(now, destination.Owned) and now.ran
+                    return "the guest is resumed here" if ran else f"it is not resumed: {self._hindered}"
+        return ""
 
     async def lose_copy(self, why: str) -> None:
         """The copy here is gone or unusable; the caller holds the lock."""

@@ -19,6 +19,7 @@ from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
 from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
 from dest_svc.receiver import Receiver
+from dest_svc.settling import DestinationPart
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
@@ -44,6 +45,7 @@ from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.path import DIRECT
+from vmferry.recovery.service import RecoveryService
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.interceptors import current_caller
@@ -73,6 +75,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
+        self._part = DestinationPart(self._arrivals)
+        self._recovery = RecoveryService(host, Role.DESTINATION, self._part)
         self._admission = asyncio.Lock()
         self._measurements = Measurements(host.config.ram_dir)
         self._judge = Judge(host.config)
@@ -86,7 +90,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         # The two that carry memory are read without a copy.
         read_requests_with(server, name, self.Transfer, decode_request)
         read_requests_with(server, name, self.Measure, decode_measured)
-        return [name]
+        return [name, self._recovery.register(server)]
 
     async def recover(self) -> None:
         """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
@@ -111,6 +115,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
 
     async def close(self) -> None:
         """Let go of the journals."""
+        self._recovery.close()
         for arrival in self._arrivals.values():
             await arrival.close()
 
@@ -180,6 +185,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Seal(self, request: handoff_pb2.SealRequest, context: Context) -> handoff_pb2.SealResponse:
         """Verify and load the copy."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Seal")
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:  # nothing is made for a machine that nobody has begun to send
             raise WrongPhaseError("there is no such attempt to seal", field="attempt")
@@ -189,6 +195,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
         """Take the right to run, and run."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Go")
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:
             return handoff_pb2.GoResponse(status=self._message(Answer(AttemptState.UNSEEN)))
@@ -201,6 +208,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         """Say from the journal how an attempt stands."""
         attempt = self._attempt(request.attempt, read_only=not request.close_unseen)
         if request.close_unseen:
+            self._part.hear(attempt, "GetAttempt")
             status = await to_the_end(self._close_unseen(attempt))
             return handoff_pb2.GetAttemptResponse(status=status)
         if attempt.machine_id not in self._arrivals:  # a question leaves nothing behind
@@ -223,6 +231,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Abort(self, request: handoff_pb2.AbortRequest, context: Context) -> handoff_pb2.AbortResponse:
         """Close an attempt, unless it is too late."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Abort")
         arrival = self._arrival(attempt.machine_id)
         return handoff_pb2.AbortResponse(status=await to_the_end(self._abort(arrival, attempt, request)))
 

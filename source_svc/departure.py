@@ -15,6 +15,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
+from source_svc.pause import Pause
 from source_svc.peer import Destination
 from vmferry.errors import (
     JournalDamagedError,
@@ -92,6 +93,10 @@ class Departure:
         self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
+        self.pause = Pause()
+        """Between two questions to the destination, or two tries to resume."""
+        self.settling = False
+        """The destination is being asked, or the guest resumed, again and again."""
         self._release_due = False
         self._not_resumed: MachineFailedError | None = None
 
@@ -218,9 +223,11 @@ class Departure:
         A disk's lock may be held elsewhere for a while, and so may the hypervisor itself.
         """
         while self._not_resumed is not None:
+            self.settling = True
             await story.stays_paused(self._not_resumed)
-            await asyncio.sleep(story.retry_s)
+            await self.pause.wait(story.retry_s)
             await self._try_resume()
+        self.settling = False
 
     async def settle_records(self) -> None:
         """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""
@@ -285,6 +292,7 @@ class Departure:
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""
+        self.settling = True
         todo, heard_at = first, time.monotonic()
         while not isinstance(self.state, source.Quiet):
             if not todo and await self._settled_by_its_new_owner(self.state, story):
@@ -298,7 +306,8 @@ class Departure:
                 todo = await self._waited(enough=time.monotonic() - heard_at > story.cold_boot_wait_s)
             if not isinstance(self.state, source.Quiet) and not todo:
                 await story.waits(self.waiting)
-                await asyncio.sleep(story.retry_s)
+                if await self.pause.wait(story.retry_s):
+                    await destination.renew()
 
     async def _settled_by_its_new_owner(self, state: source.SourceState, story: Story) -> bool:
         """Close a hand-off whose outcome came by another way: the machine is on its way back, or has arrived."""

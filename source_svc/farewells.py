@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
+from source_svc.pause import Pause
 from source_svc.peer import Destination
 from vmferry.errors import (
     JournalDamagedError,
@@ -30,6 +32,17 @@ _LONGEST_WAIT_S: Final = 60.0
 _PASSING: Final = (PeerUnreachableError, ServiceStoppingError, TimedOutError, JournalDamagedError)
 
 
+@dataclass
+class _Farewell:
+    """One that is being said."""
+
+    attempt: Attempt
+    task: asyncio.Task[None]
+    pause: Pause = field(default_factory=Pause)
+    why_not: str = ""
+    """Why it could not be said the last time."""
+
+
 class Farewells:
     """All that are still to be said by one source service."""
 
@@ -40,7 +53,7 @@ class Farewells:
         self._open_peer = open_peer
         self._retry_s = retry_s
         self._tasks: set[asyncio.Task[None]] = set()
-        self._saying: set[bytes] = set()
+        self._saying: dict[bytes, _Farewell] = {}
 
     def say(self, machine_id: str) -> None:
         """Tell the destination of the machine's last attempt, if this host closed it.
@@ -50,6 +63,15 @@ class Farewells:
         task = asyncio.create_task(self._say(machine_id), name=f"farewell-{machine_id}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def hurry(self, machine_id: str) -> list[str]:
+        """Say what is still to be said about a machine now; returns what came of it, in sentences."""
+        said = []
+        for one in [one for one in self._saying.values() if one.attempt.machine_id == machine_id]:
+            await one.pause.hurry(one.task)
+            came = f"could not be told: {one.why_not}" if one.why_not else "knows it now"
+            said.append(f"an attempt was closed here and {one.attempt.destination} {came}")
+        return said
 
     async def stop(self) -> None:
         """Leave the rest to the next start."""
@@ -62,28 +84,33 @@ class Farewells:
         attempt = await self._closed(machine_id)
         if attempt is None or attempt.migration_id in self._saying:
             return
-        self._saying.add(attempt.migration_id)
+        task = asyncio.current_task()
+        assert task is not None
+        farewell = self._saying[attempt.migration_id] = _Farewell(attempt, task)
         wait_s = self._retry_s
         try:
-            while not await self._told(attempt):
-                await asyncio.sleep(wait_s)
+            while not await self._told(farewell):
+                await farewell.pause.wait(wait_s)
                 wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
         finally:
-            self._saying.discard(attempt.migration_id)
+            del self._saying[attempt.migration_id]
 
     async def _closed(self, machine_id: str) -> Attempt | None:
         """The machine's last attempt, if it was closed here and none has begun since."""
         outgoing = (await asyncio.to_thread(self._ledger.rights, machine_id)).outgoing
         return outgoing.closed if isinstance(outgoing, source.Quiet) else None
 
-    async def _told(self, attempt: Attempt) -> bool:
+    async def _told(self, farewell: _Farewell) -> bool:
         """Whether the destination knows now, or cannot be told anything."""
+        attempt = farewell.attempt
         destination = self._open_peer(attempt.destination_address, Identity.parse(attempt.destination))
         try:
             await destination.tell("Abort", attempt, digest=b"", reason="closed by its source")
         except VmferryError as error:
+            farewell.why_not = error.message
             _LOG.info("the destination could not be told", machine=attempt.machine_id, detail=error.message)
             return not isinstance(error, _PASSING)
         finally:
             await destination.close()
+        farewell.why_not = ""
         return True

@@ -17,6 +17,7 @@ from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
 from source_svc.device_state import save_device_state
 from source_svc.files import incompatible, shown
+from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
 from source_svc.link import until_reached
 from source_svc.migrations import Migration
@@ -58,7 +59,7 @@ _LOG: Final = get_logger(__name__)
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
 
-class Outgoing:
+class Outgoing(Followed):
     """A migration in progress."""
 
     def __init__(

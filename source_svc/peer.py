@@ -8,12 +8,13 @@ the certificate that this host has by then.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from functools import cached_property
 from typing import Final, TypeVar
 
 import grpc
 import grpc.aio
 
-from vmferry.errors import PeerIdentityError, PeerUnreachableError
+from vmferry.errors import PeerIdentityError, PeerUnreachableError, VmferryError
 from vmferry.handoff.records import attempt_to_ref
 from vmferry.handoff.source import Heard
 from vmferry.handoff.states import Attempt, AttemptState
@@ -21,6 +22,7 @@ from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
 from vmferry.negotiation.facts import Network
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
+from vmferry.recovery.contact import Contact
 from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
@@ -46,6 +48,17 @@ class Destination:
         self._channels: list[grpc.aio.Channel] = []
         """For calls; the last one is in use."""
         self._connect()
+
+    @cached_property
+    def contact(self) -> Contact:
+        """What was heard from it last."""
+        return Contact()
+
+    async def renew(self) -> None:
+        """Connect anew: the old connection may wait before it tries again, or not have noticed that it is dead."""
+        old = self._channels.pop()
+        self._connect()
+        await old.close(None)
 
     def new_channel(self) -> grpc.aio.Channel:
         """A channel with a connection of its own to the same host."""
@@ -140,7 +153,7 @@ class Destination:
         """Say that everything was sent; what is heard may be ready."""
         request = handoff_pb2.SealRequest(attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds)
         response = await self._ask(self._stub.Seal(request, timeout=timeout_s))
-        return _heard(attempt, response.status)
+        return self._noted(_heard(attempt, response.status))
 
     async def tell(self, method: str, attempt: Attempt, *, digest: bytes, reason: str) -> Heard:
         """Call ``Go``, ``Abort`` or ``GetAttempt`` once; every answer is what the destination's journal says."""
@@ -157,20 +170,31 @@ class Destination:
                 status = (await self._ask(self._stub.GetAttempt(question, timeout=self._timeout_s))).status
             case _:
                 raise ValueError(f"no such method: {method}")
-        return _heard(attempt, status)
+        return self._noted(_heard(attempt, status))
+
+    def _noted(self, heard: Heard) -> Heard:
+        known = heard.attempt.destination_incarnation
+        self.contact.hear_state(heard.state, lost_journal=known not in ("", heard.incarnation))
+        return heard
 
     async def _ask(self, call: Awaitable[Answer]) -> Answer:
         try:
-            return await call
+            answer = await call
         except grpc.aio.AioRpcError as error:
-            if is_identity_mismatch(error):
-                raise PeerIdentityError(
-                    f"the host at {self.address} is not {self.expected}", field="destination.host"
-                ) from error
-            found = from_rpc_error(error)
-            if isinstance(found, PeerUnreachableError):
+            failure = self._translated(error)
+            self.contact.fail(failure)
+            if isinstance(failure, PeerUnreachableError):
                 self._connect_anew()
-            raise found from error
+            raise failure from error
+        self.contact.hear("an answer")
+        return answer
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> VmferryError:
+        if is_identity_mismatch(error):
+            return PeerIdentityError(
+                f"the host at {self.address} is not {self.expected}", field="destination.host"
+            )
+        return from_rpc_error(error)
 
 
 def _reading_s(files: Iterable[compatibility_pb2.FileIdentity]) -> float:

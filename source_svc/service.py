@@ -23,13 +23,21 @@ from source_svc.orders import Order, read_destination, read_order, read_update, 
 from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
+from source_svc.recovery import (
+    Recovered,
+    Returned,
+    not_resumed_yet,
+    settle_quiet,
+    unknown_migration,
+)
+from source_svc.settling import SourcePart
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    PointOfNoReturnError,
     ServiceStoppingError,
     TicketUsedError,
     TooManyMigrationsError,
@@ -38,35 +46,25 @@ from vmferry.errors import (
 )
 from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
-from vmferry.handoff.rights import Rights
+from vmferry.handoff.reading import read_machine
 from vmferry.machines import cpulimit
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.fileidentity import Contents
-from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.wire import spec_to_message
 from vmferry.negotiation.path import STREAM
 from vmferry.negotiation.report import Report
+from vmferry.recovery.service import RecoveryService
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
 from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
-from vmferry.v1 import machine_pb2, migration_pb2_grpc
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1 import migration_pb2_grpc
 from vmferry.v1.migration_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
-_STATES: Final = {
-    RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
-    RunState.PAUSED: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.PRELAUNCH: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.POSTMIGRATE: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.INMIGRATE: machine_pb2.MACHINE_STATE_INCOMING,
-    RunState.SHUTDOWN: machine_pb2.MACHINE_STATE_STOPPED,
-    RunState.FAILED: machine_pb2.MACHINE_STATE_STOPPED,
-}
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -86,13 +84,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._running: dict[str, Outgoing | Recovered] = {}
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._farewells = Farewells(host.ledger, self._peer, host.config.handoff_retry_s)
+        part = SourcePart(self._migrations, self._running, self._returned, self._farewells)
+        self._recovery = RecoveryService(host, Role.SOURCE, part)
         self._starting = asyncio.Lock()
         self._stopping = False
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the methods to a server."""
         migration_pb2_grpc.add_SourceServiceServicer_to_server(self, server)
-        return [DESCRIPTOR.services_by_name["SourceService"].full_name]
+        return [DESCRIPTOR.services_by_name["SourceService"].full_name, self._recovery.register(server)]
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
@@ -102,14 +102,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         for machine_id in self._ledger.machines():
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
-                    await settle_quiet(machine_id, self._ledger, self._directory)
                     self._farewells.say(machine_id)
+                    await settle_quiet(machine_id, self._ledger, self._directory)
             except MachineFailedError:
                 self._returned.add(machine_id)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
+                await self._keep_unknown(machine_id, error)
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
@@ -119,7 +120,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         await self._farewells.stop()
 
     async def close(self) -> None:
-        """Nothing is left: every migration let go of what it held when it was stopped."""
+        """Nothing else is left: every migration let go of what it held when it was stopped."""
+        self._recovery.close()
 
     # Calls
 
@@ -193,6 +195,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         running = self._running.get(migration.id)
         if running is not None:
             running.cancel("cancelled by a caller")
+        elif not migration.ended:
+            raise PointOfNoReturnError("nothing is known of the migration any more", migration=migration.id)
         return pb.CancelMigrationResponse(migration=migration.snapshot())
 
     async def UpdateMigration(
@@ -211,16 +215,19 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     async def ListMachines(
         self, request: pb.ListMachinesRequest, context: Context
     ) -> pb.ListMachinesResponse:
-        """Return a page of machines, by name."""
+        """Return a page of machines, by name, and then of blocked ones of which only journals are left."""
         records = self._directory.list()
-        start, end, token = page_bounds(request.page_size, request.page_token, len(records))
-        machines = await asyncio.gather(*(self._machine(record) for record in records[start:end]))
+        strays = await self._recovery.strays(records)
+        count = len(records)
+        start, end, token = page_bounds(request.page_size, request.page_token, count + len(strays))
+        machines = await asyncio.gather(*(self._recovery.machine(record) for record in records[start:end]))
+        machines += strays[max(0, start - count) : max(0, end - count)]
         return pb.ListMachinesResponse(machines=machines, next_page_token=token)
 
     async def GetMachine(self, request: pb.GetMachineRequest, context: Context) -> pb.GetMachineResponse:
         """Return one machine."""
         record = self._directory.find(required(request.machine, "machine"))
-        return pb.GetMachineResponse(machine=await self._machine(record))
+        return pb.GetMachineResponse(machine=await self._recovery.machine(record))
 
     # What they are made of
 
@@ -337,6 +344,16 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
 
+    async def _keep_unknown(self, machine_id: str, error: VmferryError) -> None:
+        """Tell whoever asks for the machine's migration that nothing is known of it."""
+        readings = read_machine(self._config.journal_dir, machine_id, error.message)
+        message = unknown_migration(machine_id, readings, self._own.uri)
+        if message is not None:
+            message.machine = self._name_of(machine_id)
+            migration = Migration(message)
+            self._migrations.add(migration)
+            await migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, error)
+
     def _follow_open(self, machine_id: str) -> bool:
         """Go on with the machine's open attempt; false if there is none."""
         departure = self._departure(machine_id)
@@ -382,33 +399,6 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._config.negotiate_timeout_s,
             self._contents,
         )
-
-    async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
-        rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)
-        migration = self._migrations.open_of(record.spec.uuid)
-        return machine_pb2.Machine(
-            name=record.spec.name,
-            uuid=record.spec.uuid,
-            spec=spec_to_message(record.spec),
-            state=await self._state(record),
-            right=machine_pb2.MachineRight.ValueType(rights.standing.value),
-            epoch=rights.epoch,
-            migration_id=migration.id if migration else "",
-            pid=record.pid or 0,
-        )
-
-    async def _state(self, record: MachineRecord) -> machine_pb2.MachineState.ValueType:
-        if not record.alive:
-            return machine_pb2.MACHINE_STATE_DEAD
-        machine = self._directory.open(record, observe=True)
-        try:
-            return _STATES[await machine.run_state()]
-        except MachineDeadError:
-            return machine_pb2.MACHINE_STATE_DEAD
-        except VmferryError:
-            return machine_pb2.MACHINE_STATE_UNSPECIFIED
-        finally:
-            await machine.close()
 
 
 def _check_request_id(request_id: str) -> None:

@@ -35,7 +35,14 @@ MAX_FUNCTION_LINES = 60
 
 SERVICES = {"source_svc", "dest_svc"}
 INNER = {"vmferry.handoff", "vmferry.memory", "vmferry.negotiation"}
-MIDDLE = {"vmferry.transfer", "vmferry.machines", "vmferry.rpc", "vmferry.telemetry", "vmferry.security"}
+MIDDLE = {
+    "vmferry.transfer",
+    "vmferry.machines",
+    "vmferry.recovery",
+    "vmferry.rpc",
+    "vmferry.telemetry",
+    "vmferry.security",
+}
 OUTER = {"vmferry.cli", *SERVICES}
 
 MAY_NOT_IMPORT = {
@@ -52,6 +59,8 @@ PURE = (
     "vmferry.handoff.destination",
     "vmferry.handoff.rights",
     "vmferry.handoff.gate",
+    "vmferry.handoff.blocked",
+    "vmferry.handoff.choices",
     "vmferry.negotiation",
     "vmferry.transfer.numbering",
     "vmferry.transfer.convergence",

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import bounds, certs, demo, machine, migrate, playground, status, ticket, trace, watch
+from vmferry.cli import (
+    bounds,
+    certs,
+    demo,
+    machine,
+    migrate,
+    playground,
+    recover,
+    status,
+    ticket,
+    trace,
+    watch,
+)
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -44,6 +56,7 @@ app.command("set")(bounds.set_)
 app.command()(status.status)
 app.command("list")(status.list_)
 app.command()(watch.watch)
+app.command()(recover.recover)
 app.command()(trace.trace)
 app.command()(ticket.ticket)
 app.command()(probe)

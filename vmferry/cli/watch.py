@@ -150,6 +150,8 @@ def _print_summary(migration: Migration) -> None:
     if migration.reason.reason:
         say(f"  {migration.reason.reason}: {migration.reason.message}")
         say(f"  remedy: {migration.reason.remedy}")
+    if migration.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN:
+        say(f"  both hosts: vmferry recover {migration.machine}")
 
 
 def _require_retry(error: grpc.aio.AioRpcError, last: Migration | None) -> None:

@@ -73,6 +73,14 @@ class _View:
         return epochs
 
 
+@dataclass(frozen=True)
+class Health:
+    """How far a journal can be believed."""
+
+    torn_tail: bool = False
+    damage: str = ""
+
+
 class HostLedger:
     """The journals of this host."""
 
@@ -121,6 +129,21 @@ class HostLedger:
         except InvalidTransitionError:
             damaged = True
         return Rights(epochs, outgoing, incoming, damaged=damaged)
+
+    def health(self, machine_id: str) -> dict[Role, Health]:
+        """How far each journal of a machine can be believed, for people to read."""
+        return {role: self._health(role, self._view(machine_id, role, settled=False)) for role in Role}
+
+    def _health(self, role: Role, view: _View) -> Health:
+        damage = view.damage
+        try:
+            if role is Role.SOURCE:
+                _folded(view, source.Quiet(), source.evolve)
+            elif role is Role.DESTINATION:
+                _folded(view, destination.DestinationState(), destination.evolve)
+        except InvalidTransitionError as error:
+            damage = str(error)
+        return Health(view.torn_tail, damage)
 
     def permit(self, machine_id: str) -> ResumePermit:
         """A permit to resume the machine, if the journals on disk allow it."""

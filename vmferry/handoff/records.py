@@ -99,6 +99,11 @@ def decode(payload: bytes) -> tuple[Record, str]:
     return record, message.boot_id
 
 
+def write_unix_ns(payload: bytes) -> int:
+    """When the record in a slot was written, by its host's clock; for reading only, no rule uses it."""
+    return journal_pb2.JournalRecord.FromString(payload).write_time.ToNanoseconds()
+
+
 def _check_names(record: Record) -> None:
     names = {"machine_id": record.machine_id, "operator": record.operator}
     if record.attempt is not None:

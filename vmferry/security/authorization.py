@@ -48,6 +48,8 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.DestinationService/Go": _HOSTS,
         "/vmferry.v1.DestinationService/GetAttempt": _HOSTS | _OPERATORS,
         "/vmferry.v1.DestinationService/Abort": _HOSTS,
+        "/vmferry.v1.RecoveryService/InspectMachine": _OPERATORS,
+        "/vmferry.v1.RecoveryService/SettleMachine": _OPERATORS,
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/List": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,

@@ -187,10 +187,11 @@ def test_watch_ends_with_the_outcomes_exit_code(
         assert reason.instance_remedy in ran.err
 
 
-def test_watch_gives_up_on_an_outcome_that_stays_unknown(
-    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [("watch", MIGRATION_ID), MOVE], ids=["watch", "migrate"])
+def test_an_outcome_that_stays_unknown_is_called_so(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    """Exit code 6 and the document that says unknown; never a guess in either direction."""
+    """Exit code 6 and the document that says unknown, whoever waits; never a guess in either direction."""
     _be_impatient(monkeypatch)
     unknown = OutcomeUnknownError("no answer to Go")
     source.script = [
@@ -198,10 +199,23 @@ def test_watch_gives_up_on_an_outcome_that_stays_unknown(
         migration(phase=HANDING_OFF, outcome=UNKNOWN, reason=unknown),
     ]
 
-    ran = call("watch", MIGRATION_ID, "--json")
+    ran = call(*command, "--json")
 
     assert ran.code == ExitCode.UNKNOWN
     assert json.loads(ran.out)["outcome"] == "MIGRATION_OUTCOME_UNKNOWN"
+
+
+def test_an_unknown_outcome_names_what_to_type(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it at night is told which command shows both hosts."""
+    _be_impatient(monkeypatch)
+    source.script = [migration(phase=HANDING_OFF, outcome=UNKNOWN, reason=OutcomeUnknownError("no answer"))]
+
+    ran = call("watch", MIGRATION_ID)
+
+    assert ran.code == ExitCode.UNKNOWN
+    assert "vmferry recover web-1" in ran.err
 
 
 def test_watch_waits_for_an_unknown_outcome_to_resolve(call: Run, source: FakeSource) -> None:
