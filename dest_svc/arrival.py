@@ -8,6 +8,8 @@ what the journal says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Callable
 from typing import Final, assert_never
 
@@ -48,6 +50,8 @@ class Arrival:
         self.machine_id = machine_id
         self.lock = asyncio.Lock()
         self.receiver: Receiver | None = None
+        self.heard_at = -math.inf
+        """When the machine's source last called, by the clock of ``time.monotonic``."""
         self._ledger = ledger
         self._directory = directory
         self._journal = ledger.open_destination(machine_id)
@@ -224,6 +228,22 @@ class Arrival:
         if not intact and isinstance(self.state.current, destination.Prepared):
             await self.lose_copy("the prepared copy died")
         await self.apply(destination.GoAsked(attempt, digest, copy_intact=intact))
+
+    async def force(self, event: destination.ForceAccept) -> None:
+        """Take the right by an operator's word; the caller holds the lock.
+
+        Without memory the machine's description stays here, so that it can be started anew.
+        """
+        try:
+            spec = self._directory.find(self.machine_id).spec
+        except MachineNotFoundError:
+            spec = None
+        await self.apply(event)
+        if spec is not None and not event.with_memory:
+            with contextlib.suppress(
+                VmferryError, OSError
+            ):  # the right is taken; it is started by its description
+                self._directory.claim(spec)
 
     async def copy_waits(self) -> bool:
         """Whether the hypervisor has a complete copy, waiting or running."""

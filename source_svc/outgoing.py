@@ -348,6 +348,7 @@ class Outgoing:
         """The outcome is not known yet."""
         if isinstance(self._departure.state, source.HandedOff):
             self.migration.message.owner = ""
+        await self._machine.close()  # for whoever will resume it: QEMU serves one client at a time
         span_event("outcome unknown", why=why)
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
@@ -372,7 +373,7 @@ class Outgoing:
             return
         self.migration.message.owner = self._material.identity.uri
         error = MachineFailedError("the destination returned the machine instead of running it")
-        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
+        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, self._departure.overridden or error)
 
     async def _give_back(self, error: VmferryError) -> None:
         """The guest goes on here, and the destination keeps nothing."""
@@ -400,9 +401,9 @@ class Outgoing:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
         self.migration.message.owner = self._material.identity.uri
-        cancelled = isinstance(error, CancelledByCallerError)
+        cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
-        await self.migration.end(outcome, error)
+        await self.migration.end(outcome, self._departure.overridden or error)
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""

@@ -113,6 +113,12 @@ class Destination:
         response = await self._ask(self._stub.GetAttempt(request, timeout=timeout_s))
         return list(response.preflight_problems)
 
+    async def look(self, attempt: Attempt) -> Heard:
+        """How the attempt stands there; asking changes nothing."""
+        question = handoff_pb2.GetAttemptRequest(attempt=attempt_to_ref(attempt))
+        answer = await self._ask(self._stub.GetAttempt(question, timeout=self._timeout_s))
+        return _heard(attempt, answer.status)
+
     async def seal(self, attempt: Attempt, digest: bytes, *, rounds: int, timeout_s: float) -> Heard:
         """Say that everything was sent; what is heard may be ready."""
         request = handoff_pb2.SealRequest(attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds)

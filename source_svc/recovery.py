@@ -177,7 +177,8 @@ class Recovered:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
         else:
             self.migration.message.owner = self._own
-            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, WrongPhaseError(self.reason))
+            error = departure.overridden or WrongPhaseError(self.reason)
+            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
 
     async def hears(self, heard: source.Heard) -> None:
         """The destination said how the attempt stands."""

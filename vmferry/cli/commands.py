@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import certs, demo, machine, migrate, playground, status, ticket, trace, watch
+from vmferry.cli import certs, demo, handoff, machine, migrate, playground, status, ticket, trace, watch
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -48,4 +48,5 @@ app.command()(ticket.ticket)
 app.command()(probe)
 app.command()(version)
 app.add_typer(machine.app, name="machine")
+app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")

@@ -315,6 +315,7 @@ def _force_accept(state: DestinationState, event: ForceAccept) -> list[Action]:
         epoch=now.attempt.epoch_to,
         operator=event.operator,
         note=event.evidence,
+        with_memory=event.with_memory,
     )
     # An owner's paused copy is resumed at the next start, so one that shall not run is gone before the record.
     return [Append(forced), Resume()] if event.with_memory else [Release(), Append(forced)]

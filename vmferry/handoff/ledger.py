@@ -122,6 +122,11 @@ class HostLedger:
             damaged = True
         return Rights(epochs, outgoing, incoming, damaged=damaged)
 
+    def forced(self, machine_id: str, role: Role) -> tuple[Record, ...]:
+        """What operators decided about a machine in one role, oldest first."""
+        found = self._view(machine_id, role, settled=False).records
+        return tuple(record for record in found if record.kind is RecordKind.FORCED)
+
     def permit(self, machine_id: str) -> ResumePermit:
         """A permit to resume the machine, if the journals on disk allow it."""
         return gate.mint(machine_id, self.rights(machine_id, settled=True))

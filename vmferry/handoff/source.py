@@ -159,7 +159,7 @@ def evolve(state: SourceState, record: Record) -> SourceState:
         case ((Begun(attempt=now) | Sealed(attempt=now) | HandedOff(attempt=now)), RecordKind.FORCED) if (
             now.matches(attempt)
         ):
-            return Quiet(now.number)
+            return Quiet(now.number, now)
     raise InvalidTransitionError(f"{kind.name} cannot follow {type(state).__name__}")
 
 
@@ -254,7 +254,7 @@ def _force_reclaim(state: SourceState, event: ForceReclaim) -> list[Action]:
         )
     attempt = state.attempt
     by_hand = _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)
-    forced = Append(replace(by_hand.record, operator=event.operator))
+    forced = Append(replace(by_hand.record, operator=event.operator, with_memory=event.with_memory))
     # Told, so that a copy over there is dropped if that host ever comes back.
     return [forced, *([Resume()] if event.memory_intact else []), Tell("Abort")]
 

@@ -127,6 +127,8 @@ class Record:
     note: str = ""
     operator: str = ""
     """Who decided, for FORCED; ``note`` is then what shows that the other copy cannot run."""
+    with_memory: bool = False
+    """For FORCED: the guest was to go on from the memory at hand."""
 
 
 class AttemptState(enum.Enum):

@@ -26,67 +26,72 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from vmferry.v1 import compatibility_pb2 as vmferry_dot_v1_dot_compatibility__pb2
 from vmferry.v1 import machine_pb2 as vmferry_dot_v1_dot_machine__pb2
+from vmferry.v1 import override_pb2 as vmferry_dot_v1_dot_override__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avmferry/v1/migration.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\",\n\x0b\x44\x65stination\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xb3\x02\n\x10MigrationOptions\x12\x31\n\x0e\x64owntime_limit\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x30\n\rtotal_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rstall_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0freserve_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06verify\x18\x06 \x01(\x0e\x32\x16.vmferry.v1.VerifyMode\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\"B\n\x0fMigrationReason\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xa5\x02\n\x11MigrationProgress\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x12\n\nwire_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fremaining_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x01\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x07 \x01(\x01\x12\x34\n\x11\x65xpected_downtime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nzero_pages\x18\n \x01(\x04\"\x94\x01\n\x0bPhaseTiming\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0cVerification\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\x84\x06\n\tMigration\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12)\n\x05phase\x18\x06 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12-\n\x07outcome\x18\x07 \x01(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12+\n\x06reason\x18\x08 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12/\n\x08progress\x18\t \x01(\x0b\x32\x1d.vmferry.v1.MigrationProgress\x12(\n\x07timings\x18\n \x03(\x0b\x32\x17.vmferry.v1.PhaseTiming\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64owntime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08trace_id\x18\x0f \x01(\t\x12\x0f\n\x07tracker\x18\x10 \x01(\t\x12-\n\x07options\x18\x11 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12.\n\x0cverification\x18\x12 \x01(\x0b\x32\x18.vmferry.v1.Verification\x12\r\n\x05owner\x18\x13 \x01(\t\x12\x10\n\x08revision\x18\x14 \x01(\x04\x12\x0c\n\x04path\x18\x15 \x01(\t\x12\x13\n\x0bpath_reason\x18\x16 \x01(\t\x12*\n\nprediction\x18\x17 \x01(\x0b\x32\x16.vmferry.v1.Prediction\"\xa0\x01\n\x14PlanMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x1a\n\x12without_prediction\x18\x04 \x01(\x08\"H\n\x15PlanMigrationResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.vmferry.v1.CompatibilityReport\"\xa9\x01\n\x15StartMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12-\n\x07options\x18\x05 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"B\n\x16StartMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"!\n\x13GetMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"b\n\x15ListMigrationsRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\topen_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.vmferry.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x15WatchMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"$\n\x16\x43\x61ncelMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"<\n\x13ListMachinesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListMachinesResponse\x12%\n\x08machines\x18\x01 \x03(\x0b\x32\x13.vmferry.v1.Machine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\":\n\x12GetMachineResponse\x12$\n\x07machine\x18\x01 \x01(\x0b\x32\x13.vmferry.v1.Machine*\x8b\x02\n\x0eMigrationPhase\x12\x1f\n\x1bMIGRATION_PHASE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_PHASE_NEGOTIATING\x10\x01\x12\x1d\n\x19MIGRATION_PHASE_RESERVING\x10\x02\x12\x1e\n\x1aMIGRATION_PHASE_PRECOPYING\x10\x03\x12\x1d\n\x19MIGRATION_PHASE_SWITCHING\x10\x04\x12\x1f\n\x1bMIGRATION_PHASE_HANDING_OFF\x10\x05\x12\x1d\n\x19MIGRATION_PHASE_RELEASING\x10\x06\x12\x19\n\x15MIGRATION_PHASE_ENDED\x10\x07*\xb4\x01\n\x10MigrationOutcome\x12!\n\x1dMIGRATION_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_OUTCOME_COMPLETED\x10\x01\x12\x1c\n\x18MIGRATION_OUTCOME_FAILED\x10\x02\x12\x1f\n\x1bMIGRATION_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19MIGRATION_OUTCOME_UNKNOWN\x10\x04*@\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11VERIFY_MODE_BYTES\x10\x01\x32\xc1\x05\n\rSourceService\x12T\n\rPlanMigration\x12 .vmferry.v1.PlanMigrationRequest\x1a!.vmferry.v1.PlanMigrationResponse\x12W\n\x0eStartMigration\x12!.vmferry.v1.StartMigrationRequest\x1a\".vmferry.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.vmferry.v1.GetMigrationRequest\x1a .vmferry.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.vmferry.v1.ListMigrationsRequest\x1a\".vmferry.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.vmferry.v1.WatchMigrationRequest\x1a\".vmferry.v1.WatchMigrationResponse0\x01\x12Z\n\x0f\x43\x61ncelMigration\x12\".vmferry.v1.CancelMigrationRequest\x1a#.vmferry.v1.CancelMigrationResponse\x12Q\n\x0cListMachines\x12\x1f.vmferry.v1.ListMachinesRequest\x1a .vmferry.v1.ListMachinesResponse\x12K\n\nGetMachine\x12\x1d.vmferry.v1.GetMachineRequest\x1a\x1e.vmferry.v1.GetMachineResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avmferry/v1/migration.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\x1a\x19vmferry/v1/override.proto\",\n\x0b\x44\x65stination\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xb3\x02\n\x10MigrationOptions\x12\x31\n\x0e\x64owntime_limit\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x30\n\rtotal_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rstall_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0freserve_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06verify\x18\x06 \x01(\x0e\x32\x16.vmferry.v1.VerifyMode\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\"B\n\x0fMigrationReason\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xa5\x02\n\x11MigrationProgress\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x12\n\nwire_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fremaining_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x01\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x07 \x01(\x01\x12\x34\n\x11\x65xpected_downtime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nzero_pages\x18\n \x01(\x04\"\x94\x01\n\x0bPhaseTiming\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0cVerification\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\x84\x06\n\tMigration\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12)\n\x05phase\x18\x06 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12-\n\x07outcome\x18\x07 \x01(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12+\n\x06reason\x18\x08 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12/\n\x08progress\x18\t \x01(\x0b\x32\x1d.vmferry.v1.MigrationProgress\x12(\n\x07timings\x18\n \x03(\x0b\x32\x17.vmferry.v1.PhaseTiming\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64owntime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08trace_id\x18\x0f \x01(\t\x12\x0f\n\x07tracker\x18\x10 \x01(\t\x12-\n\x07options\x18\x11 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12.\n\x0cverification\x18\x12 \x01(\x0b\x32\x18.vmferry.v1.Verification\x12\r\n\x05owner\x18\x13 \x01(\t\x12\x10\n\x08revision\x18\x14 \x01(\x04\x12\x0c\n\x04path\x18\x15 \x01(\t\x12\x13\n\x0bpath_reason\x18\x16 \x01(\t\x12*\n\nprediction\x18\x17 \x01(\x0b\x32\x16.vmferry.v1.Prediction\"\xa0\x01\n\x14PlanMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x1a\n\x12without_prediction\x18\x04 \x01(\x08\"H\n\x15PlanMigrationResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.vmferry.v1.CompatibilityReport\"\xa9\x01\n\x15StartMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12-\n\x07options\x18\x05 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"B\n\x16StartMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"!\n\x13GetMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"b\n\x15ListMigrationsRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\topen_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.vmferry.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x15WatchMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"B\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"$\n\x16\x43\x61ncelMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"<\n\x13ListMachinesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListMachinesResponse\x12%\n\x08machines\x18\x01 \x03(\x0b\x32\x13.vmferry.v1.Machine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\":\n\x12GetMachineResponse\x12$\n\x07machine\x18\x01 \x01(\x0b\x32\x13.vmferry.v1.Machine\"T\n\x13\x46orceReclaimRequest\x12&\n\x08override\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.Override\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"B\n\x14\x46orceReclaimResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.vmferry.v1.OverrideReport*\x8b\x02\n\x0eMigrationPhase\x12\x1f\n\x1bMIGRATION_PHASE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_PHASE_NEGOTIATING\x10\x01\x12\x1d\n\x19MIGRATION_PHASE_RESERVING\x10\x02\x12\x1e\n\x1aMIGRATION_PHASE_PRECOPYING\x10\x03\x12\x1d\n\x19MIGRATION_PHASE_SWITCHING\x10\x04\x12\x1f\n\x1bMIGRATION_PHASE_HANDING_OFF\x10\x05\x12\x1d\n\x19MIGRATION_PHASE_RELEASING\x10\x06\x12\x19\n\x15MIGRATION_PHASE_ENDED\x10\x07*\xb4\x01\n\x10MigrationOutcome\x12!\n\x1dMIGRATION_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_OUTCOME_COMPLETED\x10\x01\x12\x1c\n\x18MIGRATION_OUTCOME_FAILED\x10\x02\x12\x1f\n\x1bMIGRATION_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19MIGRATION_OUTCOME_UNKNOWN\x10\x04*@\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11VERIFY_MODE_BYTES\x10\x01\x32\x94\x06\n\rSourceService\x12T\n\rPlanMigration\x12 .vmferry.v1.PlanMigrationRequest\x1a!.vmferry.v1.PlanMigrationResponse\x12W\n\x0eStartMigration\x12!.vmferry.v1.StartMigrationRequest\x1a\".vmferry.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.vmferry.v1.GetMigrationRequest\x1a .vmferry.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.vmferry.v1.ListMigrationsRequest\x1a\".vmferry.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.vmferry.v1.WatchMigrationRequest\x1a\".vmferry.v1.WatchMigrationResponse0\x01\x12Z\n\x0f\x43\x61ncelMigration\x12\".vmferry.v1.CancelMigrationRequest\x1a#.vmferry.v1.CancelMigrationResponse\x12Q\n\x0cListMachines\x12\x1f.vmferry.v1.ListMachinesRequest\x1a .vmferry.v1.ListMachinesResponse\x12K\n\nGetMachine\x12\x1d.vmferry.v1.GetMachineRequest\x1a\x1e.vmferry.v1.GetMachineResponse\x12Q\n\x0c\x46orceReclaim\x12\x1f.vmferry.v1.ForceReclaimRequest\x1a .vmferry.v1.ForceReclaimResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.migration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MIGRATIONPHASE']._serialized_start=3109
-  _globals['_MIGRATIONPHASE']._serialized_end=3376
-  _globals['_MIGRATIONOUTCOME']._serialized_start=3379
-  _globals['_MIGRATIONOUTCOME']._serialized_end=3559
-  _globals['_VERIFYMODE']._serialized_start=3561
-  _globals['_VERIFYMODE']._serialized_end=3625
-  _globals['_DESTINATION']._serialized_start=165
-  _globals['_DESTINATION']._serialized_end=209
-  _globals['_MIGRATIONOPTIONS']._serialized_start=212
-  _globals['_MIGRATIONOPTIONS']._serialized_end=519
-  _globals['_MIGRATIONREASON']._serialized_start=521
-  _globals['_MIGRATIONREASON']._serialized_end=587
-  _globals['_MIGRATIONPROGRESS']._serialized_start=590
-  _globals['_MIGRATIONPROGRESS']._serialized_end=883
-  _globals['_PHASETIMING']._serialized_start=886
-  _globals['_PHASETIMING']._serialized_end=1034
-  _globals['_VERIFICATION']._serialized_start=1036
-  _globals['_VERIFICATION']._serialized_end=1099
-  _globals['_MIGRATION']._serialized_start=1102
-  _globals['_MIGRATION']._serialized_end=1874
-  _globals['_PLANMIGRATIONREQUEST']._serialized_start=1877
-  _globals['_PLANMIGRATIONREQUEST']._serialized_end=2037
-  _globals['_PLANMIGRATIONRESPONSE']._serialized_start=2039
-  _globals['_PLANMIGRATIONRESPONSE']._serialized_end=2111
-  _globals['_STARTMIGRATIONREQUEST']._serialized_start=2114
-  _globals['_STARTMIGRATIONREQUEST']._serialized_end=2283
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=2285
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=2351
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=2353
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=2386
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=2388
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=2452
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=2454
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=2552
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=2554
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=2646
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=2648
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=2683
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=2685
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2751
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2753
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2789
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2791
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2858
-  _globals['_LISTMACHINESREQUEST']._serialized_start=2860
-  _globals['_LISTMACHINESREQUEST']._serialized_end=2920
-  _globals['_LISTMACHINESRESPONSE']._serialized_start=2922
-  _globals['_LISTMACHINESRESPONSE']._serialized_end=3008
-  _globals['_GETMACHINEREQUEST']._serialized_start=3010
-  _globals['_GETMACHINEREQUEST']._serialized_end=3046
-  _globals['_GETMACHINERESPONSE']._serialized_start=3048
-  _globals['_GETMACHINERESPONSE']._serialized_end=3106
-  _globals['_SOURCESERVICE']._serialized_start=3628
-  _globals['_SOURCESERVICE']._serialized_end=4333
+  _globals['_MIGRATIONPHASE']._serialized_start=3290
+  _globals['_MIGRATIONPHASE']._serialized_end=3557
+  _globals['_MIGRATIONOUTCOME']._serialized_start=3560
+  _globals['_MIGRATIONOUTCOME']._serialized_end=3740
+  _globals['_VERIFYMODE']._serialized_start=3742
+  _globals['_VERIFYMODE']._serialized_end=3806
+  _globals['_DESTINATION']._serialized_start=192
+  _globals['_DESTINATION']._serialized_end=236
+  _globals['_MIGRATIONOPTIONS']._serialized_start=239
+  _globals['_MIGRATIONOPTIONS']._serialized_end=546
+  _globals['_MIGRATIONREASON']._serialized_start=548
+  _globals['_MIGRATIONREASON']._serialized_end=614
+  _globals['_MIGRATIONPROGRESS']._serialized_start=617
+  _globals['_MIGRATIONPROGRESS']._serialized_end=910
+  _globals['_PHASETIMING']._serialized_start=913
+  _globals['_PHASETIMING']._serialized_end=1061
+  _globals['_VERIFICATION']._serialized_start=1063
+  _globals['_VERIFICATION']._serialized_end=1126
+  _globals['_MIGRATION']._serialized_start=1129
+  _globals['_MIGRATION']._serialized_end=1901
+  _globals['_PLANMIGRATIONREQUEST']._serialized_start=1904
+  _globals['_PLANMIGRATIONREQUEST']._serialized_end=2064
+  _globals['_PLANMIGRATIONRESPONSE']._serialized_start=2066
+  _globals['_PLANMIGRATIONRESPONSE']._serialized_end=2138
+  _globals['_STARTMIGRATIONREQUEST']._serialized_start=2141
+  _globals['_STARTMIGRATIONREQUEST']._serialized_end=2310
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=2312
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=2378
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=2380
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=2413
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=2415
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=2479
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=2481
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=2579
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=2581
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=2673
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=2675
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=2710
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=2712
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=2778
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=2780
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=2816
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=2818
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=2885
+  _globals['_LISTMACHINESREQUEST']._serialized_start=2887
+  _globals['_LISTMACHINESREQUEST']._serialized_end=2947
+  _globals['_LISTMACHINESRESPONSE']._serialized_start=2949
+  _globals['_LISTMACHINESRESPONSE']._serialized_end=3035
+  _globals['_GETMACHINEREQUEST']._serialized_start=3037
+  _globals['_GETMACHINEREQUEST']._serialized_end=3073
+  _globals['_GETMACHINERESPONSE']._serialized_start=3075
+  _globals['_GETMACHINERESPONSE']._serialized_end=3133
+  _globals['_FORCERECLAIMREQUEST']._serialized_start=3135
+  _globals['_FORCERECLAIMREQUEST']._serialized_end=3219
+  _globals['_FORCERECLAIMRESPONSE']._serialized_start=3221
+  _globals['_FORCERECLAIMRESPONSE']._serialized_end=3287
+  _globals['_SOURCESERVICE']._serialized_start=3809
+  _globals['_SOURCESERVICE']._serialized_end=4597
 # @@protoc_insertion_point(module_scope)
