@@ -356,9 +356,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def _abort(
         self, arrival: Arrival, attempt: Attempt, request: handoff_pb2.AbortRequest
     ) -> handoff_pb2.AttemptStatus:
-        event = destination.CloseAsked(attempt, request.reason[:200])
+        event = destination.CloseAsked(
+            attempt, request.reason[:200], superseded_by=request.superseded_by_epoch
+        )
         async with arrival.lock:
-            return self._message(await arrival.apply(event) or arrival.answer(attempt))
+            return self._message(await arrival.close_attempt(event) or arrival.answer(attempt))
 
     async def _close_unseen(self, attempt: Attempt) -> handoff_pb2.AttemptStatus:
         arrival = self._arrival(attempt.machine_id)

@@ -38,6 +38,7 @@ from vmferry.handoff.states import (
     Append,
     Attempt,
     AttemptState,
+    Halt,
     Release,
     Resume,
     Tell,
@@ -176,7 +177,7 @@ class Departure:
             case Wait(why=why):
                 self.waiting = why
                 _LOG.warning("waiting", machine=self.machine_id, why=why)
-            case Answer() | Tell():
+            case Answer() | Tell() | Halt():  # nothing is stopped while an attempt is open
                 pass
             case _:
                 assert_never(action)

@@ -28,6 +28,7 @@ from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
@@ -41,6 +42,9 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
         await discard_if_gone(machine_id, ledger, directory)
+        return
+    if rights.superseded:
+        await halt_machine(machine_id, directory)
         return
     record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
     if record is None or not record.alive or not rights.permitted:

@@ -90,7 +90,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Of the migrations that run, by migration."""
         self._reclaiming = Reclaiming(host.ledger, host.directory)
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
-        self._farewells = Farewells(host.ledger, self._peer, host.config.handoff_retry_s)
+        self._farewells = Farewells(
+            host,
+            self._peer,
+            is_busy=lambda machine_id: self._migrations.open_of(machine_id) is not None,
+        )
         self._starting = asyncio.Lock()
         self._stopping = False
 

@@ -69,7 +69,9 @@ async def accept(
 async def lose_the_destination(world: World, guest: Guest, link: Proxy, *, ran: bool = False) -> str:
     """A hand-off whose destination is switched off before anybody knows what became of it."""
     migration_id = await start_and_lose_go(world, guest, link, answer_only=ran)
-    await world.reaches(world.a, migration_id, lambda now: now.outcome == pb.MIGRATION_OUTCOME_UNKNOWN, "UNKNOWN")
+    await world.reaches(
+        world.a, migration_id, lambda now: now.outcome == pb.MIGRATION_OUTCOME_UNKNOWN, "UNKNOWN"
+    )
     await world.b.dest.kill()
     kill_copy(world.b, guest)
     return migration_id

@@ -48,6 +48,7 @@ MAY_NOT_IMPORT = {
 
 PURE = (
     "vmferry.handoff.states",
+    "vmferry.handoff.arriving",
     "vmferry.handoff.source",
     "vmferry.handoff.destination",
     "vmferry.handoff.rights",

@@ -174,6 +174,21 @@ async def start_anew(
     return machine
 
 
+async def halt_machine(machine_id: str, directory: MachineDirectory) -> None:
+    """Pause the guest of a machine that must not run here, and keep it; nothing, if it has no process.
+
+    Raises:
+        MachineFailedError: the hypervisor does not stop it.
+    """
+    with contextlib.suppress(MachineNotFoundError, MachineDeadError):
+        machine = directory.open(directory.find(machine_id))
+        try:
+            if await machine.run_state() is RunState.RUNNING:
+                await machine.stop()
+        finally:
+            await machine.close()
+
+
 async def discard_leftover(machine_id: str, directory: MachineDirectory) -> None:
     """Remove what is left of a machine that must not run here, and nothing if nothing is left.
 
