@@ -5,6 +5,8 @@ I2   the guest never goes on from anything but its latest state, and nobody take
 I3   no step of the protocol (as opposed to a fault) removes the last usable copy of the latest state
 I4   once both ends hold a complete copy, one fault of a host on which the guest does not run loses nothing
 L1   from every reachable world, with no further fault, the guest can run again (judged in ``explore``)
+I5   two hosts are permitted only where an operator was wrong, and as long as one of the two is still to hear of it
+L5   from every such world it can come to be that the guest runs on one host alone, by the latest right (``at_rest``)
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ operator's word), never drops a prepared copy on a timer, and never accepts an a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import assert_never
 
