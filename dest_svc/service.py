@@ -18,6 +18,7 @@ from dest_svc.arrival import Arrival
 from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
 from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
+from dest_svc.override import Accepting
 from dest_svc.receiver import Receiver
 from dest_svc.settling import DestinationPart
 from vmferry.errors import (
@@ -50,6 +51,7 @@ from vmferry.rpc.daemon import Host
 from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
+from vmferry.security.override import ACCEPT, by_word
 from vmferry.security.tickets import VerifiedTicket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
@@ -78,6 +80,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._part = DestinationPart(self._arrivals)
         self._recovery = RecoveryService(host, Role.DESTINATION, self._part)
         self._admission = asyncio.Lock()
+        self._accepting = Accepting(host, self._arrival)
         self._measurements = Measurements(host.config.ram_dir)
         self._judge = Judge(host.config)
         self._stopping = False
@@ -235,6 +238,15 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         arrival = self._arrival(attempt.machine_id)
         return handoff_pb2.AbortResponse(status=await to_the_end(self._abort(arrival, attempt, request)))
 
+    async def ForceAccept(
+        self, request: handoff_pb2.ForceAcceptRequest, context: Context
+    ) -> handoff_pb2.ForceAcceptResponse:
+        """Take a machine by an admin's word."""
+        asks = request.validate_only
+        # A caller that goes away must not leave a machine owned and not resumed.
+        work = by_word(ACCEPT, request.override, current_caller(), self._accepting.decide, only_asked=asks)
+        return handoff_pb2.ForceAcceptResponse(report=await to_the_end(work))
+
     # What they are made of
 
     def _attempt(self, ref: handoff_pb2.AttemptRef, *, read_only: bool = False) -> Attempt:
@@ -250,6 +262,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         caller = current_caller()
         if caller.uri != attempt.source and not (read_only and caller.kind is not Kind.VMHOST):
             raise PermissionDeniedError(f"{caller} is not the attempt's source")
+        if caller.uri == attempt.source and attempt.machine_id in self._arrivals:
+            self._arrivals[attempt.machine_id].heard_at = time.monotonic()
         if attempt.destination_incarnation not in ("", self._ledger.incarnation):
             raise WrongPhaseError(
                 "this host's journal is not the one the attempt was begun with",
@@ -370,9 +384,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def _abort(
         self, arrival: Arrival, attempt: Attempt, request: handoff_pb2.AbortRequest
     ) -> handoff_pb2.AttemptStatus:
-        event = destination.CloseAsked(attempt, request.reason[:200])
+        event = destination.CloseAsked(
+            attempt, request.reason[:200], superseded_by=request.superseded_by_epoch
+        )
         async with arrival.lock:
-            return self._message(await arrival.apply(event) or arrival.answer(attempt))
+            return self._message(await arrival.close_attempt(event) or arrival.answer(attempt))
 
     async def _close_unseen(self, attempt: Attempt) -> handoff_pb2.AttemptStatus:
         arrival = self._arrival(attempt.machine_id)

@@ -358,6 +358,7 @@ class Outgoing(Followed):
         """The outcome is not known yet."""
         if isinstance(self._departure.state, source.HandedOff):
             self.migration.message.owner = ""
+        await self._machine.close()  # for whoever will resume it: QEMU serves one client at a time
         span_event("outcome unknown", why=why)
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
@@ -382,7 +383,7 @@ class Outgoing(Followed):
             return
         self.migration.message.owner = self._own
         error = MachineFailedError("the destination returned the machine instead of running it")
-        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
+        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, self._departure.overridden or error)
 
     async def _give_back(self, error: VmferryError) -> None:
         """The guest goes on here, and the destination keeps nothing."""
@@ -410,9 +411,9 @@ class Outgoing(Followed):
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
         self.migration.message.owner = self._own
-        cancelled = isinstance(error, CancelledByCallerError)
+        cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
-        await self.migration.end(outcome, error)
+        await self.migration.end(outcome, self._departure.overridden or error)
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""

@@ -149,21 +149,34 @@ class Destination:
         response = await self._ask(self._stub.GetAttempt(request, timeout=timeout_s))
         return list(response.preflight_problems)
 
+    async def look(self, attempt: Attempt) -> Heard:
+        """How the attempt stands there; asking changes nothing."""
+        question = handoff_pb2.GetAttemptRequest(attempt=attempt_to_ref(attempt))
+        answer = await self._ask(self._stub.GetAttempt(question, timeout=self._timeout_s))
+        return _heard(attempt, answer.status)
+
     async def seal(self, attempt: Attempt, digest: bytes, *, rounds: int, timeout_s: float) -> Heard:
         """Say that everything was sent; what is heard may be ready."""
         request = handoff_pb2.SealRequest(attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds)
         response = await self._ask(self._stub.Seal(request, timeout=timeout_s))
         return self._noted(_heard(attempt, response.status))
 
-    async def tell(self, method: str, attempt: Attempt, *, digest: bytes, reason: str) -> Heard:
-        """Call ``Go``, ``Abort`` or ``GetAttempt`` once; every answer is what the destination's journal says."""
+    async def tell(
+        self, method: str, attempt: Attempt, *, digest: bytes, reason: str, superseded_by: int = 0
+    ) -> Heard:
+        """Call ``Go``, ``Abort`` or ``GetAttempt`` once; every answer is what the destination's journal says.
+
+        With ``superseded_by``, an Abort says which later right this host has by now.
+        """
         ref = attempt_to_ref(attempt)
         match method:
             case "Go":
                 go = handoff_pb2.GoRequest(attempt=ref, digest=digest)
                 status = (await self._ask(self._stub.Go(go, timeout=self._timeout_s))).status
             case "Abort":
-                abort = handoff_pb2.AbortRequest(attempt=ref, reason=reason)
+                abort = handoff_pb2.AbortRequest(
+                    attempt=ref, reason=reason, superseded_by_epoch=superseded_by
+                )
                 status = (await self._ask(self._stub.Abort(abort, timeout=self._timeout_s))).status
             case "GetAttempt":
                 question = handoff_pb2.GetAttemptRequest(attempt=ref, close_unseen=True)

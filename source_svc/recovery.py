@@ -33,6 +33,7 @@ from vmferry.handoff.reading import Reading
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, RecordKind, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
@@ -47,6 +48,9 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
         await discard_if_gone(machine_id, ledger, directory)
+        return
+    if rights.superseded:
+        await halt_machine(machine_id, directory)
         return
     record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
     if record is None or not record.alive or not rights.permitted:
@@ -217,7 +221,8 @@ class Recovered(Followed):
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
         else:
             self.migration.message.owner = self._own
-            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, WrongPhaseError(self.reason))
+            error = departure.overridden or WrongPhaseError(self.reason)
+            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
 
     async def hears(self, heard: source.Heard) -> None:
         """The destination said how the attempt stands."""

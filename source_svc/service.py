@@ -21,6 +21,7 @@ from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
 from source_svc.orders import Order, read_destination, read_order, read_update, required
 from source_svc.outgoing import Outgoing
+from source_svc.override import Reclaiming
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
 from source_svc.recovery import (
@@ -55,14 +56,18 @@ from vmferry.negotiation.path import STREAM
 from vmferry.negotiation.report import Report
 from vmferry.recovery.service import RecoveryService
 from vmferry.rpc.daemon import Host
+from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Identity
+from vmferry.security.override import RECLAIM, Word, by_word
 from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
+from vmferry.together import to_the_end
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1 import migration_pb2_grpc
 from vmferry.v1.migration_pb2 import DESCRIPTOR
+from vmferry.v1.override_pb2 import OverrideReport
 
 _LOG: Final = get_logger(__name__)
 
@@ -82,8 +87,15 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._forecasts = Forecasts(host.trackers)
         self._contents = Contents()
         self._running: dict[str, Outgoing | Recovered] = {}
+        self._departures: dict[str, Departure] = {}
+        """Of the migrations that run, by migration."""
+        self._reclaiming = Reclaiming(host.ledger, host.directory)
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
-        self._farewells = Farewells(host.ledger, self._peer, host.config.handoff_retry_s)
+        self._farewells = Farewells(
+            host,
+            self._peer,
+            is_busy=lambda machine_id: self._migrations.open_of(machine_id) is not None,
+        )
         part = SourcePart(self._migrations, self._running, self._returned, self._farewells)
         self._recovery = RecoveryService(host, Role.SOURCE, part)
         self._starting = asyncio.Lock()
@@ -229,6 +241,23 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         record = self._directory.find(required(request.machine, "machine"))
         return pb.GetMachineResponse(machine=await self._recovery.machine(record))
 
+    async def ForceReclaim(
+        self, request: pb.ForceReclaimRequest, context: Context
+    ) -> pb.ForceReclaimResponse:
+        """Take a machine back by an admin's word."""
+        only_asked = request.validate_only
+
+        async def decide(word: Word) -> OverrideReport:
+            if self._stopping:
+                raise ServiceStoppingError("the source service is stopping")
+            _, machine_id = self._reclaiming.find(word.machine)
+            departures = (one for one in self._departures.values() if one.machine_id == machine_id)
+            return await self._reclaiming.decide(word, next(departures, None))
+
+        # A caller that goes away must not leave a machine half taken back.
+        work = by_word(RECLAIM, request.override, current_caller(), decide, only_asked=only_asked)
+        return pb.ForceReclaimResponse(report=await to_the_end(work))
+
     # What they are made of
 
     def _predict(
@@ -272,10 +301,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             owner=self._own.uri,
         )
         machine, peer = self._directory.open(record), self._peer(address, host)
+        departure = self._departure(record.spec.uuid)
         outgoing = Outgoing(
             order,
             Migration(message),
-            self._departure(record.spec.uuid),  # last: what fails before it leaves no journal open
+            departure,
             machine,
             peer,
             self._config,
@@ -283,7 +313,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._plan(record, host),
             forecasts=self._forecasts,
         )
-        self._follow(outgoing, request.request_id)
+        self._follow(outgoing, departure, request.request_id)
         return outgoing.migration
 
     def _check_free(self, record: MachineRecord) -> None:
@@ -326,15 +356,17 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
         return ticket
 
-    def _follow(self, one: Outgoing | Recovered, request_id: str = "") -> None:
+    def _follow(self, one: Outgoing | Recovered, departure: Departure, request_id: str = "") -> None:
         self._migrations.add(one.migration, request_id)
         self._running[one.migration.id] = one
+        self._departures[one.migration.id] = departure
         task = one.start()
         task.add_done_callback(lambda done: self._forget(one, done))
 
     def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
         migration_id = one.migration.id
         self._running.pop(migration_id, None)
+        self._departures.pop(migration_id, None)
         if not self._stopping:
             self._farewells.say(one.migration.message.machine_id)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
@@ -371,7 +403,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             phase=pb.MIGRATION_PHASE_SWITCHING,
         )
         peer = self._peer(attempt.destination_address, Identity.parse(attempt.destination))
-        self._follow(Recovered(Migration(message), departure, peer, self._own.uri, self._config))
+        recovered = Recovered(Migration(message), departure, peer, self._own.uri, self._config)
+        self._follow(recovered, departure)
         return True
 
     def _name_of(self, machine_id: str) -> str:

@@ -55,6 +55,7 @@ MAY_NOT_IMPORT = {
 
 PURE = (
     "vmferry.handoff.states",
+    "vmferry.handoff.arriving",
     "vmferry.handoff.source",
     "vmferry.handoff.destination",
     "vmferry.handoff.rights",

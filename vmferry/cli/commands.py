@@ -13,6 +13,7 @@ from vmferry.cli import (
     bounds,
     certs,
     demo,
+    handoff,
     machine,
     migrate,
     playground,
@@ -62,4 +63,5 @@ app.command()(ticket.ticket)
 app.command()(probe)
 app.command()(version)
 app.add_typer(machine.app, name="machine")
+app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")

@@ -19,7 +19,7 @@ from vmferry.config import HostConfig, load_config
 from vmferry.errors import InvalidArgumentError, MachineDeadError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines.directory import MachineDirectory, MachineRecord
-from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.launcher import start_anew, start_machine, stop_machine
 from vmferry.machines.microvm.guests import PROGRAMS
 from vmferry.machines.qemu.probe import resolve
 from vmferry.machines.qemu.spec import SERIAL_SOCKET
@@ -44,7 +44,7 @@ def directory_of(config: HostConfig) -> MachineDirectory:
 
 
 async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
-    """Start a machine that is born on this host, and let its guest run.
+    """Start a machine that is born on this host, or that is this host's and has lost its process; its guest runs.
 
     Raises:
         InvalidArgumentError: there is no such guest program, or it has no such parameter; or this host's QEMU
@@ -56,6 +56,8 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     spec = await asyncio.to_thread(resolve, spec)
     directory = directory_of(config)
     ledger = HostLedger(config.journal_dir)
+    if ledger.rights(spec.uuid).permitted:
+        return await _start_anew(spec, directory, ledger)
     machine = await start_machine(spec, directory)
     try:
         permit = ledger.birth(spec.uuid)
@@ -67,6 +69,12 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     except BaseException:
         await stop_machine(machine, directory)
         raise
+    await machine.close()
+    return directory.find(spec.uuid)
+
+
+async def _start_anew(spec: MachineSpec, directory: MachineDirectory, ledger: HostLedger) -> MachineRecord:
+    machine = await start_anew(spec, directory, lambda: ledger.permitted(spec.uuid))
     await machine.close()
     return directory.find(spec.uuid)
 
@@ -161,6 +169,24 @@ def run(
     else:
         print(f"{machine.name} {machine.uuid}")
         say(f"{machine.name} runs as process {machine.pid}")
+
+
+@app.command()
+def start(
+    name: Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")],
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Start a machine anew that belongs to this host and whose process is gone; its guest boots."""
+    host = load_config(config)
+    directory = directory_of(host)
+    spec = directory.find(name).spec
+    record = asyncio.run(_start_anew(spec, directory, HostLedger(host.journal_dir)))
+    machine, *_ = asyncio.run(describe([record], host))
+    if json:
+        print_document(as_document(machine))
+    else:
+        say(f"{machine.name} runs anew as process {machine.pid}")
 
 
 @app.command("list")

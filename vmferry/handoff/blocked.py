@@ -55,11 +55,12 @@ class Reason(enum.StrEnum):
     COPY_GONE = "COPY_GONE"
     NOT_RESUMED = "NOT_RESUMED"
     LOST_WITH_PROCESS = "LOST_WITH_PROCESS"
+    SUPERSEDED = "SUPERSEDED"
 
     @property
     def is_known(self) -> bool:
-        """Whose the machine is, is known: only its hypervisor is in the way."""
-        return self is Reason.NOT_RESUMED
+        """Whose the machine is, is known: only its hypervisor is in the way, or a copy too many."""
+        return self in {Reason.NOT_RESUMED, Reason.SUPERSEDED}
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,14 @@ def doubt(facts: Facts) -> Doubt | None:
             "a journal of this host cannot be believed; nothing is resumed here",
             f"Keep the files, and read the other host's right: vmferry recover {facts.machine} --peer HOST:PORT. "
             "If that says owned, the machine is there.",
+        )
+    if rights.superseded:
+        return Doubt(
+            Reason.SUPERSEDED,
+            Side.SOURCE,
+            "another host runs the machine by a later right, after an operator's word that was wrong; "
+            "this copy was stopped and is kept",
+            f"See what it did meanwhile, then end it on this host: vmferry machine stop {facts.machine} --config FILE.",
         )
     if rights.leaving:
         match rights.outgoing:

@@ -15,6 +15,7 @@ from vmferry.handoff.rights import Rights
 from vmferry.handoff.states import Attempt
 
 CONFIRMATION: Final = "I confirm the other copy is powered off"
+"""What an operator says who has no evidence, word for word."""
 _OR_CONFIRM: Final = f'. ID names what shows it; without one: --confirm "{CONFIRMATION}"'
 """Behind a risk, for the two commands that take an operator's word."""
 _MEMORY_HERE: Final = {Guest.RUNNING, Guest.PAUSED}
@@ -87,6 +88,7 @@ def _wait(facts: Facts, found: Doubt | None, now: tuple[Side, str, Attempt] | No
         Reason.JOURNAL_DAMAGED,
         Reason.PEER_LOST_JOURNAL,
         Reason.LOST_WITH_PROCESS,
+        Reason.SUPERSEDED,
     }
     risk = "loses nothing; until it settles itself, nobody runs what is blocked"
     if found is not None and found.reason in for_a_person:
@@ -152,10 +154,13 @@ def _force_reclaim(facts: Facts) -> Choice:
         "same disks: power that host off, or cut it from disks and network, first"
     )
     if memory:
-        risk += ". If the guest has run there, the memory here is older than the disks: then end its hypervisor first"
+        risk += (
+            ". Without --with-memory the copy here is ended and the machine is to be started anew; with it the guest "
+            "goes on, which is right only if it cannot have run there: its memory would be older than the disks"
+        )
     elif not why_not:
         risk += ". The guest's memory is not here: it has to be started anew"
-    with_memory = " --with-memory" if memory else ""
+    with_memory = " [--with-memory]" if memory else ""
     return Choice(
         "force-reclaim",
         risk + _OR_CONFIRM,
@@ -201,7 +206,7 @@ def _end(facts: Facts, *, stoppable: bool) -> Choice:
         why_not = "a journal of this host cannot be believed"
     elif rights.leaving:
         why_not = "it is being migrated away"
-    elif not rights.owner:
+    elif not rights.owner and not rights.superseded:
         why_not = "it does not belong to this host"
     elif not stoppable:
         why_not = "nothing of it is left here that could be ended"

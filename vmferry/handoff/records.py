@@ -70,6 +70,7 @@ def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
         boot_id=boot_id,
         note=_cut(record.note),
         operator=record.operator,
+        with_memory=record.with_memory,
     )
     if record.attempt is not None:
         message.attempt.CopyFrom(attempt_to_ref(record.attempt))
@@ -95,6 +96,7 @@ def decode(payload: bytes) -> tuple[Record, str]:
         ticket_expire_unix=message.ticket_expire_time.seconds,
         note=message.note,
         operator=message.operator,
+        with_memory=message.with_memory,
     )
     return record, message.boot_id
 

@@ -219,7 +219,13 @@ def _may_be_in_doubt(rights: Rights, guest: Guest) -> bool:
     """Whether journals are worth reading record by record; most machines run, or are gone for good."""
     now = rights.incoming.current
     arriving = isinstance(now, destination.Prepared) or (isinstance(now, destination.Owned) and not now.ran)
-    return rights.damaged or rights.leaving or arriving or (rights.permitted and guest is Guest.PAUSED)
+    return (
+        rights.damaged
+        or rights.superseded
+        or rights.leaving
+        or arriving
+        or (rights.permitted and guest is Guest.PAUSED)
+    )
 
 
 def _since(found: Doubt | None, journals: Sequence[Reading]) -> int | None:
@@ -227,7 +233,8 @@ def _since(found: Doubt | None, journals: Sequence[Reading]) -> int | None:
     if found is None or found.reason is Reason.JOURNAL_DAMAGED:
         return None
     role = _ROLES[found.side]
-    # A machine that belongs to this host may do so by any journal's word, as a rule the newest.
-    any_role = found.reason is Reason.NOT_RESUMED and found.side is Side.SOURCE
+    # A machine that belongs to this host, or did, may do so by any journal's word, as a rule the newest.
+    by_any = {Reason.NOT_RESUMED, Reason.SUPERSEDED}
+    any_role = found.reason in by_any and found.side is Side.SOURCE
     written = [one.written_unix_ns for one in journals if any_role or one.role is role]
     return max((one for one in written if one is not None), default=None)

@@ -22,6 +22,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vmferry.v1 import compatibility_pb2 as _compatibility_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
+from vmferry.v1 import override_pb2 as _override_pb2
 from vmferry.v1 import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
 import sys
@@ -54,6 +55,8 @@ class _AttemptStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttemptS
     """This host owns the machine and the guest has run here."""
     ATTEMPT_STATE_REFUSED: _AttemptState.ValueType  # 6
     """Closed for ever: this host will never run the machine by this attempt."""
+    ATTEMPT_STATE_SUPERSEDED: _AttemptState.ValueType  # 7
+    """This host owned the machine, met a later right, and has stopped its copy for an operator to end."""
 
 class AttemptState(_AttemptState, metaclass=_AttemptStateEnumTypeWrapper):
     """How an attempt stands at the destination, by its journal."""
@@ -72,6 +75,8 @@ ATTEMPT_STATE_RUNNING: AttemptState.ValueType  # 5
 """This host owns the machine and the guest has run here."""
 ATTEMPT_STATE_REFUSED: AttemptState.ValueType  # 6
 """Closed for ever: this host will never run the machine by this attempt."""
+ATTEMPT_STATE_SUPERSEDED: AttemptState.ValueType  # 7
+"""This host owned the machine, met a later right, and has stopped its copy for an operator to end."""
 Global___AttemptState: _TypeAlias = AttemptState  # noqa: Y015
 
 @_typing.final
@@ -628,8 +633,11 @@ class AbortRequest(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_BY_EPOCH_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Why, for the log."""
+    superseded_by_epoch: _builtins.int
+    """Number of the later right that an operator forced at the source when it closed the attempt; 0 if nobody did."""
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
         """The attempt."""
@@ -639,10 +647,11 @@ class AbortRequest(_message.Message):
         *,
         attempt: Global___AttemptRef | None = ...,
         reason: _builtins.str = ...,
+        superseded_by_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "superseded_by_epoch", b"superseded_by_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -671,3 +680,55 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class ForceAcceptRequest(_message.Message):
+    """An operator's word: the source cannot run the machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERRIDE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Only says what would happen and what it risks; changes nothing."""
+    @_builtins.property
+    def override(self) -> _override_pb2.Override:
+        """What is decided."""
+
+    def __init__(
+        self,
+        *,
+        override: _override_pb2.Override | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["override", b"override", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceAcceptRequest: _TypeAlias = ForceAcceptRequest  # noqa: Y015
+
+@_typing.final
+class ForceAcceptResponse(_message.Message):
+    """What was decided, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> _override_pb2.OverrideReport:
+        """What happened, or would."""
+
+    def __init__(
+        self,
+        *,
+        report: _override_pb2.OverrideReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceAcceptResponse: _TypeAlias = ForceAcceptResponse  # noqa: Y015

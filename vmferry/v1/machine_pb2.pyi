@@ -76,6 +76,8 @@ class _MachineRightEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MachineR
     """The machine is on its way in; another host owns it."""
     MACHINE_RIGHT_UNKNOWN: _MachineRight.ValueType  # 6
     """A journal is damaged: nothing is resumed automatically."""
+    MACHINE_RIGHT_SUPERSEDED: _MachineRight.ValueType  # 7
+    """Another host has a later right, by an operator's word; the copy here is stopped, kept, and to be ended by hand."""
 
 class MachineRight(_MachineRight, metaclass=_MachineRightEnumTypeWrapper):
     """What this host's journals say about the right to run the machine."""
@@ -94,6 +96,8 @@ MACHINE_RIGHT_ARRIVING: MachineRight.ValueType  # 5
 """The machine is on its way in; another host owns it."""
 MACHINE_RIGHT_UNKNOWN: MachineRight.ValueType  # 6
 """A journal is damaged: nothing is resumed automatically."""
+MACHINE_RIGHT_SUPERSEDED: MachineRight.ValueType  # 7
+"""Another host has a later right, by an operator's word; the copy here is stopped, kept, and to be ended by hand."""
 Global___MachineRight: _TypeAlias = MachineRight  # noqa: Y015
 
 @_typing.final

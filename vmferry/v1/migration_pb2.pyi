@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vmferry.v1 import compatibility_pb2 as _compatibility_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
+from vmferry.v1 import override_pb2 as _override_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1103,3 +1104,55 @@ class GetMachineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetMachineResponse: _TypeAlias = GetMachineResponse  # noqa: Y015
+
+@_typing.final
+class ForceReclaimRequest(_message.Message):
+    """An operator's word: the destination cannot run the machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERRIDE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Only says what would happen and what it risks; changes nothing."""
+    @_builtins.property
+    def override(self) -> _override_pb2.Override:
+        """What is decided."""
+
+    def __init__(
+        self,
+        *,
+        override: _override_pb2.Override | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["override", b"override", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceReclaimRequest: _TypeAlias = ForceReclaimRequest  # noqa: Y015
+
+@_typing.final
+class ForceReclaimResponse(_message.Message):
+    """What was decided, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> _override_pb2.OverrideReport:
+        """What happened, or would."""
+
+    def __init__(
+        self,
+        *,
+        report: _override_pb2.OverrideReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceReclaimResponse: _TypeAlias = ForceReclaimResponse  # noqa: Y015

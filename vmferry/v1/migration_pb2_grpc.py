@@ -80,6 +80,11 @@ class SourceServiceStub:
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.FromString,
                 _registered_method=True)
+        self.ForceReclaim = channel.unary_unary(
+                '/vmferry.v1.SourceService/ForceReclaim',
+                request_serializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.FromString,
+                _registered_method=True)
 
 
 class SourceServiceServicer:
@@ -149,6 +154,13 @@ class SourceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForceReclaim(self, request, context):
+        """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SourceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +208,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.GetMachine,
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.SerializeToString,
+            ),
+            'ForceReclaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForceReclaim,
+                    request_deserializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -442,6 +459,33 @@ class SourceService:
             '/vmferry.v1.SourceService/GetMachine',
             vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.SerializeToString,
             vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForceReclaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.SourceService/ForceReclaim',
+            vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.SerializeToString,
+            vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,8 @@ class SourceServiceStub:
     """Lists the machines on this host."""
     GetMachine: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]
     """Returns one machine by name or UUID."""
+    ForceReclaim: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ForceReclaimRequest, _migration_pb2.ForceReclaimResponse]
+    """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 @_typing.type_check_only
 class SourceServiceAsyncStub(SourceServiceStub):
@@ -75,6 +77,8 @@ class SourceServiceAsyncStub(SourceServiceStub):
     """Lists the machines on this host."""
     GetMachine: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]  # type: ignore[assignment]
     """Returns one machine by name or UUID."""
+    ForceReclaim: _aio.UnaryUnaryMultiCallable[_migration_pb2.ForceReclaimRequest, _migration_pb2.ForceReclaimResponse]  # type: ignore[assignment]
+    """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Moves machines away from this host."""
@@ -150,5 +154,13 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.GetMachineResponse, _abc.Awaitable[_migration_pb2.GetMachineResponse]]:
         """Returns one machine by name or UUID."""
+
+    @_abc_1.abstractmethod
+    def ForceReclaim(
+        self,
+        request: _migration_pb2.ForceReclaimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.ForceReclaimResponse, _abc.Awaitable[_migration_pb2.ForceReclaimResponse]]:
+        """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 def add_SourceServiceServicer_to_server(servicer: SourceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
