@@ -18,10 +18,10 @@ from tests.integration.test_recovery import run_state, start_and_lose_go
 from vmferry.cli.machine import end_machine, run_machine
 from vmferry.failpoints import VARIABLE
 from vmferry.handoff import destination
+from vmferry.handoff.choices import CONFIRMATION
 from vmferry.handoff.ledger import Role
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
-from vmferry.security.override import CONFIRMATION
 from vmferry.security.tls import open_channel
 from vmferry.v1 import handoff_pb2, machine_pb2
 from vmferry.v1 import migration_pb2 as pb

@@ -24,8 +24,8 @@ from vmferry.cli.connection import (
 )
 from vmferry.cli.output import JsonOption, as_document, label, print_document, say
 from vmferry.errors import InvalidArgumentError
+from vmferry.handoff.choices import CONFIRMATION
 from vmferry.rpc.tracing import ClientTracingInterceptors
-from vmferry.security.override import CONFIRMATION
 from vmferry.security.tls import TlsFiles, open_channel
 from vmferry.v1.handoff_pb2 import ForceAcceptRequest
 from vmferry.v1.handoff_pb2_grpc import DestinationServiceStub

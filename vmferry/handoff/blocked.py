@@ -124,7 +124,7 @@ def doubt(facts: Facts) -> Doubt | None:
             Side.SOURCE,
             "another host runs the machine by a later right, after an operator's word that was wrong; "
             "this copy was stopped and is kept",
-            f"See what it did meanwhile, then end it on this host: vmferry machine stop {facts.machine} --config FILE.",
+            f"See what it did meanwhile, then, on this host: vmferry machine stop {facts.machine} --config FILE.",
         )
     if rights.leaving:
         match rights.outgoing:
