@@ -44,7 +44,7 @@ SOURCES = str(Path(vmferry.__file__).parents[1])
 @pytest.fixture(scope="module")
 async def world() -> AsyncIterator[World]:
     """Hosts whose services are in no hurry by themselves."""
-    async with open_world(handoff_retry_s=RETRY_S, qmp_timeout_s=1.0) as opened:
+    async with open_world(handoff_retry_s=RETRY_S, qmp_timeout_s=3.0, rpc_timeout_s=8.0) as opened:
         yield opened
 
 
