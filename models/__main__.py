@@ -6,9 +6,12 @@ Exit code 0 only if each safe variant keeps its promises and each broken one bre
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ from models.world import Model
 class Told(NamedTuple):
     """One line of the report, and its trace."""
 
+    kind: str
     ok: bool
     what: str
     states: int
@@ -38,7 +42,9 @@ def check_safe(variant: Safe, *, quick: bool) -> Told:
     found = explore(Model(bounds=bounds), variant.promises, liveness=variant.live, goal=variant.goal)
     outcome = found.broken or ("L1: the guest can never run again" if found.stuck else "holds")
     trace = tuple(found.trace or (_shortest(found.stuck)))
-    return Told(not trace, variant.what, found.states, found.edges, time.monotonic() - begun, outcome, trace)
+    return Told(
+        "safe", not trace, variant.what, found.states, found.edges, time.monotonic() - begun, outcome, trace
+    )
 
 
 def check_broken(variant: Broken) -> Told:
@@ -50,7 +56,9 @@ def check_broken(variant: Broken) -> Told:
     trace = tuple(found.trace or (_shortest(found.stuck)))
     outcome = found.broken or ("L1: the guest can never run again" if trace else "NOT NOTICED")
     name = f"without: {variant.guard}"
-    return Told(bool(trace), name, found.states, found.edges, time.monotonic() - begun, outcome, trace)
+    return Told(
+        "broken", bool(trace), name, found.states, found.edges, time.monotonic() - begun, outcome, trace
+    )
 
 
 def check_spin(name: str, defines: tuple[str, ...]) -> Told:
@@ -60,6 +68,7 @@ def check_spin(name: str, defines: tuple[str, ...]) -> Told:
     broken = name in spin.BROKEN
     outcome = "assertion violated" if found.errors else "NOT NOTICED" if broken else "holds"
     return Told(
+        "spin_broken" if broken else "spin",
         bool(found.errors) == broken,
         f"spin: {name}",
         found.states,
@@ -76,15 +85,27 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="smaller bounds for the safe variants")
     parser.add_argument("--no-spin", action="store_true", help="without the search by Spin")
     parser.add_argument("--brief", action="store_true", help="without the traces of broken variants")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", action="store_true", help="print one JSON document; the rest on stderr")
     arguments = parser.parse_args()
     missing = [] if arguments.no_spin else spin.missing()
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with (
+        contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout),
+        ProcessPoolExecutor(arguments.jobs) as pool,
+    ):
         todo = [pool.submit(check_safe, variant, quick=arguments.quick) for variant in SAFE]
         todo += [pool.submit(check_broken, variant) for variant in BROKEN]
         if not (arguments.no_spin or missing):
             todo += [pool.submit(check_spin, name, defines) for name, defines in spin.SAFE.items()]
             todo += [pool.submit(check_spin, name, (f"-D{name}",)) for name in spin.BROKEN]
         told = [_shown(one.result(), brief=arguments.brief) for one in todo]
+        code = _summary(told, missing)
+    if arguments.json:
+        print(json.dumps(document(told, missing)))
+    return code
+
+
+def _summary(told: Sequence[Told], missing: Sequence[str]) -> int:
     wrong = [one.what for one in told if not one.ok]
     states, edges = sum(one.states for one in told), sum(one.edges for one in told)
     print(f"{len(told)} variants, {states} states, {edges} edges, {len(wrong)} not as they should be")
@@ -94,6 +115,20 @@ def main() -> int:
         print(f"{word} the search by Spin: missing here: {', '.join(missing)} (install spin and gcc)")
         return 1 if required or wrong else 0
     return 1 if wrong else 0
+
+
+def document(told: Sequence[Told], missing: Sequence[str]) -> dict[str, object]:
+    """The figures of the variants of each kind, and what Spin lacks."""
+    figures: dict[str, object] = {"missing": list(missing)}
+    for kind in ("safe", "broken", "spin", "spin_broken"):
+        these = [one for one in told if one.kind == kind]
+        figures[kind] = {
+            "variants": len(these),
+            "ok": sum(one.ok for one in these),
+            "states": sum(one.states for one in these),
+            "edges": sum(one.edges for one in these),
+        }
+    return figures
 
 
 def _shortest(traces: list[list[str]]) -> list[str]:

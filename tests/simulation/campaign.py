@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from tests.simulation.cluster import schedules
@@ -119,20 +120,22 @@ def main() -> int:
     )
     parser.add_argument("--count", type=int, default=1000, help="storms")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true", help="print one JSON document; the rest on stderr")
     given = parser.parse_args()
-    failed = False
     if given.what == "storms":
         tallies = {f"from seed {given.seed}": storms(given.seed, given.count, jobs=given.jobs)}
     else:
         run = one_fault if given.what == "one-fault" else two_faults
         chosen = given.scenario or (SCENARIOS if run is one_fault else SCENARIOS[:1])
         tallies = {name: run(name, stride=given.stride, jobs=given.jobs) for name in chosen}
+    out = sys.stderr if given.json else sys.stdout
     for name, tally in tallies.items():
-        print(f"{given.what} {name}: {tally}")
+        print(f"{given.what} {name}: {tally}", file=out)
         for failure in tally.failures[:20]:
-            print("  ", failure)
-        failed = failed or bool(tally.failures)
-    return int(failed)
+            print("  ", failure, file=out)
+    if given.json:
+        print(json.dumps({name: asdict(tally) for name, tally in tallies.items()}))
+    return int(any(tally.failures for tally in tallies.values()))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,9 @@ def reached() -> frozenset[Local]:
 
 
 @pytest.mark.parametrize("variant", SAFE, ids=lambda variant: variant.what.replace(" ", "-"))
-def test_every_edge_of_the_model_is_an_edge_of_the_core(variant: Any) -> None:
+def test_every_edge_of_the_model_is_an_edge_of_the_core(
+    variant: Any, record_property: Callable[[str, object], None]
+) -> None:
     """On each edge the core does what the model does, and its journals say afterwards what the model says."""
     core, count, seen = Core(), 0, set()
     for now, step in edges(Model(bounds=variant.quick)):
@@ -79,7 +81,8 @@ def test_every_edge_of_the_model_is_an_edge_of_the_core(variant: Any) -> None:
         assert answered(actions) == told(does), (step.name, host)
         expected = (after.out, after.inn, after.rights.granted, after.rights.left)
         assert folded(host, (actions or [])[:done], event, attempts) == expected, (step.name, host)
-    print(f"{variant.what}: {count} edges, {len(seen)} of them different to the end that takes them")
+    record_property("edges", count)
+    record_property("different edges", len(seen))
     assert count > 500
 
 
@@ -135,10 +138,10 @@ def differences(protocol: Rules, core: Core) -> Iterator[str]:
                 yield f"{host} {event}: the model does {expected}, the core {found}"
 
 
-def test_no_state_and_event_is_answered_differently() -> None:
+def test_no_state_and_event_is_answered_differently(record_property: Callable[[str, object], None]) -> None:
     """All that the model reaches, asked about all there is: the core does that, and nothing else."""
     assert not list(differences(Rules(), Core()))
-    print(f"{len(reached())} different pairs of journals")
+    record_property("states", len(reached()))
 
 
 def test_rights_are_the_same() -> None:

@@ -120,11 +120,14 @@ REACHED: Final = {
         pytest.param({"attempts": 2, "crashes": 0, "hosts": 3}, 8_000, id="three-hosts"),
     ],
 )
-def test_every_world_keeps_the_promises(bounds: dict[str, Any], worlds: int) -> None:
+def test_every_world_keeps_the_promises(
+    bounds: dict[str, Any], worlds: int, record_property: Callable[[str, object], None]
+) -> None:
     """Within these bounds nothing is ever run twice, run stale or lost by a step, and nothing is stuck for ever."""
     found = explore(Simulation(**bounds))
     assert not found.broken, f"{found.broken}: {found.trace(found.last or next(iter(found.parents)))}"
     assert not found.stuck, f"L1: {found.trace(found.stuck[0])}"
+    record_property("worlds", len(found.parents))
     assert len(found.parents) > worlds
     if bounds == {"attempts": 2, "crashes": 2}:
         assert set(REACHED.values()) <= found.seen

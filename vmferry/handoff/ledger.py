@@ -102,7 +102,7 @@ class HostLedger:
         for machine_id, role in itertools.product(self.machines(), Role):
             path, label = self._file(machine_id, role)
             found = journal.read(path, label, settled=True, disk=self._disk)
-            if found.hashes and not found.damage and self._register.mark(_entry(machine_id, role)) is None:
+            if found.hashes and not found.damage:
                 self._register.add(_entry(machine_id, role), Mark(len(found.hashes), found.hashes[-1]))
         with contextlib.suppress(FileNotFoundError):  # the other service may have been faster
             self._disk.unlink(self.directory / "incarnation")

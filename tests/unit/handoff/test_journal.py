@@ -7,7 +7,7 @@ import random
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -96,8 +96,11 @@ def test_the_file_grows_by_whole_extents(path: Path) -> None:
 # Damage
 
 
-def test_a_file_cut_at_any_byte_gives_a_prefix_and_is_not_certain(three: bytes) -> None:
+def test_a_file_cut_at_any_byte_gives_a_prefix_and_is_not_certain(
+    three: bytes, record_property: Callable[[str, object], None]
+) -> None:
     """Cut anywhere in its last two records, the file gives the whole records before, and says that it was cut."""
+    record_property("lengths cut", 2 * SLOT_BYTES)
     for at in range(2 * SLOT_BYTES, 4 * SLOT_BYTES):
         contents = read(three[:at])
         whole = (at // SLOT_BYTES) - 1
@@ -107,9 +110,12 @@ def test_a_file_cut_at_any_byte_gives_a_prefix_and_is_not_certain(three: bytes) 
         assert not contents.damage
 
 
-def test_an_append_cut_at_any_byte_is_a_torn_tail(three: bytes) -> None:
+def test_an_append_cut_at_any_byte_is_a_torn_tail(
+    three: bytes, record_property: Callable[[str, object], None]
+) -> None:
     """Written up to any byte of its last two slots, the file gives the records before and a torn tail at most."""
     empty = [bytes(SLOT_BYTES)] * 2
+    record_property("lengths cut", 2 * SLOT_BYTES)
     for at in range(2 * SLOT_BYTES, 4 * SLOT_BYTES):
         contents = journal._read_slots([s.ljust(SLOT_BYTES, b"\0") for s in slots_of(three[:at])] + empty)
         whole = at // SLOT_BYTES
@@ -128,12 +134,14 @@ def flips(seed: int) -> Iterator[int]:
         yield from (chance.randrange((start + 48) * 8, (end - 32) * 8) for _ in range(40))
 
 
-def test_any_flipped_bit_is_noticed(twelve: bytes) -> None:
+def test_any_flipped_bit_is_noticed(twelve: bytes, record_property: Callable[[str, object], None]) -> None:
     """One flipped bit in the last record is a torn tail, in any other damage; no record changes or appears."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     flipped = bytearray(twelve)
-    for bit in flips(seed):
+    bits = list(flips(seed))
+    record_property("bits flipped", len(bits))
+    for bit in bits:
         flipped[bit // 8] ^= 1 << bit % 8
         contents = read(bytes(flipped))
         flipped[bit // 8] ^= 1 << bit % 8

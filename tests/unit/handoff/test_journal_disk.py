@@ -7,7 +7,7 @@ import itertools
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -73,7 +73,7 @@ def crashed(whole: bytes, log: list[tuple[int, bytes] | None]) -> Iterator[bytes
 
 
 def test_a_power_failure_leaves_a_prefix_with_all_durable_records(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]
 ) -> None:
     """After each call, with every unsynced write whole, torn or missing: no damage, and nothing durable is gone."""
     disk = Disk(monkeypatch)
@@ -86,7 +86,7 @@ def test_a_power_failure_leaves_a_prefix_with_all_durable_records(
             durable_at[len(disk.log)] = number + 1
     log.close()
     whole = path.read_bytes()
-    first = next(iter(durable_at))
+    first, failures = next(iter(durable_at)), 0
     for at in range(first, len(disk.log) + 1):
         kept = max(count for moment, count in durable_at.items() if moment <= at)
         for content in crashed(whole, disk.log[:at]):
@@ -94,6 +94,8 @@ def test_a_power_failure_leaves_a_prefix_with_all_durable_records(
             assert not contents.damage
             assert contents.payloads == expected(len(contents.payloads))
             assert len(contents.payloads) >= kept
+            failures += 1
+    record_property("power failures", failures)
 
 
 def test_sync_takes_the_wait_for_a_lazy_record_off_the_next_append(

@@ -86,13 +86,16 @@ def test_a_missing_folder_is_damage(ledger: HostLedger) -> None:
 
 @pytest.mark.usefixtures("unsynced")
 @pytest.mark.parametrize("role", [Role.SOURCE, Role.DESTINATION])
-def test_a_journal_cut_anywhere_before_its_end_is_damage(ledger: HostLedger, role: Role) -> None:
+def test_a_journal_cut_anywhere_before_its_end_is_damage(
+    ledger: HostLedger, role: Role, record_property: Callable[[str, object], None]
+) -> None:
     """Whatever length is left, records that were on disk are missed; a cut behind them loses nothing."""
     path = file_of(ledger, role)
     whole = path.read_bytes()
     expected = ledger.rights(MACHINE)
     count = 5 if role is Role.SOURCE else 4
     lengths = {*range(0, (count + 2) * SLOT_BYTES, 499), *(n * SLOT_BYTES for n in range(count + 3))}
+    record_property("lengths cut", len(lengths))
     # Bytes that are missing are read as zeros, which the padding of a slot is anyway: only its hash must be there.
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
@@ -282,12 +285,16 @@ def test_an_entry_of_another_process_is_found(small: Register, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("unsynced")
-def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(
+    small: Register, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """A damaged mark is one that is missing, never another one: an older one is believed, or nothing is."""
     path = tmp_path / "register"
     whole = path.read_bytes()
     believed = {mark(4), mark(2)}
-    for bit in range(0, len(whole) * 8, 7):
+    bits = range(0, len(whole) * 8, 7)
+    record_property("bits flipped", len(bits))
+    for bit in bits:
         flipped = bytearray(whole)
         flipped[bit // 8] ^= 1 << bit % 8
         with path.open("r+b") as file:
@@ -299,11 +306,15 @@ def test_any_flipped_bit_of_the_register_is_noticed_or_harmless(small: Register,
 
 
 @pytest.mark.usefixtures("unsynced")
-def test_a_register_cut_anywhere_is_noticed_or_harmless(small: Register, tmp_path: Path) -> None:
+def test_a_register_cut_anywhere_is_noticed_or_harmless(
+    small: Register, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Entries that are cut off are missing: journals of theirs that have records are not believed then."""
     path = tmp_path / "register"
     whole = path.read_bytes()
-    for length in range(0, len(whole), 61):
+    lengths = range(0, len(whole), 61)
+    record_property("lengths cut", len(lengths))
+    for length in lengths:
         with path.open("r+b") as file:
             file.write(whole)
             file.truncate(length)
@@ -362,17 +373,66 @@ def test_a_name_longer_than_an_entry_is_not_cut() -> None:
     assert register._decode(register._encode(longest, mark(1))) == (longest, mark(1))
 
 
+def of_the_release_before(ledger: HostLedger) -> None:
+    """Leave what that release would have: an incarnation, and no register."""
+    (ledger.directory / "register").unlink()
+    (ledger.directory / "incarnation").write_text(f"{ledger.incarnation}\n", encoding="ascii")
+
+
 def test_journals_of_the_release_before_are_taken_over_once(ledger: HostLedger) -> None:
     """Where an incarnation was kept instead of a register, both go on; from then on what is missing is damage."""
     before = ledger.rights(MACHINE)
-    (ledger.directory / "register").unlink()
-    (ledger.directory / "incarnation").write_text(f"{ledger.incarnation}\n", encoding="ascii")
+    of_the_release_before(ledger)
     taken_over = HostLedger(ledger.directory)
     assert taken_over.incarnation == ledger.incarnation
     assert taken_over.rights(MACHINE) == before
     assert not (ledger.directory / "incarnation").exists()
     file_of(ledger, Role.SOURCE).unlink()
     is_unknown(taken_over)
+
+
+def test_machines_without_some_of_the_journals_are_taken_over(ledger: HostLedger) -> None:
+    """A machine that never left has no journal of its leaving, and gets no entry for one."""
+    ledger.birth(OTHER_MACHINE)
+    before = ledger.rights(OTHER_MACHINE)
+    of_the_release_before(ledger)
+    taken_over = HostLedger(ledger.directory)
+    assert taken_over.rights(OTHER_MACHINE) == before
+    assert taken_over.machines(Role.SOURCE) == [MACHINE]
+
+
+def test_a_damaged_journal_is_not_taken_over(ledger: HostLedger) -> None:
+    """What cannot be believed then is not believed later either, whatever is put in its place."""
+    path = file_of(ledger, Role.SOURCE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 2 * SLOT_BYTES] + bytes(SLOT_BYTES) + whole[3 * SLOT_BYTES :])
+    of_the_release_before(ledger)
+    taken_over = HostLedger(ledger.directory)
+    is_unknown(taken_over)
+    path.write_bytes(whole)
+    is_unknown(taken_over)
+
+
+def test_what_is_taken_over_is_on_disk(ledger: HostLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each journal before its entry says so; and that it is not to be done again, when it is done."""
+    of_the_release_before(ledger)
+    incarnation = ledger.directory / "incarnation"
+    synced: list[tuple[str, bool]] = []
+
+    def noting(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def noted(fd: int) -> None:
+            synced.append((Path(f"/proc/self/fd/{fd}").readlink().name, incarnation.exists()))
+            sync(fd)
+
+        return noted
+
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, noting(getattr(os, name)))
+    HostLedger(ledger.directory)
+    for role in Role:
+        journal = synced.index((f"{role}.journal", True))
+        assert ("register", True) in synced[journal:]
+    assert synced[-1] == ("journals", False)
 
 
 def test_an_incarnation_of_another_directory_takes_nothing_over(ledger: HostLedger) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,34 @@ def test_a_machine_that_was_handed_off_is_let_in_by_a_later_right_only(ledger: H
     assert rights.admits(BACK)
     assert rights.admits(FROM_A_THIRD)
     assert not rights.admits(OF_THE_SAME_RIGHT)
+
+
+def test_a_host_without_the_machine_lets_it_in_and_waits_for_no_word(tmp_path: Path) -> None:
+    """Nothing was handed off there, so there is nothing to be settled by a return."""
+    rights = HostLedger(tmp_path / "another").rights(MACHINE)
+    assert rights.admits(AWAY)
+    assert not rights.awaits_word
+    assert not rights.proved_gone_by(BACK)
+
+
+def test_a_damaged_host_neither_runs_it_nor_lets_it_in(ledger: HostLedger) -> None:
+    """Whatever the readable part says: the owner's right is not used, and a return settles nothing."""
+    rights = replace(ledger.rights(MACHINE), damaged=True)
+    assert not rights.admits(BACK)
+    assert not rights.awaits_word
+    owner = replace(rights, outgoing=source.Quiet(), epochs=replace(rights.epochs, granted=9))
+    assert owner.owner
+    assert not owner.permitted
+
+
+def test_how_it_came_here_does_not_settle_how_it_left(ledger: HostLedger) -> None:
+    """The attempt by which it arrived is older than its hand-off, and proves nothing about that."""
+    write(ledger, BACK, K.ACCEPTED, K.PREPARED, K.OWNED, K.RAN)
+    write(ledger, AWAY, K.DONE)
+    write(ledger, attempt(2, epoch=3, source=A, destination=B), K.BEGUN, K.SEALED, K.HANDED_OFF)
+    rights = ledger.rights(MACHINE)
+    assert not rights.moved_on
+    assert rights.standing is Standing.HANDED_OFF
 
 
 @pytest.mark.parametrize("kinds", [(K.ACCEPTED,), (K.ACCEPTED, K.PREPARED), (K.ACCEPTED, K.REFUSED)])

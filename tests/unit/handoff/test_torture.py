@@ -7,7 +7,7 @@ that was being written; or it is unknown. Nothing is permitted that was not perm
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -125,13 +125,16 @@ def whole_life() -> Host:
 
 @pytest.mark.parametrize("fault", ["eio", "full", "kill"])
 @pytest.mark.parametrize("then", ["nothing", "keep", "lose", "torn"])
-def test_a_failure_at_any_call_leaves_what_was_promised(fault: str, then: str) -> None:
+def test_a_failure_at_any_call_leaves_what_was_promised(
+    fault: str, then: str, record_property: Callable[[str, object], None]
+) -> None:
     """Whatever call fails, and whatever the power failure behind it takes: no promise is lost, none made up."""
-    whole = whole_life()
+    whole, failed = whole_life(), 0
     for number in range(len(whole.calls)):
         host = Host(number, fault)
         if host.live():
             continue  # a disk may be full without anybody needing space
+        failed += 1
         if then != "nothing":
             host.disk.crash(then)
         rights = host.reopened()
@@ -142,6 +145,7 @@ def test_a_failure_at_any_call_leaves_what_was_promised(fault: str, then: str) -
         assert rights.outgoing in [promised.outgoing for promised in leaving], where
         assert rights.incoming.current in [promised.incoming.current for promised in arriving], where
         assert not rights.permitted or any(promised.permitted for promised in (*leaving, *arriving)), where
+    record_property("calls that fail", failed)
 
 
 def test_a_disk_that_fails_twice_is_still_not_believed() -> None:
@@ -160,13 +164,17 @@ def test_a_disk_that_fails_twice_is_still_not_believed() -> None:
 
 
 @pytest.mark.parametrize("name", ["operator", "source", "destination"])
-def test_any_flipped_bit_is_noticed_by_whoever_asks(name: str) -> None:
+def test_any_flipped_bit_is_noticed_by_whoever_asks(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     """Of every part of a journal that holds records: nothing changes, or nobody may resume the machine."""
     host = whole_life()
     expected = host.seen()
     node = host.disk.names[JOURNALS / MACHINE / f"{name}.journal"]
     used = len(node.seen.rstrip(b"\0"))
-    for bit in (*range(0, used * 8, 61), *range(48 * 8)):
+    bits = (*range(0, used * 8, 61), *range(48 * 8))
+    record_property("bits flipped", len(bits))
+    for bit in bits:
         node.seen[bit // 8] ^= 1 << bit % 8
         rights = host.seen()
         node.seen[bit // 8] ^= 1 << bit % 8
@@ -178,10 +186,11 @@ def test_any_flipped_bit_is_noticed_by_whoever_asks(name: str) -> None:
     assert not host.seen().damaged
 
 
-def test_every_bit_of_a_small_journal_counts() -> None:
+def test_every_bit_of_a_small_journal_counts(record_property: Callable[[str, object], None]) -> None:
     """In a journal of one record no bit can be flipped without a trace."""
     first = journal._encode(0, bytes(32), b"label")
     record_slot = journal._encode(1, first[-32:], b"record")
+    record_property("bits flipped", 2 * SLOT_BYTES * 8)
     for slot in (0, 1):
         slots = [bytearray(first), bytearray(record_slot)]
         for bit in range(SLOT_BYTES * 8):
