@@ -92,7 +92,7 @@ SAFE: Final = (
     Safe(
         "a source is forced, and the machine is sent on to a third host",
         Bounds(hosts=3, faults=0, unfenced="source"),
-        Bounds(faults=0, attempts=1, unfenced="source"),
+        Bounds(hosts=3, attempts=1, faults=1, unfenced="source"),
         ("I5",),
         goal=at_rest,
     ),
