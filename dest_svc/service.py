@@ -21,6 +21,7 @@ from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
 from dest_svc.override import Accepting
 from dest_svc.receiver import Receiver
 from dest_svc.settling import DestinationPart
+from dest_svc.watching import watch
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
@@ -62,7 +63,6 @@ from vmferry.v1.handoff_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
 _MIB: Final = 1024 * 1024
-_WATCH_S: Final = 1.0
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -104,7 +104,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
-        self._watcher = asyncio.create_task(self._watch())
+        self._watcher = asyncio.create_task(watch(self._arrivals, self._config))
 
     async def stop(self) -> None:
         """Give back what unfinished attempts hold; prepared copies stay."""
@@ -441,31 +441,6 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             certificate_not_after=self._host.tls.load().not_after,
             newcomer=newcomer,
         )
-
-    async def _watch(self) -> None:
-        """Close attempts whose source fell silent, or whose waiting copy died; a prepared copy stays."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            for arrival in list(self._arrivals.values()):
-                receiver = arrival.receiver
-                if receiver is None:
-                    continue
-                silent_s = time.monotonic() - receiver.progressed_at
-                died = receiver.machine is not None and not await receiver.machine.alive()
-                if died or silent_s > self._config.receive_timeout_s + receiver.reconnect_timeout_s:
-                    await self._give_up(arrival, receiver, died=died)
-
-    async def _give_up(self, arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
-        async with arrival.lock:
-            if arrival.receiver is not receiver:
-                return
-            try:
-                if died:
-                    await arrival.lose_copy("the waiting copy's process died")
-                else:
-                    await arrival.apply(destination.Stalled())
-            except VmferryError as error:
-                _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
 
 
 async def _sealed(receiver: Receiver, digest: bytes) -> bytes:

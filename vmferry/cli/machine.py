@@ -110,6 +110,7 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
     if json:
         print_document({"machines": [as_document(machine) for machine in machines]})
         return
+    blocked = any(machine.HasField("blockage") for machine in machines)
     rows = [
         (
             machine.name or "-",
@@ -117,12 +118,13 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
             _memory(machine.spec),
             _label(machine.spec),
-            machine.blockage.reason or "-",
+            *([machine.blockage.reason or "-"] if blocked else []),
             machine.uuid,
         )
         for machine in machines
     ]
-    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", "BLOCKED", "UUID")
+    # Most of the time there is none, and a terminal has better use for the room.
+    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", *(["BLOCKED"] if blocked else []), "UUID")
     print_table(headings, rows, empty="no machines")
     for machine in machines:
         if machine.HasField("blockage"):

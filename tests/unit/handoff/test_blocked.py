@@ -63,15 +63,20 @@ def everything() -> Iterator[Facts]:
         OUTGOING, INCOMING, Guest, TORN.values(), (False, True), (False, True)
     ):
         yield facts(rights(outgoing, incoming, damaged=damaged), guest, torn=torn, served=served)
+    for guest, damaged in itertools.product(Guest, (False, True)):
+        yield facts(replace(SUPERSEDED, damaged=damaged), guest)
 
 
 R = Reason
+SUPERSEDED = Rights(Epochs(1, 1, superseded=1), QUIET, NOTHING)
 
 
 @pytest.mark.parametrize(
     ("of", "guest", "others", "reason"),
     [
         (rights(), Guest.RUNNING, {}, None),
+        (SUPERSEDED, Guest.PAUSED, {}, R.SUPERSEDED),
+        (SUPERSEDED, Guest.ABSENT, {}, R.SUPERSEDED),
         (rights(), Guest.PAUSED, {}, R.NOT_RESUMED),
         (rights(), Guest.ABSENT, {}, None),
         (rights(), Guest.ENDED, {}, None),
@@ -130,7 +135,7 @@ def test_every_state_has_an_answer_that_fits_the_rights() -> None:
             assert found is not None
             assert found.reason is R.OUTCOME_UNKNOWN
         if found is not None and found.reason.is_known:
-            assert known.rights.permitted
+            assert known.rights.permitted or known.rights.superseded
     assert seen == {None, *R} - {R.PEER_LOST_JOURNAL, R.PEER_NOT_RESUMED}  # these need the other host's word
 
 
