@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import certs, demo, machine, migrate, playground, status, ticket, trace, watch
+from vmferry.cli import bench, certs, demo, machine, migrate, playground, status, ticket, trace, watch
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -49,3 +49,4 @@ app.command()(probe)
 app.command()(version)
 app.add_typer(machine.app, name="machine")
 app.add_typer(certs.app, name="certs")
+app.add_typer(bench.app, name="bench")
