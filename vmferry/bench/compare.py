@@ -42,8 +42,10 @@ PATIENCE: Final = 4
 MIN_LIMIT_S: Final = 60.0
 
 _BEFORE_S: Final = 1.0
-"""How long the guest is looked at before it is moved."""
-_AFTER_S: Final = 0.25
+"""How long before it is moved the guest is measured."""
+_WARM_UP_S: Final = 0.75
+_AFTER_S: Final = 0.5
+"""How long the guest is listened to on both sides of what is measured, so that its next line is there."""
 _SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - guest memory belongs on tmpfs; our folder there is private
 _MIB: Final = 1024 * 1024
 
@@ -199,7 +201,7 @@ class _Seen:
     async def look(self, mover: Mover, who: str, limit_s: float) -> Moved:
         """Have the guest moved, and measure meanwhile."""
         await self.observer.begin()
-        await asyncio.sleep(_BEFORE_S)
+        await asyncio.sleep(_WARM_UP_S + _BEFORE_S)
         self.before = mover.last_line()
         before, usage = mover.hypervisor, Usage(mover.pids, mover.services)
         sent, self._start_ns = self._link.wire_bytes(), time.monotonic_ns()

@@ -12,12 +12,11 @@ import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Final
 
 from vmferry.errors import InvalidArgumentError
-from vmferry.machines.qemu.guest import APPEND, Entry, newest_kernel, pieces
+from vmferry.machines.qemu.guest import APPEND, LOAD, Entry, newest_kernel, pieces
 from vmferry.machines.qemu.probe import probe_binary, resolve
 from vmferry.machines.qemu.spec import QemuSpec
 from vmferry.machines.spec import MachineSpec, new_qemu_spec
@@ -107,11 +106,10 @@ def make_spec(wishes: Wishes, folder: Path, accelerator: str) -> MachineSpec:
 
 
 def _entries(wishes: Wishes) -> Iterator[Entry]:
-    program = resources.files("vmferry.machines.qemu.guest").joinpath("load.bin").read_bytes()
     yield Entry("dev", stat.S_IFDIR | 0o755)
     # The kernel opens it for the first process before anything can be mounted.
     yield Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
-    yield Entry("init", stat.S_IFREG | 0o755, program)
+    yield Entry("init", stat.S_IFREG | 0o755, LOAD.read_bytes())
     if wishes.files_mib:
         yield Entry("files", stat.S_IFREG | 0o644, real_files(wishes.files_mib * _MIB))
 

@@ -1,9 +1,9 @@
 """Times what a guest says on its serial port, at the host it leaves and at the one it comes to.
 
-A process of its own, so that nothing else that is measured makes it late: ``python -m vmferry.bench.observer FILE
-FILE``. It says ``ready``, and when its standard input ends it prints what arrived since: one list of port, time by the
-monotonic clock, and text. A file that is there at the beginning counts from its end, one that appears later from
-its beginning.
+A process of its own, so that nothing else that is measured makes it late:
+``python -m vmferry.bench.observer FILE FILE``. It says ``ready``, and when its standard input ends it prints what
+arrived since: one list of port, time by the monotonic clock, and text. A file that is there at the beginning counts
+from its end, and one that appears later from its beginning.
 """
 
 from __future__ import annotations

@@ -273,7 +273,8 @@ async def _followed(here: _Process, limit_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + limit_s
     while True:
         found = await here.status()
-        if found["status"] in _ENDED:
+        # A release of QEMU says completed shortly before it has worked out how long that took.
+        if found["status"] in _ENDED and (found["status"] != "completed" or found.get("total-time")):
             return found
         if time.monotonic() > deadline:
             await here.qmp.execute("migrate_cancel")

@@ -39,12 +39,10 @@ def make_table(title: str, crossings: Sequence[Crossing], peers: Sequence[str]) 
         )
         if who != OURS:
             compared = ratios(ours, mine)
-            values = (compared.get(_RATIO_OF.get(figure, "")) for _, figure, _ in _COLUMNS)
-            table.add_row(
-                "  ÷ ours", "", *(f"{value:.2f}" if value else "" for value in values), end_section=True
-            )
-        else:
-            table.add_section()
+            values = [compared.get(_RATIO_OF.get(figure, "")) for _, figure, _ in _COLUMNS]
+            if any(values):
+                table.add_row("  ÷ ours", "", *(f"{value:.2f}" if value else "" for value in values))
+        table.add_section()
     return table
 
 

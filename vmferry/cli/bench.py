@@ -6,7 +6,7 @@ import asyncio
 import json as json_module
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from google.protobuf.json_format import ParseDict, ParseError
@@ -24,9 +24,37 @@ from vmferry.v1.migration_pb2 import MigrationOptions
 
 app = typer.Typer(help="Measure vmferry on this computer.", no_args_is_help=True)
 
-DEFAULT_FILES_MIB = 300
-DEFAULT_RATE = 50
-DEFAULT_SET_MIB = 64
+DEFAULT_FILES_MIB: Final = 300
+DEFAULT_RATE: Final = 50
+DEFAULT_SET_MIB: Final = 64
+
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option("--against", help=f"Repeatable: {', '.join(VARIANTS)}; default: qemu-tls."),
+]
+ResidentOption = Annotated[
+    int | None,
+    typer.Option("--resident-mib", min=0, help="Random content; default: 1100, with files 0."),
+]
+FilesOption = Annotated[int, typer.Option("--files-mib", min=1, help="Real files, with --guest files.")]
+RateOption = Annotated[
+    int, typer.Option("--dirty-mib-per-s", min=1, help="How fast it writes, with --guest writer.")
+]
+SetOption = Annotated[
+    int, typer.Option("--working-set-mib", min=1, help="What it writes to again and again.")
+]
+RunsOption = Annotated[int, typer.Option("--runs", min=1, help="Migrations of each, in turn.")]
+LinkOption = Annotated[
+    int | None, typer.Option("--link-mbit", min=1, help="Over a link of so many Mbit/s; needs root.")
+]
+DowntimeOption = Annotated[int, typer.Option("--downtime-limit-ms", min=1, help="For all of them.")]
+LimitOption = Annotated[
+    int, typer.Option("--limit-s", min=0, help="When a migration is given up; 0: by link and guest.")
+]
+MigrationOption = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Field of MigrationOptions, for ours; repeatable."),
+]
 
 
 @app.callback()
@@ -37,42 +65,19 @@ def bench() -> None:
 @app.command()
 def compare(
     *,
-    against: Annotated[
-        list[str] | None,
-        typer.Option("--against", help=f"Repeatable: {', '.join(VARIANTS)}; default: qemu-tls."),
-    ] = None,
+    against: AgainstOption = None,
     ours_only: Annotated[bool, typer.Option("--ours-only", help="Measure without any peer.")] = False,
     guest: Annotated[Load, typer.Option("--guest", help="What it does.")] = Load.IDLE,
     memory_mib: Annotated[int, typer.Option("--memory-mib", min=64, help="Guest memory.")] = 2048,
-    resident_mib: Annotated[
-        int | None,
-        typer.Option("--resident-mib", min=0, help="Random content; default: 1100, with files 0."),
-    ] = None,
-    files_mib: Annotated[
-        int, typer.Option("--files-mib", min=1, help="Real files, with --guest files.")
-    ] = DEFAULT_FILES_MIB,
-    dirty_mib_per_s: Annotated[
-        int, typer.Option("--dirty-mib-per-s", min=1, help="How fast it writes, with --guest writer.")
-    ] = DEFAULT_RATE,
-    working_set_mib: Annotated[
-        int, typer.Option("--working-set-mib", min=1, help="What it writes to again and again.")
-    ] = DEFAULT_SET_MIB,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="Migrations of each, in turn.")] = DEFAULT_RUNS,
-    link_mbit: Annotated[
-        int | None, typer.Option("--link-mbit", min=1, help="Over a link of so many Mbit/s; needs root.")
-    ] = None,
-    downtime_limit_ms: Annotated[
-        int, typer.Option("--downtime-limit-ms", min=1, help="For all of them.")
-    ] = DEFAULT_DOWNTIME_LIMIT_MS,
-    limit_s: Annotated[
-        int, typer.Option("--limit-s", min=0, help="When a migration is given up; 0: by link and guest.")
-    ] = 0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option", metavar="NAME=VALUE", help="Field of MigrationOptions, for ours; repeatable."
-        ),
-    ] = None,
+    resident_mib: ResidentOption = None,
+    files_mib: FilesOption = DEFAULT_FILES_MIB,
+    dirty_mib_per_s: RateOption = DEFAULT_RATE,
+    working_set_mib: SetOption = DEFAULT_SET_MIB,
+    runs: RunsOption = DEFAULT_RUNS,
+    link_mbit: LinkOption = None,
+    downtime_limit_ms: DowntimeOption = DEFAULT_DOWNTIME_LIMIT_MS,
+    limit_s: LimitOption = 0,
+    option: MigrationOption = None,
     accelerator: Annotated[str, typer.Option("--accelerator", help="auto, kvm or tcg, for all.")] = "auto",
     kernel: Annotated[Path | None, typer.Option("--kernel", metavar="PATH", help="Of the guest.")] = None,
     json: JsonOption = False,

@@ -22,6 +22,8 @@ from vmferry.errors import InvalidArgumentError
 
 APPEND: Final = "console=ttyS0 quiet loglevel=3 panic=-1"
 BUSYBOX: Final = Path("/bin/busybox")
+LOAD: Final = Path(__file__).with_name("load.bin")
+"""The only program of the guest that benchmarks move."""
 
 DISK_MODULES: Final = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 """What a guest with a virtio disk needs, unless it is built into its kernel."""
