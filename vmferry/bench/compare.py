@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from qemu.qmp import QMPError
+
 from vmferry import __version__
 from vmferry.bench import network
 from vmferry.bench.figures import OURS, Crossing
@@ -207,10 +209,13 @@ class _Seen:
         sent, self._start_ns = self._link.wire_bytes(), time.monotonic_ns()
         try:
             moved = await mover.move(who, limit_s)
+        except (VmferryError, QMPError) as error:
+            moved = Moved(f"failed: {error}")
         finally:
             self._end_ns = time.monotonic_ns()
-            newcomers = {mover.hypervisor} - {before}
-            self._cpu_s, self._peak_mib = usage.end(newcomers), usage.peak_mib
+            usage.stop()
+        newcomers = {mover.hypervisor} - {before} if moved.completed else ()
+        self._cpu_s, self._peak_mib = usage.cpu_s(newcomers), usage.peak_mib
         self._wire_bytes = self._link.wire_bytes() - sent
         await asyncio.sleep(_AFTER_S)
         self._signs = await self.observer.end()

@@ -20,7 +20,7 @@ _OWN_MEMORY: Final = ("RssAnon:", "RssFile:")
 
 
 class Usage:
-    """Watches processes from its making until :meth:`end`."""
+    """Watches processes from its making until :meth:`stop`."""
 
     def __init__(self, pids: Iterable[int], services: Iterable[int] = ()) -> None:
         """Begin.
@@ -30,21 +30,24 @@ class Usage:
             services: those of them whose memory is of interest.
         """
         self._services = tuple(services)
-        self._begin = {pid: cpu_s(pid) for pid in pids}
+        self._begin = {pid: used_s(pid) for pid in pids}
         self._last = dict(self._begin)
         self._peak_kib = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="usage", daemon=True)
         self._thread.start()
 
-    def end(self, newcomers: Iterable[int] = ()) -> float:
-        """Stop watching; the processor time of all in seconds, with that of processes begun meanwhile."""
+    def stop(self) -> None:
+        """Look once more, and not again."""
         self._ended.set()
         self._thread.join()
         self._look()
+
+    def cpu_s(self, newcomers: Iterable[int] = ()) -> float:
+        """The processor time of all in seconds, with that of processes begun meanwhile."""
         return round(
             sum(self._last[pid] - self._begin[pid] for pid in self._begin)
-            + sum(cpu_s(pid) for pid in newcomers),
+            + sum(used_s(pid) for pid in newcomers),
             3,
         )
 
@@ -59,11 +62,11 @@ class Usage:
 
     def _look(self) -> None:
         for pid, before in self._last.items():
-            self._last[pid] = max(before, cpu_s(pid))
+            self._last[pid] = max(before, used_s(pid))
         self._peak_kib = max([self._peak_kib, *map(own_memory_kib, self._services)])
 
 
-def cpu_s(pid: int) -> float:
+def used_s(pid: int) -> float:
     """All processor time that a process ever used, its own and the kernel's for it; 0 if there is none."""
     with contextlib.suppress(OSError):
         # The name, which stands in brackets, may hold anything.
