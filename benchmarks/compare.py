@@ -54,6 +54,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resident-mib", type=int, help="random content of guests that do not hold files")
     parser.add_argument("--files-mib", type=int, default=FILES_MIB, help="files that guests with files hold")
     parser.add_argument("--working-set-mib", type=int, default=SET_MIB, help="what writers go over")
+    parser.add_argument(
+        "--peer-memory",
+        choices=("beforehand", "meanwhile"),
+        default="beforehand",
+        help="when a peer takes it",
+    )
     parser.add_argument("--limit-s", type=int, default=0, help="when a migration is given up")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="for ours; repeatable"
@@ -101,6 +107,7 @@ def row(asked: argparse.Namespace, scenario: str, guest: str, peers: tuple[str, 
         link_mbit=SCENARIOS[scenario],
         runs=asked.runs,
         limit_s=asked.limit_s,
+        peer_beforehand=asked.peer_memory == "beforehand",
         options=parse_options(asked.option),
     )
 

@@ -64,6 +64,8 @@ class Row:
     limit_s: float = 0
     """When a migration is given up; 0: by the link and what the guest holds."""
     accelerator: str = "auto"
+    peer_beforehand: bool = True
+    """Whether a peer's destination takes all its memory before it is sent any; ours takes it meanwhile."""
     options: MigrationOptions = field(default_factory=MigrationOptions)
     """What else is asked of ours."""
 
@@ -141,7 +143,14 @@ async def _peer(row: Row, spec: MachineSpec, link: Network) -> AsyncIterator[Pee
         tempfile.TemporaryDirectory(prefix="vmferry-bench-", dir=_SHARED_MEMORY) as ram,
     ):
         folders = (Path(run), Path(ram))
-        peer = Peer(row.wishes, spec, link.places, folders, row.downtime_limit_ms)
+        peer = Peer(
+            row.wishes,
+            spec,
+            link.places,
+            folders,
+            row.downtime_limit_ms,
+            beforehand=row.peer_beforehand,
+        )
         try:
             yield peer
         finally:

@@ -63,6 +63,11 @@ class Mover(abc.ABC):
 
     @property
     @abc.abstractmethod
+    def ram(self) -> Path:
+        """Its memory where it is now."""
+
+    @property
+    @abc.abstractmethod
     def pids(self) -> list[int]:
         """All processes that there are for it now."""
 
@@ -94,7 +99,8 @@ class Mover(abc.ABC):
         await execute(self.socket, "stop")
 
     async def go_on(self) -> None:
-        """Let it run."""
+        """Let it run, with all of its memory set aside where it is."""
+        await asyncio.to_thread(preallocate, self.ram, self.wishes.memory_mib * _MIB)
         await execute(self.socket, "cont")
 
     async def wait_ready(self) -> None:

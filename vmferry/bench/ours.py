@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import uuid
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Final, Self
 from google.protobuf.duration_pb2 import Duration
 
 from vmferry.bench.guest import Wishes
-from vmferry.bench.moving import Moved, Mover, preallocate
+from vmferry.bench.moving import Moved, Mover
 from vmferry.cli import migrate
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_hosts import Shore, TwoHosts
@@ -49,6 +48,11 @@ class Ours(Mover):
         return self._paths(self._here).serial, self._paths(self._there).serial
 
     @property
+    def ram(self) -> Path:
+        """The host's own file."""
+        return self._paths(self._here).ram
+
+    @property
     def pids(self) -> list[int]:
         """The services and the hypervisor."""
         return [*self.services, self.hypervisor]
@@ -77,11 +81,6 @@ class Ours(Mover):
         # A machine that was ended is never born again.
         self._spec = replace(self._spec, uuid=str(uuid.uuid4()))
         await run_machine(self._spec, self._here.host.config)
-
-    async def go_on(self) -> None:
-        """Let it run, with all of its memory set aside."""
-        await asyncio.to_thread(preallocate, self._paths(self._here).ram, self._spec.memory_bytes)
-        await super().go_on()
 
     async def move(self, variant: str, limit_s: float) -> Moved:
         """Order it as a scheduler would, and follow it to its end."""

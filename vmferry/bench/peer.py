@@ -1,8 +1,9 @@
 """The guest moved by QEMU itself: two bare processes with the same command line, and the commands a manager sends.
 
-Promise: what QEMU is given is what suits it: all of its memory is set aside and mapped beforehand on both sides, no
-limit of bandwidth, the same limit of downtime as ours, a destination that goes on by itself. Certificates are of the
-same kind as ours, and checked by both sides. Every process that was started is ended.
+Promise: what QEMU is given is what suits it: all of its memory is set aside and mapped beforehand on both sides
+(unless the destination is to take it meanwhile, as ours does), no limit of bandwidth, the same limit of downtime as
+ours, a destination that goes on by itself. Certificates are of the same kind as ours, and checked by both sides.
+Every process that was started is ended.
 """
 
 from __future__ import annotations
@@ -123,8 +124,21 @@ class Peer(Mover):
         places: Mapping[str, Place],
         folders: tuple[Path, Path],
         downtime_limit_ms: int,
+        *,
+        beforehand: bool = True,
     ) -> None:
+        """Prepare for it; nothing is started yet.
+
+        Args:
+            wishes: the guest.
+            spec: the machine that runs it.
+            places: where hosts a and b are.
+            folders: for files, and for memory.
+            downtime_limit_ms: the pause that QEMU is to keep to.
+            beforehand: whether a destination takes all its memory before it is sent any.
+        """
         super().__init__(wishes)
+        self._beforehand = beforehand
         self._spec = spec
         self._places = (places["a"], places["b"])
         self._run, self._ram = folders
@@ -138,6 +152,11 @@ class Peer(Mover):
     def serials(self) -> tuple[Path, Path]:
         """Of the process that runs it, and of the one to be started next."""
         return self._paths(self._number).serial, self._paths(self._started + 1).serial
+
+    @property
+    def ram(self) -> Path:
+        """The file of the process that runs it."""
+        return self._paths(self._number).ram
 
     @property
     def pids(self) -> list[int]:
@@ -252,10 +271,9 @@ class Peer(Mover):
             )
 
     def _command(self, paths: MachinePaths, *, incoming: bool) -> list[str]:
-        command = [
-            part.replace("prealloc=off", "prealloc=on")
-            for part in render_command(self._spec, paths, incoming=incoming)
-        ]
+        command = render_command(self._spec, paths, incoming=incoming)
+        if self._beforehand or not incoming:
+            command = [part.replace("prealloc=off", "prealloc=on") for part in command]
         if incoming:
             command.remove("-S")
         return command

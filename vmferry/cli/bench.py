@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import json as json_module
 import os
 from pathlib import Path
@@ -27,6 +28,14 @@ app = typer.Typer(help="Measure vmferry on this computer.", no_args_is_help=True
 DEFAULT_FILES_MIB: Final = 300
 DEFAULT_RATE: Final = 50
 DEFAULT_SET_MIB: Final = 64
+
+
+class PeerMemory(enum.StrEnum):
+    """When a peer's destination takes its memory."""
+
+    BEFOREHAND = "beforehand"
+    MEANWHILE = "meanwhile"
+
 
 AgainstOption = Annotated[
     list[str] | None,
@@ -56,6 +65,10 @@ MigrationOption = Annotated[
     typer.Option("--option", metavar="NAME=VALUE", help="Field of MigrationOptions, for ours; repeatable."),
 ]
 
+PeerMemoryOption = Annotated[
+    PeerMemory, typer.Option("--peer-memory", help="When the peer's destination takes it; ours: meanwhile.")
+]
+
 
 @app.callback()
 def bench() -> None:
@@ -77,6 +90,7 @@ def compare(
     link_mbit: LinkOption = None,
     downtime_limit_ms: DowntimeOption = DEFAULT_DOWNTIME_LIMIT_MS,
     limit_s: LimitOption = 0,
+    peer_memory: PeerMemoryOption = PeerMemory.BEFOREHAND,
     option: MigrationOption = None,
     accelerator: Annotated[str, typer.Option("--accelerator", help="auto, kvm or tcg, for all.")] = "auto",
     kernel: Annotated[Path | None, typer.Option("--kernel", metavar="PATH", help="Of the guest.")] = None,
@@ -100,6 +114,7 @@ def compare(
         downtime_limit_ms=downtime_limit_ms,
         limit_s=limit_s,
         accelerator=accelerator,
+        peer_beforehand=peer_memory is PeerMemory.BEFOREHAND,
         options=parse_options(option or []),
     )
     raise typer.Exit(show([row], as_json=json, one=True))
@@ -145,6 +160,7 @@ def described(result: Result) -> dict[str, Any]:
         "wire_counts_others": result.counts_others,
         "runs": row.runs,
         "downtime_limit_ms": row.downtime_limit_ms,
+        "peer_memory": (PeerMemory.BEFOREHAND if row.peer_beforehand else PeerMemory.MEANWHILE).value,
         "limit_s": row.patience_s,
     } | document(result.crossings, row.peers)
 
