@@ -69,18 +69,33 @@ def opened(link_mbit: int | None) -> Iterator[Network]:
     Raises:
         InvalidArgumentError: it takes rights or programs that are not there.
     """
-    may = os.geteuid() == 0 and all(shutil.which(tool) for tool in ("ip", "tc"))
-    if not may:
-        if link_mbit:
-            raise InvalidArgumentError(
-                "only root can make a link of a given rate, with ip and tc (on Debian: apt install iproute2)",
-                field="--link-mbit",
-            )
-        yield Network({"a": HERE, "b": HERE}, (("", "lo"),))
-        return
+    if link_mbit and not _may():
+        raise InvalidArgumentError(
+            "a link of a given rate needs root, the right to make network namespaces, and ip and tc",
+            field="--link-mbit",
+            remedy="Be root (in a container: with NET_ADMIN and SYS_ADMIN); on Debian: apt install iproute2.",
+        )
     mark = secrets.token_hex(2)
     with contextlib.ExitStack() as undo:
-        yield _shaped(undo, mark, link_mbit) if link_mbit else _loopback(undo, mark)
+        if link_mbit:
+            yield _shaped(undo, mark, link_mbit)
+        elif _may():
+            yield _loopback(undo, mark)
+        else:
+            yield Network({"a": HERE, "b": HERE}, (("", "lo"),))
+
+
+def _may() -> bool:
+    """Whether namespaces can be made; root in a container may lack the right."""
+    if os.geteuid() != 0 or not all(shutil.which(tool) for tool in ("ip", "tc", "unshare")):
+        return False
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "true"],  # noqa: S607 - wherever the system has it
+        check=False,
+        capture_output=True,
+        timeout=_COMMAND_S,
+    )
+    return tried.returncode == 0
 
 
 def _loopback(undo: contextlib.ExitStack, mark: str) -> Network:
