@@ -1,7 +1,7 @@
 # Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
 #
 #   PYTHON=python3.12   the interpreter to work with
-#   ARGS="..."          further arguments of `make demo`, `make test`, `make model` and `make mutants`
+#   ARGS="..."          further arguments of `make demo`, `make test`, `make bench`, `make model` and `make mutants`
 #   STRIDE=1            each so many-th first fault of two, of `make simulation` and `make proof`
 #   STORMS=2000 MUTANTS=40   how many of each
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
@@ -14,7 +14,7 @@ MUTANTS ?= 40
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo playground test proof model simulation mutants check check-style check-types check-protos \
+.PHONY: help setup demo playground test bench proof model simulation mutants check check-style check-types check-protos \
         check-guests check-contract format protos guests lock clean
 
 help: ## Show this list
@@ -31,6 +31,9 @@ playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C 
 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: setup ## Compare with QEMU's own migration, in turn; ARGS="--all", "--guest idle --runs 1", ...
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
 proof: model simulation ## Run the evidence for the hand-off, and print its figures
 	@$(BIN)/python -m pytest -q tests/simulation/test_two_hosts.py tests/unit/handoff
@@ -75,7 +78,7 @@ format: setup ## Format the code, and mend what can be mended automatically
 protos: setup ## Generate vmferry/v1 from protos/
 	@$(BIN)/python scripts/gen_protos.py
 
-guests: setup ## Assemble the guest programs of the micro-VM
+guests: setup ## Assemble the guest programs
 	@$(BIN)/python -m vmferry.machines.microvm.guests.build
 
 lock: ## Rewrite constraints.txt with the newest versions pyproject.toml allows

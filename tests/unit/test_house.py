@@ -43,14 +43,15 @@ MIDDLE = {
     "vmferry.telemetry",
     "vmferry.security",
 }
-OUTER = {"vmferry.cli", *SERVICES}
+OUTER = {"vmferry.cli", "vmferry.bench", *SERVICES}
 
 MAY_NOT_IMPORT = {
     **dict.fromkeys(INNER, MIDDLE | OUTER),
     **dict.fromkeys(MIDDLE, OUTER),
     "vmferry.cli": SERVICES,
-    "source_svc": {"dest_svc", "vmferry.cli"},
-    "dest_svc": {"source_svc", "vmferry.cli"},
+    "vmferry.bench": SERVICES,
+    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench"},
+    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench"},
 }
 
 PURE = (

@@ -10,6 +10,7 @@ import typer
 
 from vmferry import __version__
 from vmferry.cli import (
+    bench,
     bounds,
     certs,
     demo,
@@ -65,3 +66,4 @@ app.command()(version)
 app.add_typer(machine.app, name="machine")
 app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")
+app.add_typer(bench.app, name="bench")

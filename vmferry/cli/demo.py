@@ -167,7 +167,7 @@ def demo(
         path=path,
     )
     wishes.check()
-    report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
+    report = asyncio.run(until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:
         print_document(report.document())
     else:
@@ -320,7 +320,7 @@ def _nothing(_text: str) -> None:
     """The listener of a demonstration that prints a document instead."""
 
 
-async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
+async def until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
     """Do the work; the first signal cancels it, and no other gets in the way of its cleaning up."""
     task = asyncio.ensure_future(work)
     received: list[signal.Signals] = []
