@@ -57,9 +57,7 @@ class Compression:
         self._acknowledged_bytes = acknowledged_bytes
         self._experience = Experience()
         self._link = Link(link_bytes_per_s)
-        self._situation = Situation(
-            self._link.bytes_per_s, readers, cores=usable_cpus(), send_s_per_byte=0.7e-9
-        )
+        self._situation = Situation(self._link.bytes_per_s, readers, cores=usable_cpus())
         self._current = choose(allowed, self._experience, self._situation, allowed[0])
         self._strongest_probe = next((method for method in allowed if method.encoding == "zstd"), allowed[-1])
         self._since_probe = _PROBE_EVERY

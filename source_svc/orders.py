@@ -56,6 +56,7 @@ class Order:
             config.chunk_bytes,
             Limits(self.downtime_limit_s, config.max_rounds),
             self.compare_bytes,
+            self.compression,
         )
 
 

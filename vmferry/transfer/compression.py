@@ -176,7 +176,7 @@ class Situation:
     """Chunks that are read and compressed at a time."""
     cores: float
     """Cores that the service gets if it wants them."""
-    send_s_per_byte: float
+    send_s_per_byte: float = 0.7e-9
     """Seconds of a core to send a byte, encryption and all."""
 
 
@@ -220,3 +220,9 @@ def choose(
     if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
         return current
     return method
+
+
+def expected_rate(allowed: Sequence[Method], experience: Experience, situation: Situation) -> float:
+    """Bytes of page contents per second to be expected, where raw pages were measured to go at the link's rate."""
+    method = choose(allowed, experience, situation, allowed[0])
+    return situation.link_bytes_per_s if method == RAW else rate(method, experience, situation)
