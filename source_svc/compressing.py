@@ -57,11 +57,9 @@ class Compression:
         self._acknowledged_bytes = acknowledged_bytes
         self._experience = Experience()
         self._link = Link(link_bytes_per_s)
-        self._situation = Situation(
-            self._link.bytes_per_s, readers, cores=usable_cpus(), send_s_per_byte=0.7e-9
-        )
+        self._situation = Situation(self._link.bytes_per_s, readers, cores=usable_cpus())
         self._current = choose(allowed, self._experience, self._situation, allowed[0])
-        self._strongest_probe = next((method for method in allowed if method.encoding == "zstd"), allowed[-1])
+        self._probe = next((method for method in allowed if method.encoding == "zstd"), allowed[-1])
         self._since_probe = _PROBE_EVERY
         self._encoded_s = 0.0
         self._blocked_s = 0.0
@@ -78,13 +76,13 @@ class Compression:
 
     def next(self) -> Method:
         """The method for the next chunk."""
-        if self._current != RAW or self._strongest_probe == RAW:
+        if self._current != RAW or self._probe == RAW:
             return self._current
         self._since_probe += 1
         if self._since_probe <= _PROBE_EVERY:
             return RAW
         self._since_probe = 0
-        return self._strongest_probe
+        return self._probe
 
     def add(self, effort: Effort, *, blocked_s: float) -> None:
         """Note how a chunk was made, and how long it waited for a lane; look around now and then."""

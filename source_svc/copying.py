@@ -280,7 +280,7 @@ class Copy:
             reach("source.round-sent")
             seconds = time.monotonic() - started
             dirty = await asyncio.to_thread(self._tracker.count)
-            span_attributes(dirty_pages=dirty)
+            span_attributes(dirty_pages=dirty, compression=str(self._compression.current))
         sent = self._open_lanes.traffic.data_bytes - before
         broken_s = self._open_lanes.connections.broken_s - broken_s
         report = RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)

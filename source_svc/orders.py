@@ -88,6 +88,7 @@ class Order:
             # Nobody can tell beforehand what slowing the guest down would do.
             replace(self.limits(), max_throttle_percent=0, on_no_convergence=OnNoConvergence.ABORT),
             self.compare_bytes,
+            self.compression,
         )
 
 

@@ -64,9 +64,11 @@ _GUESSES: Final[Mapping[Method, _Guess]] = {
     METHODS[3]: _Guess(350e6, 1.2),
     METHODS[4]: _Guess(110e6, 1.3),
 }
-_GUESSED_RATIO: Final = 2.0
+_GUESSED_LEFT: Final = 0.5
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
+_CONTENTS_FORGETTING: Final = 0.85
+"""The same for what contents compress to, which changes sooner than what a processor can do."""
 _SHARE_FORGETTING: Final = 0.95
 _LEAST_BYTES: Final = 64 * 1024
 """Chunks smaller than this say little."""
@@ -77,12 +79,10 @@ class _Sums:
     """Fading sums over chunks of one method."""
 
     data_bytes: float = 0.0
-    encoded_bytes: float = 0.0
     seconds: float = 0.0
 
     def add(self, effort: Effort) -> None:
         self.data_bytes = self.data_bytes * _FORGETTING + effort.data_bytes
-        self.encoded_bytes = self.encoded_bytes * _FORGETTING + effort.encoded_bytes
         self.seconds = self.seconds * _FORGETTING + effort.encode_s
 
 
@@ -94,6 +94,8 @@ class Experience:
     """Seconds of a core to read and hash a byte."""
     share: float = 1.0
     """What part of a core one gets who could use a whole one: the rest is used by others."""
+    _left: float = 0.0
+    """What zstd-1 leaves of a byte, by chunks of all methods: what is known of the contents; 0 if nothing is."""
     _seen: dict[Method, _Sums] = field(default_factory=dict)
     _last: Method | None = None
 
@@ -106,18 +108,19 @@ class Experience:
         if effort.encoded_bytes:
             self._seen.setdefault(effort.method, _Sums()).add(effort)
             self._last = effort.method
+            gain = max(0.0, effort.data_bytes / effort.encoded_bytes - 1) / _GUESSES[effort.method].gain
+            left = 1 / (1 + gain)
+            known = self._left or left
+            self._left = _CONTENTS_FORGETTING * known + (1 - _CONTENTS_FORGETTING) * left
             # Only of this: reading and hashing also wait for Python's lock, which more processors would not help.
             share = min(1.0, effort.encode_s / max(effort.encode_wall_s, 1e-9))
             self.share = _SHARE_FORGETTING * self.share + (1 - _SHARE_FORGETTING) * share
 
     def ratio(self, method: Method) -> float:
-        """How many times smaller a method makes these contents; by what was tried last, which knows them best."""
+        """How many times smaller a method makes these contents."""
         if method == RAW:
             return 1.0
-        gain = _GUESSED_RATIO - 1
-        if self._last is not None:
-            sums = self._seen[self._last]
-            gain = max(0.0, sums.data_bytes / max(sums.encoded_bytes, 1.0) - 1) / _GUESSES[self._last].gain
+        gain = 1 / (self._left or _GUESSED_LEFT) - 1
         return 1 + gain * _GUESSES[method].gain
 
     def encode_s_per_byte(self, method: Method) -> float:
@@ -176,7 +179,7 @@ class Situation:
     """Chunks that are read and compressed at a time."""
     cores: float
     """Cores that the service gets if it wants them."""
-    send_s_per_byte: float
+    send_s_per_byte: float = 0.7e-9
     """Seconds of a core to send a byte, encryption and all."""
 
 
@@ -220,3 +223,9 @@ def choose(
     if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
         return current
     return method
+
+
+def expected_rate(allowed: Sequence[Method], experience: Experience, situation: Situation) -> float:
+    """Bytes of page contents per second to be expected, where raw pages were measured to go at the link's rate."""
+    method = choose(allowed, experience, situation, allowed[0])
+    return situation.link_bytes_per_s if method == RAW else rate(method, experience, situation)

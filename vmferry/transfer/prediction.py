@@ -184,6 +184,8 @@ class Circumstances:
     """Standard error of the rate of sending."""
     sampled_s: float
     """How long the guest was looked at."""
+    link_bytes_per_s: float = 0.0
+    """What the link carries; pages arrive faster where they are compressed."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vmferry.transfer.compression import (
     Method,
     Situation,
     choose,
+    expected_rate,
     methods,
     rate,
 )
@@ -219,3 +220,13 @@ def test_what_is_chosen_again_and_again_is_about_the_best(
     rates = {method: arriving(method, link, ratio, slower)[0] for method in METHODS}
     best = max(rates.values())
     assert total / looks >= 0.9 * (rates[RAW] if rates[RAW] * 1.2 > best else best)
+
+
+def test_a_prediction_expects_what_would_be_chosen() -> None:
+    """Pages arrive as fast as the link where they travel raw, and faster where compressing pays."""
+    for ratio, link, gain in ((1.0, GBIT, 1.0), (5.7, LOOPBACK, 1.0), (5.7, GBIT, 5.0), (5.7, MBIT_100, 5.7)):
+        known = experience(ratio)
+        rate_of_pages = expected_rate(METHODS, known, situation(link, cores=1.1 if link == LOOPBACK else 2.0))
+        assert rate_of_pages >= gain * link
+        assert gain > 1 or rate_of_pages == link
+        assert expected_rate((RAW,), known, situation(link)) == link
