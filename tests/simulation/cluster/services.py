@@ -54,6 +54,7 @@ CONFIG: Final = HostConfig(
     reserve_timeout_s=4.0,
     stall_timeout_s=3.0,
     total_timeout_s=20.0,
+    total_timeout_per_gib_s=20.0,
     switch_timeout_s=2.0,
     rpc_timeout_s=1.5,
     handoff_retry_s=1.0,
