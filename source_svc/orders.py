@@ -118,7 +118,7 @@ def read_order(
         raise InvalidArgumentError(
             "a hypervisor that streams its memory tracks writes itself", field="options.tracker"
         )
-    gib = max(1.0, memory_bytes / _GIB)
+    gib = memory_bytes / _GIB
     total_s = max(config.total_timeout_s, config.total_timeout_per_gib_s * gib)
     downtime_s = _seconds(options, "downtime_limit", config.downtime_limit_ms / 1000)
     return Order(
@@ -142,7 +142,7 @@ def read_order(
         switchover_bandwidth=_rate(
             options.switchover_bandwidth, config.switchover_bandwidth_bytes_per_s, "switchover_bandwidth"
         ),
-        no_progress_s=config.no_progress_per_gib_s * gib,
+        no_progress_s=config.no_progress_per_gib_s * max(1.0, gib),
         max_rounds=config.max_rounds,
     )
 

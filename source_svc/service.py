@@ -108,8 +108,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
-        for record in self._directory.list():
-            cpulimit.restore(record.paths.home)
+        await asyncio.to_thread(cpulimit.restore_all, self._config.machines_dir)
         leaving = set(self._ledger.machines(Role.SOURCE))
         for machine_id in self._ledger.machines():
             try:

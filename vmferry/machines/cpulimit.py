@@ -90,6 +90,12 @@ def restore(home: Path) -> bool:
     return True
 
 
+def restore_all(machines: Path) -> None:
+    """Undo the limits of all machines whose folders are in this one."""
+    for record in machines.glob(f"*/{RECORD}"):
+        restore(record.parent)
+
+
 def _usable(group: Path, pid: int) -> str | None:
     """The limit of a group that holds this process and nothing else, if it can be written."""
     try:

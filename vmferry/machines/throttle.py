@@ -65,8 +65,11 @@ class Throttle:
     @classmethod
     def of(cls, machine: QmpMachine, permitted: Permitted) -> Throttle:
         """For a machine of this host, by whatever means there are."""
-        home, vcpus = machine.paths.home, machine.spec.vcpus
-        return cls(machine, permitted, lambda: CpuLimit.find(machine.pid, home, vcpus))
+
+        def find_limit() -> CpuLimit | None:
+            return CpuLimit.find(machine.pid, machine.paths.home, machine.spec.vcpus)
+
+        return cls(machine, permitted, find_limit)
 
     @property
     def percent(self) -> int:

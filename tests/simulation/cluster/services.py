@@ -55,6 +55,7 @@ CONFIG: Final = HostConfig(
     stall_timeout_s=3.0,
     reconnect_timeout_s=3.0,
     total_timeout_s=20.0,
+    total_timeout_per_gib_s=20.0,
     switch_timeout_s=2.0,
     rpc_timeout_s=1.5,
     handoff_retry_s=1.0,

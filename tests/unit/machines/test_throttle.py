@@ -16,7 +16,7 @@ from vmferry.errors import MachineFailedError, MachineNotOwnedError
 from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.states import Append, RecordKind
-from vmferry.machines.cpulimit import RECORD, CpuLimit, restore
+from vmferry.machines.cpulimit import RECORD, CpuLimit, restore, restore_all
 from vmferry.machines.port import RunState
 from vmferry.machines.throttle import Means, Throttle
 
@@ -193,6 +193,9 @@ def test_a_limit_that_was_left_is_restored_by_the_next(tmp_path: Path) -> None:
     limit.take(60)
     assert said(folder) == "8000 20000"
     assert restore(tmp_path)
+    assert said(folder) == "max 100000"
+    limit.take(60)
+    restore_all(tmp_path.parent)
     assert said(folder) == "max 100000"
     limit.take(60)
     (folder / "cpu.max").unlink()
