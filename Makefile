@@ -1,16 +1,15 @@
 # Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
 #
 #   PYTHON=python3.12   the interpreter to work with
-#   ARGS="..."          further arguments of `make demo`, `make test`, `make bench`, `make model` and `make mutants`
-#   STRIDE=1            each so many-th first fault of two, of `make simulation` and `make proof`
-#   STORMS=2000 MUTANTS=40   how many of each
+#   ARGS="..."          further arguments of `make demo`, `test`, `bench`, `proof`, `model` and `mutants`
+#   STRIDE=1            each so many-th first fault of two, of `make simulation`
+#   STORMS=2000         how many of them `make simulation` does
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
 
 PYTHON ?= python3
 ARGS ?=
 STRIDE ?= 8
 STORMS ?= 500
-MUTANTS ?= 40
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -35,9 +34,9 @@ test: setup ## Run every test this machine allows; the summary names what is lef
 bench: setup ## Compare with QEMU's own migration, in turn; ARGS="--all", "--guest idle --runs 1", ...
 	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
-proof: model simulation ## Run the evidence for the hand-off, and print its figures
-	@$(BIN)/python -m pytest -q tests/simulation/test_two_hosts.py tests/unit/handoff
-	@$(BIN)/python scripts/mutants.py --sample $(MUTANTS)
+proof: setup ## Run the evidence for the hand-off, and end with a table of its figures; ARGS="--quick"
+	@$(PYTHON) -I scripts/setup_env.py spin gcc
+	@$(BIN)/python scripts/proof.py $(ARGS)
 
 model: setup ## Explore the specification of the hand-off, whole and without its guards; ARGS="--quick"
 	@$(PYTHON) -I scripts/setup_env.py spin gcc

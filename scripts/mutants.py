@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Final
@@ -89,7 +89,7 @@ def suite_of(test: str) -> str:
 
 
 class _Witness:
-    """Tells the first test that fails, through a pipe."""
+    """Tells which tests fail, through a pipe."""
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
@@ -97,16 +97,49 @@ class _Witness:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A test failed."""
         if report.failed:
-            os.write(self._pipe, f"{report.nodeid}\n".encode())
+            self._tell(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file of tests could not be read."""
         if report.failed:
-            os.write(self._pipe, f"{report.nodeid}\n".encode())
+            self._tell(report.nodeid)
+
+    def _tell(self, test: str) -> None:
+        os.write(self._pipe, f"{test}\n".encode())
 
 
-def _first_failure(targets: Sequence[str], scratch: Path) -> str | None:
-    """The test that fails in a scratch copy, ``None`` if all pass; in a child, which has imported what is slow."""
+class _Chosen(_Witness):
+    """Runs some tests only, and tells which of them pass instead."""
+
+    def __init__(self, pipe: int, wanted: frozenset[str]) -> None:
+        super().__init__(pipe)
+        self._wanted = wanted
+        self._failed: set[str] = set()
+        self._ran: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Leave out what was not chosen."""
+        items[:] = [item for item in items if self._wanted.intersection(_names(item.nodeid))]
+        self._ran.update(name for item in items for name in _names(item.nodeid))
+
+    def pytest_sessionfinish(self) -> None:
+        """Tell which passed."""
+        for test in self._wanted & self._ran - self._failed:
+            super()._tell(test)
+
+    def _tell(self, test: str) -> None:
+        self._failed.update(_names(test))
+
+
+def _names(test: str) -> tuple[str, str]:
+    """A test, and the file that it is in."""
+    return test, test.partition("::")[0]
+
+
+def _run(
+    arguments: Sequence[str], scratch: Path, plugin: Callable[[int], _Witness]
+) -> tuple[bool, list[str]]:
+    """Whether tests pass in a scratch copy, and what was told; in a child of this process, which imported a lot."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -115,19 +148,30 @@ def _first_failure(targets: Sequence[str], scratch: Path) -> str | None:
             os.close(reading)
             os.chdir(scratch)
             sys.path.insert(0, str(scratch))
+            os.environ["PYTHONPATH"] = str(scratch)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
-            options = ["-q", "-x", "-p", "no:cacheprovider", "--no-header", "--assert=plain", "--timeout=60"]
-            os._exit(pytest.main([*options, *targets], plugins=[_Witness(writing)]))
+            options = ["-q", "-p", "no:cacheprovider", "--no-header", "--assert=plain", "--timeout=60"]
+            os._exit(pytest.main([*options, *arguments], plugins=[plugin(writing)]))
         finally:
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
-        failed = pipe.read().split("\n")[0]
-    if os.waitpid(child, 0)[1] == 0:
-        return None
-    return failed or targets[0]
+        told = pipe.read().split()
+    return os.waitpid(child, 0)[1] == 0, told
+
+
+def _first_failure(targets: Sequence[str], scratch: Path) -> str | None:
+    """The test that fails, or ``None``."""
+    passed, failed = _run(["-x", *targets], scratch, _Witness)
+    return None if passed else (*failed, targets[0])[0]
+
+
+def _passing(tests: frozenset[str], scratch: Path) -> set[str]:
+    """Those of some tests that there are, and that pass without any mutant."""
+    files = sorted({file for _, file in map(_names, tests) if (scratch / file).exists()})
+    return set(_run(files, scratch, lambda pipe: _Chosen(pipe, tests))[1]) if files else set()
 
 
 class Judge:
@@ -136,8 +180,7 @@ class Judge:
     def __init__(self, scratch: Path, remembered: dict[str, str]) -> None:
         self._scratch = scratch
         self._remembered = remembered
-        self._passes: dict[str, bool] = {}
-        os.environ["PYTHONPATH"] = str(scratch)
+        self._passes = dict.fromkeys(remembered.values(), True)
 
     def noticed_by(self, mutant: Mutant) -> str:
         """The test that notices, or nothing.
@@ -149,10 +192,9 @@ class Judge:
             failed = self._with(mutant, targets)
             if failed is None:
                 continue
-            if self._passes_untouched(failed):
-                return failed
-            if targets != [self._remembered.get(mutant.name)]:
+            if not self._passes_untouched(failed):
                 raise RuntimeError(f"{failed} fails without any mutant")
+            return failed
         return ""
 
     def _with(self, mutant: Mutant, targets: Sequence[str]) -> str | None:
@@ -208,7 +250,6 @@ def _work(mutant: Mutant) -> tuple[Mutant, str]:
 def judge(chosen: Sequence[Mutant], jobs: int) -> dict[Mutant, str]:
     """Which test notices each mutant; prints them as they come."""
     verdicts: dict[Mutant, str] = {}
-    remembered = recall()
     _prepare()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -217,6 +258,11 @@ def judge(chosen: Sequence[Mutant], jobs: int) -> dict[Mutant, str]:
             numbers.put(number)
         original = Path(folder) / "original"
         _copy(original)
+        names = {mutant.name for mutant in chosen}
+        remembered = {name: test for name, test in recall().items() if name in names}
+        passing = _passing(frozenset(remembered.values()), original)
+        remembered = {name: test for name, test in remembered.items() if test in passing}
+        print(f"remembered: a test for {len(remembered)} of {len(chosen)}", flush=True)
         with context.Pool(jobs, _become_judge, (original, numbers, remembered)) as pool:
             for mutant, test in pool.imap_unordered(_work, chosen):
                 verdicts[mutant] = test
