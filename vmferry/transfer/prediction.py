@@ -142,9 +142,9 @@ class Observed:
 
 
 # For micro-VMs measured with both services on two cores that they share with the guests: starts of 0.16 to 0.35 s,
-# pauses of 15 to 45 ms, ends of 0.04 to 0.4 s by the size of the machine. For QEMU estimated from these, not measured:
-# a process that takes longer to start, and more state to save and load. Only the first migrations after the start of
-# a service rest on them; see learn().
+# pauses of 15 to 45 ms, ends of 0.04 to 0.4 s by the size of the machine. For QEMU estimated from these and not
+# measured: a process that takes longer to start, and more state to save and load. Only the first migrations after the
+# start of a service rest on them; see learn().
 DEFAULT_COSTS = {
     "microvm": FixedCosts(
         Figure(0.25, 0.15, 0.5), 0.004, Figure(0.028, 0.015, 0.05), Figure(0.10, 0.03, 0.4)
