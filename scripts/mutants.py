@@ -62,7 +62,7 @@ SUITES: Final = {
 }
 """What runs, in this order."""
 NEAREST: Final = {
-    "source": "test_source.py",
+    "source": "test_source.py test_source_rules.py",
     "destination": "test_destination.py test_destination_rules.py",
     "journal": "test_journal.py test_journal_disk.py",
     "register": "test_register.py",

@@ -31,6 +31,10 @@ _FLAGS: Final = {"durable", "settled", "wait"}
 _STRICTER: Final = {ast.Gt: ">=", ast.GtE: ">", ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "=="}
 
 EQUIVALENT: Final[dict[str, str]] = {
+    "source._force_reclaim: "
+    "lazily _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)": (
+        "only its record is used, in an action that is durable"
+    ),
     "rights.Rights.proved_gone_by: drop isinstance(self.outgoing, source.HandedOff)": (
         "awaits_word has looked already, which a checker of types cannot know"
     ),

@@ -99,7 +99,7 @@ def _contents(data: bytes, path: Path, label: bytes) -> Contents:
         # The first slot is on disk before the file gets its name, so a file without it was not left by us.
         return Contents(damage=contents.damage or f"{path.name} has no readable first slot")
     # The file grows by whole extents before they are used; one that was cut short may have lost records.
-    torn = contents.torn_tail or (not contents.damage and len(data) % _EXTENT_BYTES != 0)
+    torn = contents.torn_tail or len(data) % _EXTENT_BYTES != 0
     return replace(contents, payloads=contents.payloads[1:], torn_tail=torn)
 
 

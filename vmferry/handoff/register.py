@@ -195,7 +195,7 @@ def _encode(name: str, mark: Mark) -> bytes:
 
 def _decode(data: bytes) -> tuple[str, Mark] | None:
     body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
-    if len(data) != _COPY_BYTES or hashlib.sha256(body).digest() != digest:
+    if hashlib.sha256(body).digest() != digest:
         return None
     magic, slots, last_hash, name = _MARK.unpack_from(body)
     return (name.rstrip(b"\0").decode("ascii"), Mark(slots, last_hash)) if magic == _MAGIC else None

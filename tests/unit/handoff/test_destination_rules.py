@@ -38,6 +38,7 @@ from tests.unit.handoff.test_destination import (
     folded,
 )
 from vmferry.errors import (
+    InvalidArgumentError,
     MachineExistsError,
     StaleAttemptError,
     TicketUsedError,
@@ -238,3 +239,18 @@ def test_an_unseen_attempt_of_the_same_order_is_refused_without_a_record() -> No
         (only,) = decide(state, event)
         assert isinstance(only, Answer)
         assert only.state is AttemptState.REFUSED
+
+
+def test_a_forced_right_is_of_the_attempt_that_was_refused() -> None:
+    """An operator's record about any other attempt follows nothing here."""
+    refused = STATES["refused"]
+    for other in foreign_attempts(MINE):
+        with pytest.raises(InvalidTransitionError):
+            evolve(refused, record(RecordKind.FORCED, other))
+
+
+@pytest.mark.parametrize(("operator", "evidence"), [("", "power is off"), ("somebody", "")])
+def test_nothing_is_forced_without_a_name_and_a_reason(operator: str, evidence: str) -> None:
+    """Both are what is left to whoever asks afterwards."""
+    with pytest.raises(InvalidArgumentError):
+        decide(STATES["prepared"], ForceAccept(operator, evidence, copy_intact=True, with_memory=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import stat
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -271,3 +272,57 @@ def test_a_reader_beside_a_writer_never_sees_a_wrong_record(path: Path) -> None:
             writer.wait()
     assert journal.read(path, LABEL).payloads == expected(count)
     assert len(seen) > 1
+
+
+# Slots that are whole, and not of this format
+
+
+def forged(number: int, chained: bytes, **fields: Any) -> bytes:
+    """A slot with a right hash and a wrong field."""
+    values = {"magic": b"VMFJ", "version": 1, "length": 3, "sequence": number, "previous": chained} | fields
+    head = journal._HEADER.pack(*values.values())
+    body = (head + b"new").ljust(SLOT_BYTES - 32, b"\0")
+    return body + hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"magic": b"VMFK"},
+        {"version": 2},
+        {"sequence": 3},
+        {"sequence": 5},
+        {"length": MAX_PAYLOAD_BYTES + 1},
+        {"previous": bytes(32)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_whole_slot_of_another_kind_is_no_record(three: bytes, fields: dict[str, Any]) -> None:
+    """Of another format, another place or an impossible length: its hash alone makes it none of ours."""
+    previous = three[4 * SLOT_BYTES - 32 : 4 * SLOT_BYTES]
+    for slot, count in ((forged(4, previous), 4), (forged(4, previous, **fields), 3)):
+        contents = read(three[: 4 * SLOT_BYTES] + slot + three[5 * SLOT_BYTES :])
+        assert len(contents.payloads) == count
+        assert contents.torn_tail == (count == 3)
+    # Behind a bad slot it is nothing that makes that one damage, unless it is a slot of ours.
+    contents = read(
+        three[: 4 * SLOT_BYTES] + bytes(SLOT_BYTES) + forged(5, previous, **fields) + three[6 * SLOT_BYTES :]
+    )
+    assert ("slot 4 is bad" in contents.damage) == ("magic" not in fields)
+    assert contents.damage
+
+
+def test_a_label_that_rots_is_told_from_a_file_of_something_else(three: bytes) -> None:
+    """Whoever has to decide hears that there are records behind it."""
+    assert "slot 0 is bad" in read(bytes(SLOT_BYTES) + three[SLOT_BYTES:]).damage
+    assert "no readable first slot" in read(b"something else").damage
+
+
+def test_a_file_that_was_cut_is_whole_again_behind_the_next_record(path: Path, three: bytes) -> None:
+    """Otherwise whoever reads it later would think that records are missing."""
+    path.write_bytes(three[: 6 * SLOT_BYTES])
+    assert journal.read(path, LABEL).torn_tail
+    filled(path, 1, start=3)
+    contents = journal.read(path, LABEL)
+    assert contents.payloads == expected(4)
+    assert not contents.torn_tail

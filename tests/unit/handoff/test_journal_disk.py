@@ -254,6 +254,17 @@ def test_a_probe_notices_in_time_that_space_runs_out(path: Path) -> None:
     assert journal.read(path, LABEL).payloads == expected(SLOTS_PER_EXTENT - 1)
 
 
+def test_a_probe_leaves_what_it_added_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record that uses it is written in a guest's pause, and its sync then has no more than that to do."""
+    filled(path, SLOTS_PER_EXTENT - 3)
+    log = Journal(path, LABEL)
+    disk = Disk(monkeypatch)
+    log.probe()
+    log.close()
+    assert any(entry is not None and len(entry[1]) > SLOT_BYTES for entry in disk.log)
+    assert disk.log[-1] is None
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one extent and a little."""

@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.handoff.samples import MACHINE, attempt, record
 from vmferry.errors import JournalDamagedError, MachineExistsError
+from vmferry.handoff.journal import SLOT_BYTES
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import Append, RecordKind
@@ -110,3 +111,51 @@ def test_opening_a_journal_brings_its_entry_to_disk(ledger: HostLedger, synced: 
     """Whoever made the entry may have been killed before it was; what is written next relies on it."""
     with closing(ledger.open_destination(MACHINE)):
         assert synced["register"] == (ledger.directory / "register").read_bytes()
+
+
+def test_a_lazy_record_is_brought_to_disk_when_asked(ledger: HostLedger, synced: dict[str, bytes]) -> None:
+    """Beside other work, so that the next record need not wait for it."""
+    with closing(ledger.open_destination(MACHINE)) as log:
+        log.append(Append(record(K.RAN, HERE), durable=False))
+        path = ledger.directory / MACHINE / "destination.journal"
+        assert synced["destination.journal"] != path.read_bytes()
+        log.sync()
+        assert synced["destination.journal"] == path.read_bytes()
+
+
+@pytest.mark.parametrize("slot", [2, 3], ids=["damage", "torn end"])
+def test_a_reader_gives_a_writer_a_moment(
+    ledger: HostLedger, monkeypatch: pytest.MonkeyPatch, slot: int
+) -> None:
+    """What looks torn, or damaged, may be a write that is under way; what is whole is not read twice."""
+    path = ledger.directory / MACHINE / "destination.journal"
+    whole, expected = path.read_bytes(), ledger.rights(MACHINE)
+    waited: list[float] = []
+
+    def written_meanwhile(seconds: float) -> None:
+        waited.append(seconds)
+        path.write_bytes(whole)
+
+    monkeypatch.setattr("vmferry.handoff.ledger.time.sleep", written_meanwhile)
+    at = slot * SLOT_BYTES + 100
+    path.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    assert ledger.rights(MACHINE) == expected
+    assert len(waited) == 1
+    assert ledger.rights(MACHINE) == expected
+    assert len(waited) == 1
+
+
+def test_a_record_that_has_not_come_to_its_end_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal whose last record was not marked yet is torn, not damaged, and read again all the same."""
+    ledger = HostLedger(tmp_path / "journals")
+    path = ledger.directory / MACHINE / "destination.journal"
+    with closing(ledger.open_destination(MACHINE)) as log:
+        log.append(Append(record(K.ACCEPTED, HERE)))
+        before = path.read_bytes()
+        log.append(Append(record(K.PREPARED, HERE), durable=False))
+    whole, expected = path.read_bytes(), ledger.rights(MACHINE)
+    path.write_bytes(whole[: 2 * SLOT_BYTES + 50] + before[2 * SLOT_BYTES + 50 :])
+    monkeypatch.setattr("vmferry.handoff.ledger.time.sleep", lambda _: path.write_bytes(whole))
+    assert ledger.rights(MACHINE) == expected

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from tests.unit.handoff.samples import MACHINE, OTHER_MACHINE, attempt, record
 from vmferry.errors import JournalDamagedError, MachineExistsError
 from vmferry.handoff import register
-from vmferry.handoff.disk import DISK
+from vmferry.handoff.disk import DISK, HostDisk, Lock
 from vmferry.handoff.journal import SLOT_BYTES, Journal
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.register import ENTRY_BYTES, Mark, Register
@@ -182,6 +184,7 @@ def test_a_new_directory_survives_a_crash(tmp_path: Path, monkeypatch: pytest.Mo
     # What was made, from above; then the register, whose name appears last.
     assert sorted(synced[:2]) == sorted([tmp_path.name, "state"])
     assert synced[-2:] == ["journals", "state"]
+    assert any(name.startswith(".register.") for name in synced)  # its content before its name
     synced.clear()
     HostLedger(directory)  # its maker may have been killed before these
     assert synced == ["journals", "state"]
@@ -440,3 +443,79 @@ def test_an_incarnation_of_another_directory_takes_nothing_over(ledger: HostLedg
     before = ledger.rights(MACHINE)
     (ledger.directory / "incarnation").write_text("00000000-0000-4000-8000-000000000000\n", encoding="ascii")
     assert HostLedger(ledger.directory).rights(MACHINE) == before
+
+
+# What is not a register, or not this one
+
+
+def test_every_directory_is_another_host(ledger: HostLedger, tmp_path: Path) -> None:
+    """Its incarnation is a fresh UUID: an empty journal is never taken for the one that promised something."""
+    other = HostLedger(tmp_path / "other")
+    assert uuid.UUID(other.incarnation) != uuid.UUID(ledger.incarnation)
+
+
+def test_a_register_that_was_replaced_is_neither_read_nor_written(tmp_path: Path) -> None:
+    """A process that goes on with another directory's register would mark journals that it never saw."""
+    made = []
+    for name in ("mine", "another"):
+        (tmp_path / name).mkdir()
+        one = Register(tmp_path / name, DISK)
+        one.add(NAME, mark(2))
+        made.append(one)
+    (tmp_path / "another/register").replace(tmp_path / "mine/register")
+    before = (tmp_path / "mine/register").read_bytes()
+    for use in (lambda: made[0].mark(NAME), lambda: made[0].note(NAME, mark(3)), made[0].names):
+        with pytest.raises(JournalDamagedError, match="replaced by another"):
+            use()
+    assert (tmp_path / "mine/register").read_bytes() == before
+
+
+def test_a_register_of_another_format_is_not_read(small: Register, tmp_path: Path) -> None:
+    """A release to come may have given it another meaning."""
+    path = tmp_path / "register"
+    data = path.read_bytes()
+    body = data[: ENTRY_BYTES - 32].replace(b"register 1", b"register 2", 1)
+    with path.open("r+b") as file:
+        file.write(body + hashlib.sha256(body).digest())
+    with pytest.raises(JournalDamagedError, match="no readable header"):
+        Register(tmp_path, DISK)
+
+
+def test_entries_behind_one_that_rots_are_found(small: Register, tmp_path: Path) -> None:
+    """Only the journal of the bad one is not believed."""
+    with (tmp_path / "register").open("r+b") as file:
+        file.seek(ENTRY_BYTES)
+        file.write(b"\xff" * ENTRY_BYTES)
+    assert Register(tmp_path, DISK).names() == [f"{OTHER_MACHINE}/source"]
+    with pytest.raises(JournalDamagedError, match="bad entry"):
+        small.mark(NAME)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_mark_of_another_journal_is_none(small: Register, tmp_path: Path, copies: int) -> None:
+    """What a disk put in the wrong place is not believed, and does not hide the copy that is left."""
+    half = ENTRY_BYTES // 2
+    with (tmp_path / "register").open("r+b") as file:
+        file.seek(2 * ENTRY_BYTES)
+        another = file.read(half)
+        for copy in range(copies):
+            file.seek(ENTRY_BYTES + half * copy)
+            file.write(another)
+    if copies == 1:
+        assert small.mark(NAME) in {mark(2), mark(4)}
+    else:
+        with pytest.raises(JournalDamagedError, match="bad entry"):
+            small.mark(NAME)
+
+
+def test_who_adds_an_entry_waits_for_its_turn(small: Register, tmp_path: Path) -> None:
+    """Two that look for the end at the same time would write to the same place."""
+    asked: list[bool] = []
+
+    class Asked(HostDisk):
+        def lock(self, path: Path, *, wait: bool) -> Lock:
+            asked.append(wait)
+            return super().lock(path, wait=wait)
+
+    Register(tmp_path, Asked()).add(f"{MACHINE}/operator", mark(1))
+    assert asked == [True]
