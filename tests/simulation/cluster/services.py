@@ -249,6 +249,7 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
         "source_svc.service.gc": SimpleNamespace(collect=lambda: None),
         "dest_svc.service.Receiver": Receiver,
         "dest_svc.service.time": clock,
+        "dest_svc.watching.time": clock,
         "vmferry.handoff.ledger.time": clock,
         "vmferry.handoff.journal.SLOTS_PER_EXTENT": extent_slots,
         "vmferry.handoff.journal._EXTENT_BYTES": extent_slots * SLOT_BYTES,
