@@ -158,7 +158,7 @@ def _run(
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
     os.close(writing)
     with os.fdopen(reading, encoding="utf-8") as pipe:
-        told = pipe.read().split()
+        told = pipe.read().splitlines()
     return os.waitpid(child, 0)[1] == 0, told
 
 
