@@ -244,6 +244,7 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
         "source_svc.service.Forecasts": NoForecasts,
         "source_svc.outgoing.shown": no_files,
         "dest_svc.service.check_begin": any_begin,
+        "source_svc.departure.time": clock,
         "source_svc.outgoing.time": clock,
         "source_svc.migrations.time": clock,
         "source_svc.service.gc": SimpleNamespace(collect=lambda: None),
