@@ -205,7 +205,7 @@ RECORDS: Final = st.builds(
 
 @given(st.lists(RECORDS, max_size=14))
 def test_any_sequence_of_records_is_legal_or_refused(written: list[Record]) -> None:
-    """Folding never fails in another way, the order only grows, and but for an operator's word a final answer stays."""
+    """Folding never fails in another way, the order only grows, and a final answer stays but for an operator."""
     state = DestinationState()
     final: dict[bytes, AttemptState] = {}
     for entry in written:
