@@ -1,7 +1,7 @@
 # Every target does its own set-up: nothing but make and a Python >= 3.11 is needed.
 #
 #   PYTHON=python3.12   the interpreter to work with
-#   ARGS="..."          further arguments of `make demo`, `test`, `proof`, `model` and `mutants`
+#   ARGS="..."          further arguments of `make demo`, `test`, `bench`, `proof`, `model` and `mutants`
 #   STRIDE=1            each so many-th first fault of two, of `make simulation`
 #   STORMS=2000         how many of them `make simulation` does
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
@@ -13,7 +13,7 @@ STORMS ?= 500
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo playground test proof model simulation mutants check check-style check-types check-protos \
+.PHONY: help setup demo playground test bench proof model simulation mutants check check-style check-types check-protos \
         check-guests check-contract format protos guests lock clean
 
 help: ## Show this list
@@ -30,6 +30,9 @@ playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C 
 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: setup ## Compare with QEMU's own migration, in turn; ARGS="--all", "--guest idle --runs 1", ...
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
 
 proof: setup ## Run the evidence for the hand-off, and end with a table of its figures; ARGS="--quick"
 	@$(PYTHON) -I scripts/setup_env.py spin gcc
@@ -74,7 +77,7 @@ format: setup ## Format the code, and mend what can be mended automatically
 protos: setup ## Generate vmferry/v1 from protos/
 	@$(BIN)/python scripts/gen_protos.py
 
-guests: setup ## Assemble the guest programs of the micro-VM
+guests: setup ## Assemble the guest programs
 	@$(BIN)/python -m vmferry.machines.microvm.guests.build
 
 lock: ## Rewrite constraints.txt with the newest versions pyproject.toml allows

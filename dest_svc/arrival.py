@@ -8,7 +8,10 @@ what the journal says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, assert_never
 
 from dest_svc.receiver import Receiver
@@ -22,9 +25,9 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import HostLedger
-from vmferry.handoff.states import Action, Answer, Append, Attempt, Release, Resume, Tell, Wait
+from vmferry.handoff.states import Action, Answer, Append, Attempt, Halt, Release, Resume, Tell, Wait
 from vmferry.machines.directory import MachineDirectory
-from vmferry.machines.launcher import discard_leftover
+from vmferry.machines.launcher import discard_leftover, halt_machine
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
@@ -48,12 +51,16 @@ class Arrival:
         self.machine_id = machine_id
         self.lock = asyncio.Lock()
         self.receiver: Receiver | None = None
+        self.heard_at = -math.inf
+        """When the machine's source last called, by the clock of ``time.monotonic``."""
         self._ledger = ledger
         self._directory = directory
         self._journal = ledger.open_destination(machine_id)
         self._resume_retry_s = resume_retry_s
         self._on_broken_journal = on_broken_journal
         self._resuming: asyncio.Task[None] | None = None
+        self._hindered = ""
+        """Why the guest could not be resumed the last time."""
         self._afterwards: asyncio.Task[None] | None = None
         self._settling: asyncio.Task[None] | None = None
 
@@ -86,6 +93,9 @@ class Arrival:
                 await self._append(action)
             case Release():
                 await self._discard()
+            case Halt():
+                _LOG.critical("superseded by a later right: the guest is stopped", machine=self.machine_id)
+                await halt_machine(self.machine_id, self._directory)
             case Resume():
                 await self._try_resume()
             case Wait(why=why):
@@ -126,6 +136,7 @@ class Arrival:
         try:
             await self.resume()
         except VmferryError as error:
+            self._hindered = error.message
             _LOG.error("owned, and not resumed yet", machine=self.machine_id, detail=error.message)
             if self._resuming is None or self._resuming.done():
                 self._resuming = asyncio.create_task(self._keep_resuming())
@@ -211,8 +222,29 @@ class Arrival:
                 case destination.Refused():
                     if not self._ledger.rights(self.machine_id).holds:
                         await self._discard()  # the service was killed between the record and its effect
+                case destination.Superseded():
+                    await halt_machine(self.machine_id, self._directory)
                 case destination.Owned() | destination.Empty():
                     pass
+
+    async def settle(self, *, copy_gone: bool) -> str:
+        """Do now what would be tried next; returns what came of it, or nothing if nothing was to be done.
+
+        Args:
+            copy_gone: the copy's process has ended; one that is only silent may be the last copy.
+        """
+        async with self.lock:
+            match self.state.current:
+                case destination.Prepared() if copy_gone and not await self.copy_waits():
+                    await self.lose_copy("the prepared copy died")
+                    refused = isinstance(self.state.current, destination.Refused)
+                    return "the prepared copy is gone: the attempt is refused" if refused else ""
+                case destination.Owned(ran=False):
+                    await self._try_resume()
+                    now = self.state.current
+                    ran = isinstance(now, destination.Owned) and now.ran
+                    return "the guest is resumed here" if ran else f"it is not resumed: {self._hindered}"
+        return ""
 
     async def lose_copy(self, why: str) -> None:
         """The copy here is gone or unusable; the caller holds the lock."""
@@ -224,6 +256,31 @@ class Arrival:
         if not intact and isinstance(self.state.current, destination.Prepared):
             await self.lose_copy("the prepared copy died")
         await self.apply(destination.GoAsked(attempt, digest, copy_intact=intact))
+
+    async def force(self, event: destination.ForceAccept) -> None:
+        """Take the right by an operator's word; the caller holds the lock.
+
+        Without memory the machine's description stays here, so that it can be started anew.
+        """
+        try:
+            spec = self._directory.find(self.machine_id).spec
+        except MachineNotFoundError:
+            spec = None
+        await self.apply(event)
+        if spec is not None and not event.with_memory:
+            with contextlib.suppress(
+                VmferryError, OSError
+            ):  # the right is taken; it is started by its description
+                self._directory.claim(spec)
+
+    async def close_attempt(self, event: destination.CloseAsked) -> Answer | None:
+        """The source closed the attempt, maybe by a later right than the one here; the caller holds the lock."""
+        if not event.superseded_by:
+            return await self.apply(event)
+        async with self._ledger.locked(self.machine_id):  # nobody begins to send it on from here meanwhile
+            rights = await asyncio.to_thread(self._ledger.rights, self.machine_id)
+            epoch = rights.epochs.granted if rights.owner else 0
+            return await self.apply(replace(event, epoch=epoch, leaving=rights.leaving))
 
     async def copy_waits(self) -> bool:
         """Whether the hypervisor has a complete copy, waiting or running."""

@@ -7,7 +7,8 @@ reopened or the attempt is discarded; nothing is acknowledged before it is in me
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
 from typing import Final
 
 from xxhash import xxh3_128, xxh3_128_digest
@@ -18,17 +19,20 @@ from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
+from vmferry.memory.runs import PAGE_SIZE
+from vmferry.negotiation.encodings import NONE
 from vmferry.telemetry.tracing import phase
 from vmferry.together import together
-from vmferry.transfer.frames import Intake
+from vmferry.transfer.frames import Intake, data_pages
 from vmferry.transfer.numbering import Arrival, ReceivingLane, Totals
+from vmferry.transfer.wire import ChunkFrame, PieceFrame, Received
 from vmferry.v1 import transfer_pb2
 
 MAX_DEVICE_STATE_BYTES: Final = 64 * 1024 * 1024
 MAX_DEVICE_STATE_PIECES: Final = 1024
 """Bounds what crumbs would cost beyond their bytes."""
 Response = transfer_pb2.TransferResponse
-Take = Callable[[transfer_pb2.TransferRequest], Awaitable[int]]
+Take = Callable[[Received], Awaitable[int]]
 """Puts a frame where it belongs, completely, and returns how many of its pages differed in a comparison."""
 
 
@@ -97,6 +101,7 @@ class Lane:
         self._numbering = ReceivingLane()
         self._digest = xxh3_128()
         self._connection = 0
+        self._newest = 0
 
     @property
     def frames(self) -> int:
@@ -105,10 +110,23 @@ class Lane:
 
     async def serve(
         self,
-        requests: AsyncIterable[transfer_pb2.TransferRequest],
+        requests: AsyncIterable[Received],
         take: Take,
+        number: int = 0,
     ) -> AsyncIterator[Response]:
-        """Take in what one connection brings."""
+        """Take in what one connection brings.
+
+        Args:
+            requests: its frames.
+            take: puts them where they belong.
+            number: of the connection, as the source counts; 0 if it does not.
+
+        Raises:
+            StaleAttemptError: a newer connection has been opened, or is while this one is served.
+        """
+        if number and number <= self._newest:
+            raise StaleAttemptError("a newer connection of the lane has been opened")
+        self._newest = max(self._newest, number)
         self._connection += 1
         connection = self._connection
         async with self.lock:  # an older connection's last frame may still be on its way into memory
@@ -123,7 +141,7 @@ class Lane:
     async def _take(
         self,
         connection: int,
-        request: transfer_pb2.TransferRequest,
+        request: Received,
         take: Take,
     ) -> Response:
         async with self.lock:
@@ -131,17 +149,15 @@ class Lane:
                 raise StaleAttemptError("the attempt is closed")
             if connection != self._connection:
                 raise StaleAttemptError("the lane was reopened by a newer connection")
-            if request.WhichOneof("message") == "end":
+            if isinstance(request, transfer_pb2.TransferRequest) and request.WhichOneof("message") == "end":
                 return self._end(request.end)
-            frame = _frame(request)
-            if frame is None:
-                raise StreamBrokenError("only frames and the end may follow the opening of a lane")
+            frame = _counted(request)
             if self.ended.is_set():
                 raise StreamBrokenError("a frame came after the lane's end")
             if self._numbering.arrival(frame.sequence) is Arrival.NEW:
                 self.different_pages += await take(request)
-                self._numbering.taken(len(frame.data))
-                self._digest.update(_counted(request))
+                self._numbering.taken(frame.data_bytes)
+                self._digest.update(frame.hash())
             ack = transfer_pb2.Ack(acknowledged=self.frames, different_pages=self.different_pages)
             return Response(ack=ack)
 
@@ -161,56 +177,56 @@ def _retrieve(task: asyncio.Task[Response]) -> None:
         task.exception()
 
 
-def _frame(
-    request: transfer_pb2.TransferRequest,
-) -> transfer_pb2.Chunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece | None:
-    match request.WhichOneof("message"):
-        case "chunk":
-            return request.chunk
-        case "device_state":
-            return request.device_state
-        case "stream_piece":
-            return request.stream_piece
-    return None
+@dataclass(frozen=True)
+class _Counted:
+    """What a frame is to the lane it came on."""
+
+    sequence: int
+    data_bytes: int
+    hash: Callable[[], bytes]
+    """What it adds to the lane's digest."""
 
 
-def _counted(request: transfer_pb2.TransferRequest) -> bytes:
-    """What a frame adds to the lane's digest."""
-    match request.WhichOneof("message"):
-        case "chunk":
-            return request.chunk.data_hash
-        case "stream_piece":
-            return xxh3_128_digest(request.stream_piece.data)
-    return b""
-
-
-def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: transfer_pb2.TransferRequest) -> int:
-    """Check one frame and put it where it belongs; returns how many pages differed in a comparison."""
-    if request.WhichOneof("message") == "stream_piece":
-        raise ChunkRejectedError("memory does not travel in a stream in this attempt", field="stream_piece")
+def _counted(request: Received) -> _Counted:
+    if isinstance(request, ChunkFrame):
+        head = request.head
+        return _Counted(head.sequence, data_pages(request) * PAGE_SIZE, lambda: head.data_hash)
+    if isinstance(request, PieceFrame):
+        data = request.data
+        return _Counted(request.head.sequence, len(data), lambda: xxh3_128_digest(data))
     if request.WhichOneof("message") == "device_state":
+        state = request.device_state
+        return _Counted(state.sequence, len(state.data), bytes)
+    raise StreamBrokenError("only frames and the end may follow the opening of a lane")
+
+
+def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: Received) -> int:
+    """Check one frame and put it where it belongs; returns how many pages differed in a comparison."""
+    if isinstance(request, PieceFrame):
+        raise ChunkRejectedError("memory does not travel in a stream in this attempt", field="stream_piece")
+    if not isinstance(request, ChunkFrame):
         device_state.add(request.device_state)
         return 0
-    intake.check(request.chunk)
-    if request.chunk.compare_only:
-        return intake.compare(request.chunk)
-    intake.write(request.chunk)
+    pages = intake.check(request)
+    if request.mark:
+        return intake.compare(pages)
+    intake.write(pages)
     return 0
 
 
 class DirectMemory:
     """Memory that is written here, and the device state that goes beside it."""
 
-    def __init__(self, machine: QmpMachine, ram: RamFile) -> None:
+    def __init__(self, machine: QmpMachine, ram: RamFile, encodings: Collection[str] = (NONE,)) -> None:
         self._machine = machine
-        self._intake = Intake(ram, PageTable(machine.ram.page_count))
+        self._intake = Intake(ram, PageTable(machine.ram.page_count), encodings)
         self._device_state = DeviceStateBuffer()
 
     async def open(self) -> None:
         """Do beforehand what loading needs."""
         await self._machine.get_ready()
 
-    async def take(self, request: transfer_pb2.TransferRequest) -> int:
+    async def take(self, request: Received) -> int:
         """Check one frame and write it."""
         return await asyncio.to_thread(take_frame, self._intake, self._device_state, request)
 

@@ -18,6 +18,7 @@ from vmferry.handoff.states import Attempt
 from vmferry.machines.fileidentity import Contents
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
+from vmferry.negotiation.encodings import ENCODINGS
 from vmferry.negotiation.facts import Network
 from vmferry.negotiation.path import path_problem
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
@@ -77,6 +78,8 @@ def check_begin(
         raise InvalidArgumentError(
             "regions must be one, 'ram', of the machine's memory size", field="regions"
         )
+    if not set(request.encodings) <= set(ENCODINGS):
+        raise InvalidArgumentError(f"encodings may be {', '.join(ENCODINGS)}", field="encodings")
     problem = path_problem(request.path, spec.kind, request.protocol_version, shared=spec.shared_memory)
     if problem:
         raise InvalidArgumentError(problem, field="path")

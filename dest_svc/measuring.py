@@ -29,7 +29,8 @@ from vmferry.memory.runs import PAGE_SIZE
 from vmferry.security.identity import Identity
 from vmferry.together import to_the_end
 from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, Intake
-from vmferry.v1 import handoff_pb2, transfer_pb2
+from vmferry.transfer.wire import ChunkFrame
+from vmferry.v1 import handoff_pb2
 
 MAX_SOURCES: Final = 2
 """Hosts that may measure at a time."""
@@ -53,7 +54,7 @@ class Measurements:
         self._reserving: set[str] = set()
 
     async def measure(
-        self, caller: Identity, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+        self, caller: Identity, requests: AsyncIterator[ChunkFrame]
     ) -> handoff_pb2.MeasureResponse:
         """Take in what one call brings, and say how it went.
 
@@ -91,7 +92,7 @@ class Measurements:
                 del self._calls[source]
 
     async def _take_all(
-        self, source: str, requests: AsyncIterator[handoff_pb2.MeasureRequest]
+        self, source: str, requests: AsyncIterator[ChunkFrame]
     ) -> handoff_pb2.MeasureResponse:
         taken, began = 0, 0.0
         async with contextlib.AsyncExitStack() as stack:
@@ -103,13 +104,13 @@ class Measurements:
                     scratch = stack.enter_context(_nameless(self._ram_dir, _SCRATCH_BYTES))
                     intake = Intake(scratch, PageTable(MAX_PAGES_PER_CHUNK))
                     reservation = await stack.enter_async_context(self._reservation(source))
-                taken += len(request.chunk.data)
+                taken += len(request.data)
                 if taken > MAX_BYTES:
                     raise InvalidArgumentError(
                         f"a measurement takes {MAX_BYTES} bytes at most", field="chunk"
                     )
                 # The file is closed after the writing has ended, also of a call that is cancelled.
-                await to_the_end(asyncio.to_thread(_take, intake, request.chunk))
+                await to_the_end(asyncio.to_thread(_take, intake, request))
             response = handoff_pb2.MeasureResponse(data_bytes=taken)
             if began:
                 response.elapsed.FromNanoseconds(int((time.monotonic() - began) * 1e9))
@@ -165,9 +166,8 @@ async def _settled(task: asyncio.Task[None]) -> None:
     task.result()
 
 
-def _take(intake: Intake, chunk: transfer_pb2.Chunk) -> None:
-    intake.check(chunk)
-    intake.write(chunk)
+def _take(intake: Intake, chunk: ChunkFrame) -> None:
+    intake.write(intake.check(chunk))
 
 
 def _nameless(folder: Path, size_bytes: int) -> RamFile:

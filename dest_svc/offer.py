@@ -18,9 +18,10 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.encodings import ENCODINGS
 from vmferry.negotiation.facts import KindOffer
 from vmferry.negotiation.path import PATHS
-from vmferry.negotiation.report import ENCODINGS, PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
+from vmferry.negotiation.report import PAGE_SIZE_BYTES, PROTOCOL_VERSIONS
 from vmferry.security.identity import Identity
 from vmferry.v1 import compatibility_pb2
 
@@ -54,8 +55,12 @@ def make_offer(
     max_incoming: int,
     draining: bool,
     certificate_not_after: datetime,
+    newcomer: str,
 ) -> compatibility_pb2.HostOffer:
-    """The offer as a source gets it."""
+    """The offer as a source gets it for the machine ``newcomer``; empty if it asks for none.
+
+    What an earlier attempt left of that very machine is not in its way: beginning a newer one closes it.
+    """
     findings = [
         compatibility_pb2.TrackerFinding(kind=found.kind, usable=found.usable, reason=found.reason)
         for found in trackers
@@ -73,7 +78,9 @@ def make_offer(
         max_incoming_migrations=max_incoming,
         kernel=host.kernel_release(),
         machine_names=[
-            record.spec.name for record in directory.list() if not ledger.rights(record.spec.uuid).awaits_word
+            record.spec.name
+            for record in directory.list()
+            if record.spec.uuid != newcomer and not ledger.rights(record.spec.uuid).awaits_word
         ],
         held_machine_ids=[machine for machine in ledger.machines() if _held(ledger, machine)],
         trackers=findings,

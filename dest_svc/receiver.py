@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Final
 
 from dest_svc.intake import DirectMemory, Lane, Response
@@ -30,11 +30,13 @@ from vmferry.machines.launcher import start_machine, stop_machine
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.regions import RamFile
+from vmferry.negotiation.encodings import NONE
 from vmferry.negotiation.path import STREAM
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
 from vmferry.transfer.seal import seal_digest
 from vmferry.transfer.streams import MAX_PIECE_BYTES
+from vmferry.transfer.wire import Received
 from vmferry.v1 import transfer_pb2
 
 _LOG: Final = get_logger(__name__)
@@ -53,15 +55,21 @@ class Receiver:
         config: HostConfig,
         lanes: int,
         path: str,
+        *,
+        encodings: Sequence[str] = (),
     ) -> None:
         self.attempt = attempt
         self.spec = spec
         self.transfer_token = secrets.token_bytes(32)
         self.progressed_at = time.monotonic()
+        self.reconnect_timeout_s = 0.0
+        """How long its source may be gone, beyond the time in which nothing needs to happen."""
         self.machine: QmpMachine | None = None
         self._directory = directory
         self._lanes = [Lane(config.window_bytes // lanes) for _ in range(lanes)]
         self._path = path
+        # An older source names none, and sends pages as they are.
+        self._encodings = frozenset(encodings or (NONE,))
         # A lane may always have one frame on its way, even where the window is smaller.
         self._window_bytes = max(config.window_bytes, lanes * MAX_PIECE_BYTES)
         self._ram: RamFile | None = None
@@ -101,7 +109,7 @@ class Receiver:
         if self._path == STREAM:
             return StreamedMemory(machine, window_bytes=self._window_bytes)
         assert self._ram is not None, "only shared memory can be written from outside"
-        return DirectMemory(machine, self._ram)
+        return DirectMemory(machine, self._ram, self._encodings)
 
     async def _reserve(self, ram: RamFile) -> None:
         for offset in range(0, self.memory_bytes, _RESERVE_STEP_BYTES):
@@ -125,11 +133,11 @@ class Receiver:
         return self._lanes[opening.lane]
 
     async def serve(
-        self, lane: Lane, requests: AsyncIterable[transfer_pb2.TransferRequest]
+        self, lane: Lane, requests: AsyncIterable[Received], connection: int = 0
     ) -> AsyncIterator[Response]:
         """Take in what one connection of a lane brings."""
         assert self._memory is not None, "lanes open after Begin was answered"
-        async for response in lane.serve(requests, self._memory.take):
+        async for response in lane.serve(requests, self._memory.take, connection):
             self.progressed_at = time.monotonic()
             reach("dest.frame-taken")
             yield response

@@ -18,7 +18,10 @@ from dest_svc.arrival import Arrival
 from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
 from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
+from dest_svc.override import Accepting
 from dest_svc.receiver import Receiver
+from dest_svc.settling import DestinationPart
+from dest_svc.watching import watch
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
@@ -44,19 +47,22 @@ from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message
 from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.path import DIRECT
+from vmferry.recovery.service import RecoveryService
 from vmferry.rpc.daemon import Host
+from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Kind
+from vmferry.security.override import ACCEPT, by_word
 from vmferry.security.tickets import VerifiedTicket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.together import to_the_end
+from vmferry.transfer.wire import ChunkFrame, Received, decode_measured, decode_request
 from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfer_pb2
 from vmferry.v1.handoff_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
 _MIB: Final = 1024 * 1024
-_WATCH_S: Final = 1.0
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -71,7 +77,10 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
+        self._part = DestinationPart(self._arrivals)
+        self._recovery = RecoveryService(host, Role.DESTINATION, self._part)
         self._admission = asyncio.Lock()
+        self._accepting = Accepting(host, self._arrival)
         self._measurements = Measurements(host.config.ram_dir)
         self._judge = Judge(host.config)
         self._stopping = False
@@ -80,7 +89,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the methods to a server."""
         handoff_pb2_grpc.add_DestinationServiceServicer_to_server(self, server)
-        return [DESCRIPTOR.services_by_name["DestinationService"].full_name]
+        name = DESCRIPTOR.services_by_name["DestinationService"].full_name
+        # The two that carry memory are read without a copy.
+        read_requests_with(server, name, self.Transfer, decode_request)
+        read_requests_with(server, name, self.Measure, decode_measured)
+        return [name, self._recovery.register(server)]
 
     async def recover(self) -> None:
         """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
@@ -91,7 +104,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
-        self._watcher = asyncio.create_task(self._watch())
+        self._watcher = asyncio.create_task(watch(self._arrivals, self._config))
 
     async def stop(self) -> None:
         """Give back what unfinished attempts hold; prepared copies stay."""
@@ -105,6 +118,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
 
     async def close(self) -> None:
         """Let go of the journals."""
+        self._recovery.close()
         for arrival in self._arrivals.values():
             await arrival.close()
 
@@ -115,7 +129,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     ) -> handoff_pb2.NegotiateResponse:
         """Say what this host can offer."""
         response = handoff_pb2.NegotiateResponse(
-            offer=await asyncio.to_thread(self._offer), destination_incarnation=self._ledger.incarnation
+            offer=await asyncio.to_thread(self._offer, request.spec.uuid),
+            destination_incarnation=self._ledger.incarnation,
         )
         if request.HasField("spec"):
             spec = spec_from_message(request.spec)
@@ -126,8 +141,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         response.offer.time.GetCurrentTime()
         return response
 
-    async def Measure(
-        self, request_iterator: AsyncIterator[handoff_pb2.MeasureRequest], context: Context
+    async def Measure(  # type: ignore[override]  # its requests are read by a function of our own
+        self, request_iterator: AsyncIterator[ChunkFrame], context: Context
     ) -> handoff_pb2.MeasureResponse:
         """Take pages in, check and forget them."""
         if self._stopping:
@@ -147,30 +162,33 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
-        return handoff_pb2.BeginResponse(
+        response = handoff_pb2.BeginResponse(
             destination_incarnation=self._ledger.incarnation,
             transfer_token=receiver.transfer_token,
             window_bytes=self._config.window_bytes,
         )
+        response.reconnect_timeout.FromNanoseconds(int(receiver.reconnect_timeout_s * 1e9))
+        return response
 
     async def Transfer(
-        self, request_iterator: AsyncIterator[transfer_pb2.TransferRequest], context: Context
+        self, request_iterator: AsyncIterator[Received], context: Context
     ) -> AsyncIterator[transfer_pb2.TransferResponse]:
         """Carry one lane."""
         opening = await anext(aiter(request_iterator), None)
-        if opening is None or opening.WhichOneof("message") != "open":
+        if not isinstance(opening, transfer_pb2.TransferRequest) or opening.WhichOneof("message") != "open":
             raise InvalidArgumentError("a lane starts with its opening", field="open")
         receiver = self._receiver(opening.open.migration_id)
         if current_caller().uri != receiver.attempt.source:
             raise PermissionDeniedError("only the attempt's source may send its memory")
         lane = receiver.lane(opening.open)
         async with phase("receive", lane=opening.open.lane):
-            async for response in receiver.serve(lane, request_iterator):
+            async for response in receiver.serve(lane, request_iterator, opening.open.connection):
                 yield response
 
     async def Seal(self, request: handoff_pb2.SealRequest, context: Context) -> handoff_pb2.SealResponse:
         """Verify and load the copy."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Seal")
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:  # nothing is made for a machine that nobody has begun to send
             raise WrongPhaseError("there is no such attempt to seal", field="attempt")
@@ -180,6 +198,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
         """Take the right to run, and run."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Go")
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:
             return handoff_pb2.GoResponse(status=self._message(Answer(AttemptState.UNSEEN)))
@@ -192,6 +211,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         """Say from the journal how an attempt stands."""
         attempt = self._attempt(request.attempt, read_only=not request.close_unseen)
         if request.close_unseen:
+            self._part.hear(attempt, "GetAttempt")
             status = await to_the_end(self._close_unseen(attempt))
             return handoff_pb2.GetAttemptResponse(status=status)
         if attempt.machine_id not in self._arrivals:  # a question leaves nothing behind
@@ -214,8 +234,18 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def Abort(self, request: handoff_pb2.AbortRequest, context: Context) -> handoff_pb2.AbortResponse:
         """Close an attempt, unless it is too late."""
         attempt = self._attempt(request.attempt)
+        self._part.hear(attempt, "Abort")
         arrival = self._arrival(attempt.machine_id)
         return handoff_pb2.AbortResponse(status=await to_the_end(self._abort(arrival, attempt, request)))
+
+    async def ForceAccept(
+        self, request: handoff_pb2.ForceAcceptRequest, context: Context
+    ) -> handoff_pb2.ForceAcceptResponse:
+        """Take a machine by an admin's word."""
+        asks = request.validate_only
+        # A caller that goes away must not leave a machine owned and not resumed.
+        work = by_word(ACCEPT, request.override, current_caller(), self._accepting.decide, only_asked=asks)
+        return handoff_pb2.ForceAcceptResponse(report=await to_the_end(work))
 
     # What they are made of
 
@@ -232,6 +262,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         caller = current_caller()
         if caller.uri != attempt.source and not (read_only and caller.kind is not Kind.VMHOST):
             raise PermissionDeniedError(f"{caller} is not the attempt's source")
+        if caller.uri == attempt.source and attempt.machine_id in self._arrivals:
+            self._arrivals[attempt.machine_id].heard_at = time.monotonic()
         if attempt.destination_incarnation not in ("", self._ledger.incarnation):
             raise WrongPhaseError(
                 "this host's journal is not the one the attempt was begun with",
@@ -269,7 +301,17 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     ) -> Receiver:
         if arrival.receiver is None:
             path = request.path or DIRECT
-            arrival.receiver = Receiver(attempt, spec, self._directory, self._config, request.lanes, path)
+            arrival.receiver = Receiver(
+                attempt,
+                spec,
+                self._directory,
+                self._config,
+                request.lanes,
+                path,
+                encodings=request.encodings,
+            )
+            wanted_s = max(0.0, request.reconnect_timeout.ToNanoseconds() / 1e9)
+            arrival.receiver.reconnect_timeout_s = min(wanted_s, self._config.max_reconnect_timeout_s)
             try:
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()
@@ -342,9 +384,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
     async def _abort(
         self, arrival: Arrival, attempt: Attempt, request: handoff_pb2.AbortRequest
     ) -> handoff_pb2.AttemptStatus:
-        event = destination.CloseAsked(attempt, request.reason[:200])
+        event = destination.CloseAsked(
+            attempt, request.reason[:200], superseded_by=request.superseded_by_epoch
+        )
         async with arrival.lock:
-            return self._message(await arrival.apply(event) or arrival.answer(attempt))
+            return self._message(await arrival.close_attempt(event) or arrival.answer(attempt))
 
     async def _close_unseen(self, attempt: Attempt) -> handoff_pb2.AttemptStatus:
         arrival = self._arrival(attempt.machine_id)
@@ -381,7 +425,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 return arrival.receiver
         raise AttemptNotFoundError("no such attempt is open here", field="open.migration_id")
 
-    def _offer(self) -> compatibility_pb2.HostOffer:
+    def _offer(self, newcomer: str) -> compatibility_pb2.HostOffer:
         receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
         return make_offer(
             self._own,
@@ -391,36 +435,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             qemu_binaries=self._config.qemu_binaries,
             backings=self._memory_backings(),
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
-            incoming=len(receivers),
+            incoming=sum(receiver.spec.uuid != newcomer for receiver in receivers),
             max_incoming=self._config.max_incoming,
             draining=self._config.draining,
             certificate_not_after=self._host.tls.load().not_after,
+            newcomer=newcomer,
         )
-
-    async def _watch(self) -> None:
-        """Close attempts whose source fell silent, or whose waiting copy died; a prepared copy stays."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            for arrival in list(self._arrivals.values()):
-                receiver = arrival.receiver
-                if receiver is None:
-                    continue
-                silent_s = time.monotonic() - receiver.progressed_at
-                died = receiver.machine is not None and not await receiver.machine.alive()
-                if died or silent_s > self._config.receive_timeout_s:
-                    await self._give_up(arrival, receiver, died=died)
-
-    async def _give_up(self, arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
-        async with arrival.lock:
-            if arrival.receiver is not receiver:
-                return
-            try:
-                if died:
-                    await arrival.lose_copy("the waiting copy's process died")
-                else:
-                    await arrival.apply(destination.Stalled())
-            except VmferryError as error:
-                _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
 
 
 async def _sealed(receiver: Receiver, digest: bytes) -> bytes:

@@ -16,7 +16,7 @@ from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSink
 from vmferry.telemetry.tracing import phase
 from vmferry.transfer.streams import MAX_PIECE_BYTES, StreamDigest
-from vmferry.v1 import transfer_pb2
+from vmferry.transfer.wire import Buffer, PieceFrame, Received, kind
 
 _DYING_S: Final = 1.0
 """A hypervisor that hangs up over what it was given ends itself, and says why in its log before."""
@@ -25,7 +25,7 @@ _DYING_S: Final = 1.0
 class OrderedStream:
     """Puts pieces in order."""
 
-    def __init__(self, write: Callable[[bytes], Awaitable[None]], *, window_bytes: int) -> None:
+    def __init__(self, write: Callable[[Buffer], Awaitable[None]], *, window_bytes: int) -> None:
         self._write = write
         self._window_bytes = window_bytes
         self._digest = StreamDigest()
@@ -41,7 +41,7 @@ class OrderedStream:
         """Bytes that were written."""
         return self._digest.size_bytes
 
-    async def put(self, piece: transfer_pb2.StreamPiece) -> None:
+    async def put(self, piece: PieceFrame) -> None:
         """Write a piece when its turn has come; returns when it is written.
 
         Raises:
@@ -49,15 +49,15 @@ class OrderedStream:
             StaleAttemptError: the stream was closed meanwhile.
         """
         self._check(piece)
-        if piece.last:
-            self._end = piece.offset + len(piece.data)
-        self._pending[piece.offset] = len(piece.data)
+        if piece.mark:
+            self._end = piece.head.offset + len(piece.data)
+        self._pending[piece.head.offset] = len(piece.data)
         try:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._failure or self.position == piece.offset)
+                await self._changed.wait_for(lambda: self._failure or self.position == piece.head.offset)
             await self._write_now(piece.data)
         finally:
-            del self._pending[piece.offset]
+            del self._pending[piece.head.offset]
         self._digest.update(piece.data)
         async with self._changed:
             self._changed.notify_all()
@@ -82,7 +82,7 @@ class OrderedStream:
             )
         return self._digest.root()
 
-    async def _write_now(self, data: bytes) -> None:
+    async def _write_now(self, data: Buffer) -> None:
         if self._failure is not None:
             raise self._failure
         if not data:  # the hypervisor may have hung up already: it has everything
@@ -101,10 +101,10 @@ class OrderedStream:
         finally:
             self._writing = None
 
-    def _check(self, piece: transfer_pb2.StreamPiece) -> None:
-        start, size = piece.offset, len(piece.data)
+    def _check(self, piece: PieceFrame) -> None:
+        start, size = piece.head.offset, len(piece.data)
         end = start + size
-        if size > MAX_PIECE_BYTES or (not size and not piece.last):
+        if size > MAX_PIECE_BYTES or (not size and not piece.mark):
             raise ChunkRejectedError(
                 f"a piece has 1 to {MAX_PIECE_BYTES} bytes, and only the last one may be empty", field="data"
             )
@@ -115,9 +115,9 @@ class OrderedStream:
             )
         if start < self.position or start in self._pending or self._lies_over(start, end):
             raise ChunkRejectedError(f"the piece at {start} lies over what came before", field="offset")
-        if self._end is not None and (piece.last or end > self._end or start >= self._end):
+        if self._end is not None and (piece.mark or end > self._end or start >= self._end):
             raise ChunkRejectedError(f"the stream has ended at {self._end}", field="last")
-        if piece.last and any(at + length > end for at, length in self._pending.items()):
+        if piece.mark and any(at + length > end for at, length in self._pending.items()):
             raise ChunkRejectedError("pieces have come from behind this end", field="last")
 
     def _lies_over(self, start: int, end: int) -> bool:
@@ -138,15 +138,14 @@ class StreamedMemory:
         await self._machine.receive_stream(path)
         await self._sink.connect(path)
 
-    async def take(self, request: transfer_pb2.TransferRequest) -> int:
+    async def take(self, request: Received) -> int:
         """Give a frame to the hypervisor; there are no pages to compare in it."""
-        kind = request.WhichOneof("message")
-        if kind != "stream_piece":
+        if not isinstance(request, PieceFrame):
             raise ChunkRejectedError(
-                "memory travels in the hypervisor's own stream in this attempt", field=kind or ""
+                "memory travels in the hypervisor's own stream in this attempt", field=kind(request)
             )
-        await self._ordered.put(request.stream_piece)
-        if request.stream_piece.last:
+        await self._ordered.put(request)
+        if request.mark:
             self._sink.end()
         return 0
 
@@ -162,7 +161,7 @@ class StreamedMemory:
         await self._ordered.fail(StaleAttemptError("the attempt is closed"))
         self._sink.close()
 
-    async def _write(self, data: bytes) -> None:
+    async def _write(self, data: Buffer) -> None:
         try:
             await self._sink.write(data)
         except OSError as error:

@@ -39,7 +39,7 @@ def check_safe(variant: Safe, *, quick: bool) -> Told:
     """The promises hold in every world, and where they should, the guest can always run again."""
     begun = time.monotonic()
     bounds = variant.quick if quick else variant.bounds
-    found = explore(Model(bounds=bounds), variant.promises, liveness=variant.live)
+    found = explore(Model(bounds=bounds), variant.promises, liveness=variant.live, goal=variant.goal)
     outcome = found.broken or ("L1: the guest can never run again" if found.stuck else "holds")
     trace = tuple(found.trace or (_shortest(found.stuck)))
     return Told(
@@ -52,7 +52,7 @@ def check_broken(variant: Broken) -> Told:
     begun = time.monotonic()
     live = variant.breaks == "L1"
     model = Model(Rules(variant.guard), variant.bounds)
-    found = explore(model, () if live else (variant.breaks,), liveness=live)
+    found = explore(model, () if live else (variant.breaks,), liveness=live, goal=variant.goal)
     trace = tuple(found.trace or (_shortest(found.stuck)))
     outcome = found.broken or ("L1: the guest can never run again" if trace else "NOT NOTICED")
     name = f"without: {variant.guard}"

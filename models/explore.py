@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from models.promises import broken, runs
@@ -38,8 +38,17 @@ def edges(model: Model) -> Iterator[tuple[World, Step]]:
                 todo.append(step.after)
 
 
-def explore(model: Model, promises: tuple[str, ...] = SAFETY, *, liveness: bool = True) -> Explored:
-    """All reachable worlds, or those up to the first in which one of the promises is broken."""
+def explore(
+    model: Model,
+    promises: tuple[str, ...] = SAFETY,
+    *,
+    liveness: bool = True,
+    goal: Callable[[World], bool] = runs,
+) -> Explored:
+    """All reachable worlds, or those up to the first in which one of the promises is broken.
+
+    With ``liveness``, the goal must stay within reach.
+    """
     first = model.initial()
     parents: dict[World, tuple[World, str] | None] = {first: None}
     earlier: dict[World, list[World]] = {}
@@ -57,7 +66,7 @@ def explore(model: Model, promises: tuple[str, ...] = SAFETY, *, liveness: bool 
             found.trace = _trace(parents, step.after)
             return found
     if liveness:
-        live = _reaching(earlier, {world for world in parents if runs(world)})
+        live = _reaching(earlier, {world for world in parents if goal(world)})
         found.stuck = [_trace(parents, world) for world in parents if world not in live]
     return found
 

@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 RECORDS: Final = frozenset(
     (
-        *("BEGUN", "SEALED", "HANDED_OFF", "DONE", "ABORTED", "RECLAIMED", "FORCED"),
+        *("BEGUN", "SEALED", "HANDED_OFF", "DONE", "ABORTED", "RECLAIMED", "FORCED", "SUPERSEDED"),
         *("ACCEPTED", "PREPARED", "OWNED", "RAN", "REFUSED"),
     )
 )
@@ -36,7 +36,10 @@ def in_source_journal(host: Host, kind: str, number: int, attempt: Attempt) -> H
             return host._replace(out=out._replace(phase=Phase.HANDED_OFF), rights=left, fresh=False)
         case "RECLAIMED" | "FORCED":
             rights = rights._replace(by_source=max(rights.by_source, attempt.epoch + 2))
-    return host._replace(out=Out(used=out.used), rights=rights, fresh=False)
+        case "SUPERSEDED":
+            return host._replace(rights=rights._replace(left=max(rights.left, rights.granted)))
+    closed = host.closed if kind == "DONE" else host.closed | 1 << number
+    return host._replace(out=Out(used=out.used), rights=rights, fresh=False, closed=closed)
 
 
 _STANDS_BY: Final = {
@@ -46,6 +49,7 @@ _STANDS_BY: Final = {
     "FORCED": Stands.OWNED,
     "RAN": Stands.RUNNING,
     "REFUSED": Stands.REFUSED,
+    "SUPERSEDED": Stands.SUPERSEDED,
 }
 
 
@@ -60,6 +64,8 @@ def in_destination_journal(host: Host, kind: str, number: int, attempt: Attempt)
         newest = number
     if kind in {"OWNED", "FORCED"}:
         rights = rights._replace(by_destination=max(rights.by_destination, attempt.epoch + 1))
+    if kind == "SUPERSEDED":
+        rights = rights._replace(left=max(rights.left, rights.granted))
     stands[number] = _STANDS_BY[kind]
     return host._replace(inn=In(tuple(stands), newest), rights=rights, taking=taking)
 

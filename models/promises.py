@@ -5,6 +5,8 @@ I2   the guest never goes on from anything but its latest state, and nobody take
 I3   no step of the protocol (as opposed to a fault) removes the last usable copy of the latest state
 I4   once both ends hold a complete copy, one fault of a host on which the guest does not run loses nothing
 L1   from every reachable world, with no further fault, the guest can run again (judged in ``explore``)
+I5   two hosts are permitted only where an operator was wrong, and as long as one of the two is still to hear of it
+L5   from every such world it can come to be that the guest runs on one host alone, by the latest right (``at_rest``)
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from models.state import (
     ABSENT,
     PAUSED,
     RUNNING,
+    TAKEN,
     Host,
     Stands,
     World,
     answer_bit,
+    came_back,
     leaving,
+    owner,
     permitted,
 )
 
@@ -75,12 +80,44 @@ PROMISES: Final[dict[str, Callable[[World], bool]]] = {
 """What must never be, by name."""
 
 
+def _one_will_know(world: World) -> bool:
+    """Whether a goodbye is still due, by which one of the two who took the right must stop."""
+    for number, attempt in enumerate(world.attempts):
+        here, there = world.hosts[attempt.source], world.hosts[attempt.destination]
+        if here.closed >> number & 1 and there.inn.of(number) in TAKEN:
+            stops = permitted(there, world.attempts) and here.rights.granted > there.rights.granted
+            if (owner(here) and not came_back(here, world.attempts, number)) or stops:
+                return True
+    return False
+
+
+def _wrongly_permitted(world: World) -> bool:
+    rights = [host.rights.granted for host in world.hosts if permitted(host, world.attempts)]
+    if not rights or _one_will_know(world):
+        return False
+    return rights != [max(host.rights.granted for host in world.hosts)]
+
+
+PROMISES["I5: the hosts have met, and not only the latest right is permitted"] = _wrongly_permitted
+
+
 def broken(world: World, promises: tuple[str, ...]) -> str:
     """The first of these promises that does not hold, if any."""
     for name, fails in PROMISES.items():
         if name.split(":")[0] in promises and fails(world):
             return name
     return ""
+
+
+def at_rest(world: World) -> bool:
+    """Whether one guest runs, on the one host that is permitted to run it, by the latest right."""
+    owners = [host for host in world.hosts if permitted(host, world.attempts)]
+    alone = len(owners) == 1 and sum(host.vm == RUNNING for host in world.hosts) == 1
+    return (
+        alone
+        and owners[0].vm == RUNNING
+        and owners[0].rights.granted == max(host.rights.granted for host in world.hosts)
+    )
 
 
 def runs(world: World) -> bool:

@@ -1,9 +1,9 @@
 """The rules: what each end does about each event, as words in the order in which they are done.
 
 ``RECORD*`` is on disk before the next word, ``RECORD`` need not be. ``resume`` asks the resume gate, ``release``
-frees what is here, ``Go``, ``Abort`` and ``ask`` are told to the destination, ``(ANSWER)`` is told to the source,
-``wait`` tells the operator, and ``no`` turns a call down. A rule knows the journal of its own end and what the event
-says; it knows no time and no other host.
+frees what is here, ``halt`` pauses the guest for good, ``Go``, ``Abort`` and ``ask`` are told to the destination,
+``(ANSWER)`` is told to the source, ``wait`` tells the operator, and ``no`` turns a call down. A rule knows the
+journal of its own end and what the event says; it knows no time and no other host.
 
 Each guard has a name; a variant of the model that names it in ``without`` is the same protocol without that guard.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple, assert_never
 
-from models.state import NOBODY, OPEN_HERE, TAKEN, Attempt, Host, In, Out, Phase, Stands
+from models.state import NOBODY, OPEN_HERE, SPENT, Attempt, Host, In, Out, Phase, Stands
 
 
 class Do(NamedTuple):
@@ -81,7 +81,17 @@ class ForceReclaim(NamedTuple):
     moved_on: bool
 
 
-SourceEvent = Begin | Paused | AbortWanted | Heard | Unheard | OwnerBegan | WaitedEnough | ForceReclaim
+class TakenThere(NamedTuple):
+    """The goodbye about an attempt that was closed here has the answer that its destination took the right."""
+
+    attempt: int
+    epoch: int
+    """The right that this host has now; 0 if it has none, has an attempt open, or got it back by a later one."""
+
+
+SourceEvent = (
+    Begin | Paused | AbortWanted | Heard | Unheard | OwnerBegan | WaitedEnough | ForceReclaim | TakenThere
+)
 
 
 # What a destination meets
@@ -116,6 +126,10 @@ class CloseAsked(NamedTuple):
     """The source closes the attempt."""
 
     attempt: int
+    later: bool = False
+    """It says that it has a right by now that is later than the one that this host still has."""
+    leaving: bool = False
+    """This host is sending the machine on."""
 
 
 class CopyLost(NamedTuple):
@@ -169,7 +183,7 @@ class Rules:
     def source(self, out: Out, event: SourceEvent, attempts: tuple[Attempt, ...]) -> tuple[Do, ...]:
         """What a source does."""
         words = self._source(out, event, attempts)
-        about = event.attempt if isinstance(event, Begin) else out.attempt
+        about = event.attempt if isinstance(event, (Begin, TakenThere)) else out.attempt
         return tuple(Do(word, about if word not in {"wait", "no"} else NOBODY) for word in words)
 
     def _source(self, out: Out, event: SourceEvent, attempts: tuple[Attempt, ...]) -> tuple[str, ...]:
@@ -198,6 +212,9 @@ class Rules:
                 if settled or event.with_memory != event.memory:
                     return ("no",)
                 return ("FORCED*", "resume", "Abort") if event.memory else ("FORCED*", "Abort")
+            case TakenThere(epoch=epoch):
+                stays = not epoch or out.phase is not Phase.QUIET or self.lacks("a source stops, too")
+                return () if stays else ("SUPERSEDED*", "halt")
         assert_never(event)
 
     def _abort(self, out: Out, event: AbortWanted) -> tuple[str, ...]:
@@ -262,7 +279,9 @@ class Rules:
 
     # The destination
 
-    def destination(self, inn: In, event: DestinationEvent, attempts: tuple[Attempt, ...]) -> tuple[Do, ...]:
+    def destination(  # noqa: PLR0912 - one case per event
+        self, inn: In, event: DestinationEvent, attempts: tuple[Attempt, ...]
+    ) -> tuple[Do, ...]:
         """What a destination does."""
         match event:
             case BeginAsked():
@@ -279,6 +298,8 @@ class Rules:
             case CloseAsked(attempt=attempt):
                 if inn.of(attempt) in OPEN_HERE:
                     return self._refuse(attempt)
+                if attempt == inn.newest and inn.now in SPENT:
+                    return self._overruled(inn, event)
                 return self._asked(inn, attempt, attempts)
             case CopyLost(certain=certain):
                 torn = not certain and not self.lacks("no refusal behind a torn end")
@@ -331,6 +352,16 @@ class Rules:
         does = (Do("release", inn.newest), Do("FORCED*", inn.newest))
         return does[::-1] if self.lacks("nothing to resume before the right is forced") else does
 
+    def _overruled(self, inn: In, event: CloseAsked) -> tuple[Do, ...]:
+        if inn.now is Stands.SUPERSEDED:
+            return (Do("halt", event.attempt), _answer(inn, event.attempt))
+        if event.leaving and event.later and not self.lacks("first it is known where it goes"):
+            return NO
+        if not event.later or self.lacks("a later right stops an earlier one"):
+            return (_answer(inn, event.attempt),)
+        words = ("SUPERSEDED*", "halt", "(SUPERSEDED)")
+        return tuple(Do(word, event.attempt) for word in words)
+
     def _stalled(self, inn: In) -> tuple[Do, ...]:
         if inn.now is Stands.PREPARED and self.lacks("silence takes nothing"):
             return (Do("OWNED*", inn.newest), Do("resume", inn.newest))
@@ -363,7 +394,7 @@ class Rules:
             return (-1, -1)
         newest = attempts[inn.newest]
         # A right that was taken here is spent: no attempt can hand it over again.
-        return (newest.epoch + 1, -1) if inn.now in TAKEN else newest.order
+        return (newest.epoch + 1, -1) if inn.now in SPENT else newest.order
 
 
 def _answer(inn: In, attempt: int) -> Do:

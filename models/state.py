@@ -26,10 +26,13 @@ class Stands(enum.IntEnum):
     OWNED = 3
     RUNNING = 4
     REFUSED = 5
+    SUPERSEDED = 6
 
 
 OPEN_HERE: Final = (Stands.RECEIVING, Stands.PREPARED)
 TAKEN: Final = (Stands.OWNED, Stands.RUNNING)
+SPENT: Final = (*TAKEN, Stands.SUPERSEDED)
+"""The right was taken here: no attempt can hand it over again."""
 
 
 class Phase(enum.IntEnum):
@@ -103,6 +106,7 @@ class Rights(NamedTuple):
     """BORN, RECLAIMED, and what was forced at the source."""
     by_destination: int = 0
     left: int = 0
+    """HANDED_OFF, and SUPERSEDED."""
 
     @property
     def granted(self) -> int:
@@ -133,6 +137,8 @@ class Host(NamedTuple):
     """How many journals this host has lost."""
     off: bool = False
     """An operator has cut its power, and it stays off."""
+    closed: int = 0
+    """A bit per attempt that this host closed as its source: its destination is told so, as often as it takes."""
 
 
 class World(NamedTuple):
@@ -171,6 +177,12 @@ def leaving(host: Host, attempts: tuple[Attempt, ...]) -> bool:
 def owner(host: Host) -> bool:
     """The newest right that the host knows of is its own."""
     return host.rights.granted > host.rights.left
+
+
+def came_back(host: Host, attempts: tuple[Attempt, ...], closed: int) -> bool:
+    """Whether the host has its right by one that is later than what the destination of a closed attempt took."""
+    by = host.inn.newest
+    return host.inn.now in TAKEN and attempts[by].epoch > attempts[closed].epoch
 
 
 def permitted(host: Host, attempts: tuple[Attempt, ...]) -> bool:

@@ -6,10 +6,13 @@ model blind. Bounds are as small as the counter-example allows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from models.explore import SAFETY
+from models.promises import at_rest, runs
+from models.state import World
 from models.world import Bounds
 
 NEVER_SPLIT: Final = ("I1", "I1b", "I2")
@@ -29,6 +32,8 @@ class Safe:
     promises: tuple[str, ...] = SAFETY
     live: bool = True
     """Whether the guest can always run again without a person."""
+    goal: Callable[[World], bool] = runs
+    """What has to stay within reach, if ``live``."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Broken:
     guard: str
     breaks: str
     bounds: Bounds = _A_FAULT
+    goal: Callable[[World], bool] = runs
 
 
 SAFE: Final = (
@@ -69,11 +75,34 @@ SAFE: Final = (
         Bounds(faults=1, attempts=1, operator=True),
         live=False,
     ),
+    Safe(
+        "an operator forces one host while the other one runs",
+        Bounds(faults=2, attempts=1, unfenced="either"),
+        Bounds(faults=1, attempts=1, unfenced="either"),
+        ("I5",),
+        goal=at_rest,
+    ),
+    Safe(
+        "the same, and the machine may come back or is sent there again",
+        Bounds(faults=0, unfenced="either"),
+        Bounds(faults=0, unfenced="source"),
+        ("I5",),
+        goal=at_rest,
+    ),
+    Safe(
+        "a source is forced, and the machine is sent on to a third host",
+        Bounds(hosts=3, faults=0, unfenced="source"),
+        Bounds(hosts=3, attempts=1, faults=1, unfenced="source"),
+        ("I5",),
+        goal=at_rest,
+    ),
 )
 
 _NO_FAULT: Final = Bounds(faults=0)
 _ROT: Final = Bounds(faults=1, records_rot=True)
 _OPERATOR: Final = Bounds(faults=1, attempts=1, operator=True)
+_UNFENCED: Final = Bounds(faults=0, attempts=1, unfenced="either")
+_SENT_ON: Final = Bounds(hosts=3, faults=0, unfenced="source")
 _WAITS: Final = Bounds(faults=1, attempts=1, waits_end=True)
 
 BROKEN: Final = (
@@ -108,4 +137,8 @@ BROKEN: Final = (
     Broken("the other host is off", "I1b", _OPERATOR),
     Broken("forced without the memory", "I2", _OPERATOR),
     Broken("nothing to resume before the right is forced", "I2", _OPERATOR),
+    Broken("a later right stops an earlier one", "L1", _UNFENCED, at_rest),
+    Broken("a source stops, too", "L1", _UNFENCED, at_rest),
+    Broken("what came back since is kept", "L1", Bounds(faults=0, unfenced="either"), at_rest),
+    Broken("first it is known where it goes", "I5", _SENT_ON),
 )

@@ -38,6 +38,7 @@ from models.state import (
     OPEN_HERE,
     PAUSED,
     RUNNING,
+    TAKEN,
     Attempt,
     Host,
     Phase,
@@ -46,6 +47,7 @@ from models.state import (
     Stands,
     World,
     answer_bit,
+    came_back,
     holds,
     leaving,
     leftover,
@@ -73,6 +75,8 @@ class Bounds:
     """A source without memory may have waited long enough."""
     operator: bool = False
     """Somebody cuts the power of a host for good, and forces the other one."""
+    unfenced: str = ""
+    """Somebody forces the ``source`` of the first attempt although the other host may run; or ``either``, or both."""
 
 
 class Decision(NamedTuple):
@@ -182,8 +186,9 @@ class Model:
         host, name = world.hosts[number], NAMES[number]
         anybody = self.rules.lacks("the gate looks for open attempts")
         if permitted(host, world.attempts) or (anybody and owner(host)):
-            started = put(world, number, host._replace(vm=RUNNING, held=world.latest + 1))
-            started = started._replace(latest=world.latest + 1)
+            # Where two may run there is no latest state, and nothing is promised of it.
+            latest = world.latest + (not self.bounds.unfenced)
+            started = put(world, number, host._replace(vm=RUNNING, held=latest))._replace(latest=latest)
             if host.vm == PAUSED:
                 lost = STALE if host.held != world.latest else ""
                 yield Step(f"resume@{name}", started._replace(lost=lost), number)
@@ -193,6 +198,9 @@ class Model:
         if host.vm == PAUSED and sealed and world.hosts[world.attempts[host.out.attempt].destination].off:
             ended = put(world, number, host._replace(vm=ABSENT, held=0))._replace(lost=CRASHED)
             yield Step(f"operator-ends-it@{name}", ended, number, fault=True)
+        if host.vm == RUNNING and not owner(host):
+            # Stopped by the next process, if the one that recorded why was killed; kept until somebody ends it.
+            yield Step(f"halt@{name}", put(world, number, host._replace(vm=PAUSED)), number)
         if leftover(host) and host.vm == PAUSED and not holds(host, world.attempts):
             yield Step(f"discard@{name}", put(world, number, host._replace(vm=ABSENT, held=0)), number)
 
@@ -220,6 +228,7 @@ class Model:
 
     def _source_events(self, world: World, number: int) -> Iterator[SourceEvent]:
         host, attempts = world.hosts[number], world.attempts
+        yield from self._goodbyes(world, number)
         if host.out.phase is Phase.QUIET:
             return
         number_of, memory, certain = host.out.attempt, host.vm != ABSENT, not host.torn[SOURCE]
@@ -235,9 +244,47 @@ class Model:
         if self.bounds.waits_end:
             yield rules.WaitedEnough(memory, certain)
         fenced = world.hosts[attempts[number_of].destination].off
+        lonely = number_of == 0 and (host.out.phase is Phase.HANDED_OFF or not memory)
+        if self.bounds.unfenced and lonely:
+            yield rules.ForceReclaim(memory, memory, moved_on(host, attempts))
         if self.bounds.operator and (fenced or self.rules.lacks("the other host is off")):
             for with_memory in (False, True) if self.rules.lacks("forced without the memory") else (False,):
                 yield rules.ForceReclaim(memory, with_memory, moved_on(host, attempts))
+
+    def _goodbyes(self, world: World, number: int) -> Iterator[SourceEvent]:
+        """What is heard of destinations that took a right which was not theirs to take, or was taken back.
+
+        A goodbye and its answer are one step: what is answered stays true, and nobody acts on the answer to another.
+        """
+        host, attempts = world.hosts[number], world.attempts
+        for about, attempt in enumerate(attempts):
+            there = world.hosts[attempt.destination]
+            if (
+                attempt.source == number
+                and not there.off
+                and self._tells(world, about)
+                and there.inn.of(about) in TAKEN
+            ):
+                asked = self._goodbye(world, about)
+                does = self.rules.about(there, asked, attempts)
+                if does == (Do(f"({there.inn.of(about).name})", about),):
+                    kept = came_back(host, attempts, about) or host.inn.now in OPEN_HERE
+                    kept = kept and not self.rules.lacks("what came back since is kept")
+                    here = permitted(host, attempts) and not kept
+                    yield rules.TakenThere(about, host.rights.granted if here else 0)
+
+    def _tells(self, world: World, about: int) -> bool:
+        """Whether the source of an attempt is there to tell its destination that it closed it."""
+        attempt = world.attempts[about]
+        here = world.hosts[attempt.source]
+        known = attempt.journal == world.hosts[attempt.destination].journal
+        return known and not here.off and bool(here.closed >> about & 1)
+
+    def _goodbye(self, world: World, about: int) -> rules.CloseAsked:
+        attempt = world.attempts[about]
+        here, there = world.hosts[attempt.source], world.hosts[attempt.destination]
+        mine = there.rights.granted if owner(there) else 0
+        return rules.CloseAsked(about, 0 < mine < here.rights.granted, leaving(there, world.attempts))
 
     def _was_said(self, world: World, attempt: int, bit: int) -> bool:
         if self.rules.lacks("messages name their attempt"):
@@ -264,6 +311,9 @@ class Model:
         sent_on = leaving(host, attempts) or not owner(host)
         if now is Stands.OWNED and (host.vm == RUNNING or sent_on):
             yield rules.GuestRan()
+        waits = host.inn.newest == 0 and now in {Stands.PREPARED, Stands.REFUSED}
+        if self.bounds.unfenced == "either" and waits and not holds(host, attempts):
+            yield rules.ForceAccept(memory=now is Stands.PREPARED, intact=host.vm == PAUSED)
         if self.bounds.operator and now in {Stands.PREPARED, Stands.REFUSED}:
             source_off = world.hosts[attempts[host.inn.newest].source].off
             if source_off:
@@ -286,6 +336,8 @@ class Model:
                 yield rules.GoAsked(about, host.vm != ABSENT)
         if said & Said.ABORT:
             yield rules.CloseAsked(about)
+        if self._tells(world, about):
+            yield self._goodbye(world, about)
         yield rules.StatusAsked(about)
 
     # What follows from a decision
@@ -325,6 +377,8 @@ class Model:
                 return _tell(world, do.attempt, answer_bit(Stands.REFUSED, same_journal=same))
             case "release":
                 return self._released(world, number, role)
+            case "halt" if host.vm == RUNNING:
+                return put(world, number, host._replace(vm=PAUSED))
         return world
 
     def _released(self, world: World, number: int, role: int) -> World:
@@ -360,7 +414,7 @@ def _pieces(does: tuple[Do, ...]) -> list[list[Do]]:
     """What is told goes with the record or the effect before it: not to be told is not to be heard."""
     pieces: list[list[Do]] = []
     for do in does:
-        if not pieces or do.word == "release" or do.word.rstrip("*") in RECORDS:
+        if not pieces or do.word in {"release", "halt"} or do.word.rstrip("*") in RECORDS:
             pieces.append([do])
         else:
             pieces[-1].append(do)

@@ -12,12 +12,16 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from source_svc.compressing import Compression
 from source_svc.decisions import hopeless, show_decision
+from source_svc.link import LinkReport
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
-from vmferry.errors import HashMismatchError
+from source_svc.terms import Terms
+from vmferry.errors import HashMismatchError, VmferryError
 from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.throttle import Throttle
 from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
@@ -25,13 +29,18 @@ from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
-from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
-from vmferry.transfer.frames import build_chunk
+from vmferry.transfer.compression import RAW, Method
+from vmferry.transfer.convergence import NO_EFFORT, NOT_READY_S, WAITING_S, RoundReport, Verdict, decide
+from vmferry.transfer.frames import ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.patience import Connections
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
 _REPORT_S: Final = 0.1
+_REMEMBERED_ROUNDS: Final = 1000
+BROKEN_SHARE: Final = 0.25
+"""A round that was without a lane for a larger part of its time is no measure of what can be sent."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,19 @@ class CopySettings:
     lanes: int
     window_bytes: int
     chunk_bytes: int
-    downtime_limit_s: float
-    max_rounds: int
+    terms: Terms
+    """What may be done to guest and link, which may change."""
+    throttle: Throttle
     stall_timeout_s: float
+    reconnect_timeout_s: float
     tracker: str
     """Kind of the tracker that the compatibility report chose."""
     trackers: Sequence[TrackerFinding]
     """What was found out about trackers when the service started."""
+    methods: Sequence[Method] = (RAW,)
+    """How chunks may be compressed."""
+    link_bytes_per_s: float = 0.0
+    """What the link was measured to carry; 0 if it was not."""
 
 
 class Copy:
@@ -59,6 +74,8 @@ class Copy:
         self.round_number = 0
         self.last_round_bytes = 0
         """Pages of the last round, which the guest waited for."""
+        self.expected_downtime_s = 0.0
+        """The pause that was predicted when it was decided to switch."""
         self._machine = machine
         self._destination = destination
         self._migration = migration
@@ -79,6 +96,14 @@ class Copy:
             raise
         self._gives_up = machine.spec.qemu is not None and machine.spec.qemu.balloon
         self._lanes: Lanes | None = None
+        self._compression = Compression(
+            settings.methods,
+            readers=_READERS,
+            acknowledged_bytes=self._acknowledged_bytes,
+            link_bytes_per_s=settings.link_bytes_per_s,
+        )
+        self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]
+        self._link: LinkReport | None = None
         self._started = time.monotonic()
         self._reported = 0.0
         self._round_left = 0
@@ -100,41 +125,67 @@ class Copy:
                 window_bytes=settings.window_bytes,
                 frame_bytes=settings.chunk_bytes,
                 stall_timeout_s=settings.stall_timeout_s,
+                reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
+                pacer=settings.terms.pacer,
             )
         )
+        self._link = LinkReport(self._lanes, self._migration)
         await self._lanes.open()
         await asyncio.to_thread(self._tracker.arm)
         await self._machine.get_ready()
         reach("source.tracking")
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
-        """Copy in rounds until the rest fits the downtime limit and ``may_switch`` agrees.
+        """Copy in rounds until the policy wants to switch and ``may_switch`` agrees.
 
         Raises:
-            NotConvergingError: it will never fit.
+            NotConvergingError: the rest will never fit the pause.
         """
-        limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
+        terms, throttle = self._settings.terms, self._settings.throttle
         history: list[RoundReport] = []
+        effort = NO_EFFORT
         runs = await asyncio.to_thread(self._ram.data_runs)
         while True:
-            history.append(await self._round(runs))
-            decision = decide(history, limits)
-            show_decision(self._migration, decision)
+            report, told = await self._round(runs)
+            if not told:
+                runs = await asyncio.to_thread(self._tracker.scan)
+                continue
+            history.append(report)
+            decision = decide(history, terms.limits, effort)
+            show_decision(self._migration, decision, terms.limits, report, throttle.percent)
+            effort = decision.effort
             if decision.verdict is Verdict.GIVE_UP:
-                raise hopeless(self.round_number, decision, limits)
+                raise hopeless(self.round_number, decision)
             if decision.verdict is Verdict.SWITCH:
+                self.expected_downtime_s = decision.expected_downtime_s
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
                 await asyncio.sleep(NOT_READY_S)
+            if decision.waiting:
+                await terms.changed_or(WAITING_S)
+            del history[:-_REMEMBERED_ROUNDS]
+            self._hold_back(effort.throttle_percent)
             runs = await asyncio.to_thread(self._tracker.scan)
 
     async def pause(self) -> float:
         """Pause the guest; returns a moment at which it certainly still ran."""
+        await self._settings.throttle.end()
+        self._migration.message.progress.throttle_percent = 0
+        self._settings.terms.guest_pauses()
         before = time.monotonic()
         await self._machine.stop()
         return before
+
+    def _hold_back(self, percent: int) -> None:
+        """Slow the guest down by so much; raises what went wrong with that before."""
+        throttle = self._settings.throttle
+        before = throttle.percent
+        throttle.set(percent)
+        if percent != before:
+            span_event("throttle", percent=percent, means=throttle.means.value)
+        self._migration.message.progress.throttle_percent = percent
 
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
@@ -188,8 +239,15 @@ class Copy:
         await self._report(force=True)
 
     async def close(self) -> None:
-        """Stop tracking, close lanes and files; safe to call twice."""
+        """Let the guest run, stop tracking, close lanes and files; safe to call twice."""
+        try:
+            await self._settings.throttle.end()
+        except VmferryError as error:  # whoever gives the machine back goes on trying
+            span_event("still held back", why=error.message)
+        self._migration.message.progress.throttle_percent = 0
         await asyncio.to_thread(self._tracker.disarm)
+        if self._link is not None:
+            await self._link.close()
         if self._lanes is not None:
             traffic = self._lanes.traffic
             span_attributes(
@@ -201,12 +259,19 @@ class Copy:
         self._ram.close()
 
     @property
+    def connections(self) -> Connections:
+        """How the lanes are connected now."""
+        return self._open_lanes.connections
+
+    @property
     def _open_lanes(self) -> Lanes:
         assert self._lanes is not None, "the lanes were opened"
         return self._lanes
 
-    async def _round(self, runs: PageRuns) -> RoundReport:
+    async def _round(self, runs: PageRuns) -> tuple[RoundReport, bool]:
+        """One round; and whether it tells something: most of a long break says nothing about link or guest."""
         self.round_number += 1
+        broken_s = self._open_lanes.connections.broken_s
         before = self._open_lanes.traffic.data_bytes
         started = time.monotonic()
         async with phase("round", number=self.round_number, pages=runs.page_count):
@@ -215,35 +280,44 @@ class Copy:
             reach("source.round-sent")
             seconds = time.monotonic() - started
             dirty = await asyncio.to_thread(self._tracker.count)
-            span_attributes(dirty_pages=dirty)
+            span_attributes(dirty_pages=dirty, compression=str(self._compression.current))
         sent = self._open_lanes.traffic.data_bytes - before
-        return RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)
+        broken_s = self._open_lanes.connections.broken_s - broken_s
+        report = RoundReport(self.round_number, seconds, sent, dirty * PAGE_SIZE)
+        return report, broken_s < BROKEN_SHARE * seconds
 
     async def _send(self, runs: PageRuns, *, compare_only: bool = False) -> None:
         """Read, hash and hand over all pages of ``runs``."""
         self._round_left = runs.page_count
-        batches = runs.batches(self._settings.chunk_bytes // PAGE_SIZE)
+        pacer = self._settings.terms.pacer
+        batches = runs.batches(lambda: pacer.largest_frame(self._settings.chunk_bytes) // PAGE_SIZE)
+        self._compression.start()
 
-        async def read() -> None:
+        async def read(builder: ChunkBuilder) -> None:
             for batch in batches:
                 built = await asyncio.to_thread(
-                    build_chunk,
-                    self._ram,
-                    self._table,
+                    builder.build,
                     batch,
                     round_number=self.round_number,
+                    method=self._compression.next(),
+                    zeros=self.round_number > 1,  # the destination's memory is new and therefore zero
                     compare_only=compare_only,
                 )
                 self._round_left -= built.pages
-                if self.round_number == 1:
-                    # The destination's memory is new and therefore zero.
+                ready_at = time.monotonic()
+                if built.empty:
                     self._open_lanes.traffic.zero_pages += built.zero_pages
-                    built = built.without_zero_runs()
-                if built.chunk.runs or built.chunk.zero_runs:
+                else:
                     await self._open_lanes.send(built)
+                self._compression.add(built.effort, blocked_s=time.monotonic() - ready_at)
                 await self._report()
 
-        await together(*(read() for _ in range(_READERS)))
+        await together(*map(read, self._builders))
+
+    def _acknowledged_bytes(self) -> int:
+        """What has arrived of what was sent, as it was sent."""
+        lanes = self._lanes
+        return lanes.traffic.wire_bytes - lanes.in_flight_bytes if lanes is not None else 0
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""

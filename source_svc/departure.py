@@ -9,13 +9,17 @@ again until it works.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import Final, Protocol, assert_never
 
+from source_svc.pause import Pause
 from source_svc.peer import Destination
 from vmferry.errors import (
+    ForcedByOperatorError,
     JournalDamagedError,
     MachineBusyError,
     MachineDeadError,
@@ -28,6 +32,7 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.destination import Empty
+from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.ledger import HostLedger, MachineJournal
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import (
@@ -36,13 +41,14 @@ from vmferry.handoff.states import (
     Append,
     Attempt,
     AttemptState,
+    Halt,
     Release,
     Resume,
     Tell,
     Wait,
 )
 from vmferry.machines.directory import MachineDirectory
-from vmferry.machines.launcher import discard_leftover
+from vmferry.machines.launcher import discard_leftover, end_process
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
@@ -90,8 +96,17 @@ class Departure:
         self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
         self.waiting = ""
         """Why nothing can be done without the destination; empty if nothing is open or all goes well."""
+        self.pause = Pause()
+        """Between two questions to the destination, or two tries to resume."""
+        self.settling = False
+        """The destination is being asked, or the guest resumed, again and again."""
         self._release_due = False
         self._not_resumed: MachineFailedError | None = None
+        self._asked: Destination | None = None
+        self._deciding = asyncio.Lock()
+        """Held from a fact to what follows from it, where an operator may come between."""
+        self.overridden: ForcedByOperatorError | None = None
+        """Set once an operator's word closed the attempt."""
 
     @property
     def state(self) -> source.SourceState:
@@ -102,6 +117,11 @@ class Departure:
     def tail_certain(self) -> bool:
         """Whether the journal's end is whole."""
         return not self._journal.torn_tail
+
+    @property
+    def waits_for(self) -> Destination | None:
+        """The destination whose word alone can settle the open attempt; None if this host goes on by itself."""
+        return None if isinstance(self.state, source.Quiet) else self._asked
 
     def close(self) -> None:
         """Let go of the journal."""
@@ -164,7 +184,7 @@ class Departure:
             case Wait(why=why):
                 self.waiting = why
                 _LOG.warning("waiting", machine=self.machine_id, why=why)
-            case Answer() | Tell():
+            case Answer() | Tell() | Halt():  # nothing is stopped while an attempt is open
                 pass
             case _:
                 assert_never(action)
@@ -206,15 +226,21 @@ class Departure:
             finally:
                 await machine.close()
 
+    def held_back(self) -> AbstractAsyncContextManager[ResumePermit]:
+        """A permit to let the guest go on while it is copied; there is none from the moment of the seal."""
+        return self._ledger.held_back(self.machine_id)
+
     async def keep_resuming(self, story: Story) -> None:
         """Resume for as long as it takes, if it was due and failed.
 
         A disk's lock may be held elsewhere for a while, and so may the hypervisor itself.
         """
         while self._not_resumed is not None:
+            self.settling = True
             await story.stays_paused(self._not_resumed)
-            await asyncio.sleep(story.retry_s)
+            await self.pause.wait(story.retry_s)
             await self._try_resume()
+        self.settling = False
 
     async def settle_records(self) -> None:
         """Bring a lazy record to disk beside other work, so that the hand-off need not wait for it."""
@@ -251,7 +277,8 @@ class Departure:
     async def _ask(self, destination: Destination, tell: Tell, reason: str) -> source.Heard | None:
         """Tell the destination something; nothing is heard from one that cannot answer, whatever the cause."""
         state = self.state
-        assert not isinstance(state, source.Quiet)
+        if isinstance(state, source.Quiet):
+            return None
         digest = b"" if isinstance(state, source.Begun) else state.digest
         try:
             return await destination.tell(tell.method, state.attempt, digest=digest, reason=reason)
@@ -263,10 +290,13 @@ class Departure:
         """Do what follows from an answer; what fails is tried again with the next one."""
         reach("source.outcome-heard")
         try:
-            await story.hears(heard)
-            return await self.apply(
-                replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
-            )
+            async with self._deciding:
+                if isinstance(self.state, source.Quiet):
+                    return []
+                await story.hears(heard)
+                return await self.apply(
+                    replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
+                )
         except JournalDamagedError:
             raise  # this host's own: nothing may follow in this process
         except VmferryError as error:
@@ -279,7 +309,9 @@ class Departure:
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""
+        self.settling = True
         todo, heard_at = first, time.monotonic()
+        self._asked = destination
         while not isinstance(self.state, source.Quiet):
             if not todo and await self._settled_by_its_new_owner(self.state, story):
                 return
@@ -292,7 +324,8 @@ class Departure:
                 todo = await self._waited(enough=time.monotonic() - heard_at > story.cold_boot_wait_s)
             if not isinstance(self.state, source.Quiet) and not todo:
                 await story.waits(self.waiting)
-                await asyncio.sleep(story.retry_s)
+                if await self.pause.wait(story.retry_s):
+                    await destination.renew()
 
     async def _settled_by_its_new_owner(self, state: source.SourceState, story: Story) -> bool:
         """Close a hand-off whose outcome came by another way: the machine is on its way back, or has arrived."""
@@ -300,22 +333,70 @@ class Departure:
         now = rights.incoming.current
         if not rights.moved_on or not isinstance(state, source.HandedOff) or isinstance(now, Empty):
             return False
-        incarnation = state.attempt.destination_incarnation
-        await story.hears(
-            source.Heard(
-                state.attempt, AttemptState.RUNNING, incarnation, memory_intact=False, tail_certain=True
-            )
+        heard = source.Heard(
+            state.attempt,
+            AttemptState.RUNNING,
+            state.attempt.destination_incarnation,
+            memory_intact=False,
+            tail_certain=True,
         )
-        await self.apply(source.OwnerBegan(now.attempt))
+        async with self._deciding:
+            if not isinstance(self.state, source.Quiet):
+                await story.hears(heard)
+                await self.apply(source.OwnerBegan(now.attempt))
         return isinstance(self.state, source.Quiet)
 
     async def _waited(self, *, enough: bool) -> list[Tell]:
         """What follows from silence alone: nothing, unless the guest's memory is gone and the wait has been long."""
         if not enough:
             return []
-        waited = source.WaitedEnough(memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
-        await self.apply(waited)
+        async with self._deciding:
+            intact = await self.memory_intact()
+            await self.apply(source.WaitedEnough(memory_intact=intact, tail_certain=self.tail_certain))
         return []
+
+    async def force(self, event: source.ForceReclaim) -> None:
+        """Take the machine back by an operator's word; the guest goes on here, or is ended before that is recorded.
+
+        Raises:
+            WrongPhaseError: nothing is open that could be taken back, or the guest has run elsewhere since.
+        """
+        async with self._deciding:
+            source.decide(
+                self.state, replace(event, memory_intact=event.with_memory)
+            )  # refused before anything is done
+            if not event.with_memory:
+                await self._end_copy()
+            intact, rest = await self.memory_intact(), list[Action]()
+
+            def under_lock() -> None:
+                # Nobody can begin to send the machine here in between.
+                with self._ledger.machine_lock(self.machine_id):
+                    moved_on = self._ledger.rights(self.machine_id).moved_on
+                    decided = source.decide(
+                        self.state, replace(event, memory_intact=intact, moved_on=moved_on)
+                    )
+                    for action in decided:
+                        if isinstance(action, Append):
+                            self._journal.append(action)
+                        elif isinstance(
+                            action, Resume
+                        ):  # what is to be told, ``farewells`` says until it is heard
+                            rest.append(action)
+
+            reach("source.recording.forced")
+            await self._write(under_lock, durable=True)
+            reach("source.recorded.forced")
+            self.overridden = ForcedByOperatorError(
+                f"{event.operator} took the machine back here: {event.evidence}"
+            )
+            for action in rest:
+                await self._do(action)
+
+    async def _end_copy(self) -> None:
+        """End the guest's hypervisor, if it runs; the machine can be started anew from what lies on disk."""
+        with contextlib.suppress(MachineNotFoundError, MachineDeadError):
+            await end_process(self.machine())
 
     def _question(self) -> str:
         """What to ask when nothing else is to be told."""

@@ -19,15 +19,18 @@ from google.protobuf.duration_pb2 import Duration
 
 from source_svc import guest_rate, link_rate
 from source_svc.guest_rate import GuestRate
-from source_svc.link_rate import LinkRate
+from source_svc.link_rate import Holding, LinkRate
 from source_svc.peer import Destination
 from vmferry.errors import MachineBusyError, VmferryError
+from vmferry.machines.host import usable_cpus
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.encodings import ENCODINGS
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.metrics import record_prediction_error
 from vmferry.telemetry.tracing import phase, span_attributes
 from vmferry.together import together
+from vmferry.transfer.compression import Situation, expected_rate, methods
 from vmferry.transfer.convergence import Limits
 from vmferry.transfer.prediction import (
     DEFAULT_COSTS,
@@ -49,7 +52,7 @@ _KEPT: Final = 256
 """Predictions of plans that are remembered."""
 _LEARNT_FROM: Final = 10
 """Ended migrations that the fixed costs are learnt from."""
-_Key: TypeAlias = tuple[str, str, str, int]
+_Key: TypeAlias = tuple[str, str, str, int, str]
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Subject:
     chunk_bytes: int
     limits: Limits
     compare_all: bool
+    compression: str
 
     @property
     def key(self) -> _Key:
-        """What a measurement is good for: this machine, this way to this destination, so many lanes."""
-        return self.machine.spec.uuid, self.destination.expected.uri, self.destination.address, self.lanes
+        """What a measurement is good for: this machine, this way to this destination, these lanes and encodings."""
+        machine, host = self.machine.spec.uuid, self.destination.expected.uri
+        return machine, host, self.destination.address, self.lanes, self.compression
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Measurement:
         curve, holding, rates = self.guest.curve, self.link.holding, self.link.rates
         if curve is None or holding is None or not rates:
             return None
-        send = Figure.of(rates)
+        send = Figure.of([_of_pages(rate, holding, subject) for rate in rates])
         return Circumstances(
             memory_bytes=subject.machine.spec.memory_bytes,
             resident_bytes=holding.resident_bytes,
@@ -106,6 +111,7 @@ class Measurement:
             reserve=Figure.of(self.link.reserve_rates or [float("inf")]),
             send_error=send.expected * relative_error(rates),
             sampled_s=self.guest.seconds,
+            link_bytes_per_s=Figure.of(rates).expected,
         )
 
 
@@ -176,7 +182,9 @@ class Forecasts:
             return
         forecast = self.planned(subject)
         measured = self._measurement(subject, tracker)
-        task = None if forecast.message else asyncio.create_task(self._hurry(subject, measured))
+        # A burst to measure the link would go beyond what the caller wants to see on it.
+        silent = forecast.message is not None or subject.limits.precopy_bytes_per_s is not None
+        task = None if silent else asyncio.create_task(self._hurry(subject, measured))
         try:
             yield
         finally:
@@ -247,6 +255,12 @@ class Forecasts:
                 del self._looks[machine_id]
 
 
+def _of_pages(link_bytes_per_s: float, holding: Holding, subject: Subject) -> float:
+    """How fast pages would arrive, compressed as far as that pays, over a link that carries so much."""
+    situation = Situation(link_bytes_per_s, link_rate.READERS, usable_cpus() * holding.experience.share)
+    return expected_rate(methods(ENCODINGS, subject.compression), holding.experience, situation)
+
+
 def _to_message(found: Circumstances, predicted: Prediction) -> compatibility_pb2.Prediction:
     return compatibility_pb2.Prediction(
         total=_time(predicted.total),
@@ -255,8 +269,8 @@ def _to_message(found: Circumstances, predicted: Prediction) -> compatibility_pb
         rounds=predicted.rounds,
         dirty_bytes_per_second=found.dirty.rate,
         dirty_error_bytes_per_second=found.dirty.rate * found.dirty.error,
-        link_bytes_per_second=found.send.expected,
-        link_error_bytes_per_second=found.send_error,
+        link_bytes_per_second=found.link_bytes_per_s,
+        link_error_bytes_per_second=found.send_error / found.send.expected * found.link_bytes_per_s,
         reserve_bytes_per_second=found.reserve.expected if found.reserve.expected < float("inf") else 0.0,
         resident_bytes=found.resident_bytes,
         sampled=_duration(found.sampled_s),

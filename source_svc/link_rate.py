@@ -21,7 +21,12 @@ from source_svc.peer import Destination
 from vmferry.memory.digest import DIGEST_SIZE, ZERO_PAGE_DIGEST, digest_pages
 from vmferry.memory.regions import RamFile, Region
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.negotiation.encodings import ZSTD
 from vmferry.together import to_the_end, together
+from vmferry.transfer import compression
+from vmferry.transfer.compression import Experience, Method
+from vmferry.transfer.encodings import Encoder
+from vmferry.transfer.wire import ChunkFrame, encode_measured
 from vmferry.v1 import handoff_pb2, transfer_pb2
 
 Run = tuple[int, int]
@@ -32,7 +37,9 @@ _GROWTH: Final = 8
 """A slice has at most so many times the bytes of the one before it."""
 _MOST_CALL_BYTES: Final = 48 * 1024 * 1024
 """Less than what a destination takes in one call."""
-_READERS: Final = 2
+_COMPRESSED_BYTES: Final = 1024 * 1024
+"""Pages that are compressed to see what that does."""
+READERS: Final = 2
 """Messages that are read and hashed at a time, as in a migration."""
 
 
@@ -61,6 +68,8 @@ class Holding:
     """How fast that was found out."""
     pages: PageRuns
     """Pages to send: some that hold data, or any if none do."""
+    experience: Experience
+    """What compressing such pages would do."""
 
 
 class LinkRate:
@@ -125,8 +134,8 @@ class LinkRate:
         chunk_bytes = min(self._chunk_bytes, max(PAGE_SIZE, size // len(channels)))
         batches = cycle(list(self.holding.pages.batches(chunk_bytes // PAGE_SIZE)))
         chunks = islice(batches, max(1, round(size / chunk_bytes)))
-        queue: asyncio.Queue[handoff_pb2.MeasureRequest | None] = asyncio.Queue(len(channels))
-        reading = _READERS
+        queue: asyncio.Queue[bytes | None] = asyncio.Queue(len(channels))
+        reading = READERS
 
         async def read() -> None:
             nonlocal reading
@@ -141,9 +150,7 @@ class LinkRate:
             return await self._destination.measure(channel, _from(queue))
 
         started = time.monotonic()
-        answers = await together(
-            *(carry(channel) for channel in channels), *(read() for _ in range(_READERS))
-        )
+        answers = await together(*(carry(channel) for channel in channels), *(read() for _ in range(READERS)))
         seconds = max(time.monotonic() - started - self._round_trip_s, 1e-4)
         carried = answers[: len(channels)]
         self.reserve_rates += [
@@ -153,40 +160,38 @@ class LinkRate:
         return sent / seconds
 
 
-async def _nothing() -> AsyncIterator[handoff_pb2.MeasureRequest]:
+async def _nothing() -> AsyncIterator[bytes]:
     return
     yield
 
 
 async def _from(
-    queue: asyncio.Queue[handoff_pb2.MeasureRequest | None],
-) -> AsyncIterator[handoff_pb2.MeasureRequest]:
+    queue: asyncio.Queue[bytes | None],
+) -> AsyncIterator[bytes]:
     while (request := await queue.get()) is not None:
         yield request
 
 
-def _request(ram: RamFile, runs: Sequence[Run]) -> handoff_pb2.MeasureRequest:
+def _request(ram: RamFile, runs: Sequence[Run]) -> bytes:
     """Pages as a migration would send them, except that they say nothing about where they belong."""
     count = sum(pages for _, pages in runs)
     buffer = bytearray(count * PAGE_SIZE)
     ram.read_pages(runs, buffer)
     digest_pages(buffer)  # a migration notes the digest of every page
-    data = bytes(buffer)
-    chunk = transfer_pb2.Chunk(
+    head = transfer_pb2.Chunk(
         round=1,
         runs=[transfer_pb2.PageRun(first_page=0, page_count=count)],
         encoding=transfer_pb2.ENCODING_NONE,
-        data_hash=xxh3_128_digest(data),
-        data=data,
+        data_hash=xxh3_128_digest(buffer),
     )
-    return handoff_pb2.MeasureRequest(chunk=chunk)
+    return encode_measured(ChunkFrame(head, buffer, mark=False))
 
 
 def _hold(ram: RamFile, sampled_bytes: int) -> Holding:
     """Look at samples from all over the memory."""
     occupied = ram.data_runs()
     started = time.monotonic()
-    sampled, full = PageRuns(), PageRuns()
+    sampled, full, contents = PageRuns(), PageRuns(), bytearray()
     with memoryview(bytearray(_SAMPLE_PAGES * PAGE_SIZE)) as buffer:
         for first, count in _spread(occupied, sampled_bytes // (_SAMPLE_PAGES * PAGE_SIZE)):
             sampled.add(first, count)
@@ -194,12 +199,25 @@ def _hold(ram: RamFile, sampled_bytes: int) -> Holding:
             for page in range(count):
                 if digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
                     full.add(first + page, 1)
+                    if len(contents) < _COMPRESSED_BYTES:
+                        contents += buffer[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
     seconds = max(time.monotonic() - started, 1e-6)
     size = occupied.page_count * PAGE_SIZE
     resident = size * full.page_count // max(1, sampled.page_count)
     anything = PageRuns([(0, min(ram.page_count, _SAMPLE_PAGES))])
     rate = max(sampled.page_count, 1) * PAGE_SIZE / seconds
-    return Holding(resident, size - resident, rate, full or sampled or anything)
+    return Holding(resident, size - resident, rate, full or sampled or anything, _experience(contents))
+
+
+def _experience(contents: bytearray) -> Experience:
+    """Compress some pages, as a migration would."""
+    method, found = Method(ZSTD, 1), Experience()
+    began, started = time.monotonic(), time.thread_time()
+    encoded = Encoder().encode(method.encoding, method.level, contents)
+    seconds, wall_s = time.thread_time() - started, time.monotonic() - began
+    read_s = found.read_s_per_byte * len(contents)
+    found.add(compression.Effort(method, len(contents), len(encoded), read_s, seconds, wall_s))
+    return found
 
 
 def _spread(pages: PageRuns, pieces: int) -> Iterator[Run]:

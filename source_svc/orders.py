@@ -7,7 +7,7 @@ is silent, the host's configuration speaks.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -17,14 +17,22 @@ from source_svc.peer import Destination
 from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, VmferryError
 from vmferry.machines.qmp import QmpMachine
+from vmferry.negotiation.encodings import COMPRESSIONS
 from vmferry.negotiation.path import PATHS, STREAM
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity, Kind
-from vmferry.transfer.convergence import Limits
+from vmferry.transfer.convergence import MAX_THROTTLE_PERCENT, Limits, OnNoConvergence
+from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 from vmferry.v1 import migration_pb2 as pb
 
 _LONGEST_LIMIT_S: Final = 366 * 24 * 3600
 """Beyond it, times overflow somewhere in the libraries below."""
+_GIB: Final = 1 << 30
+_CHOICES: Final = {
+    pb.ON_NO_CONVERGENCE_ABORT: OnNoConvergence.ABORT,
+    pb.ON_NO_CONVERGENCE_WAIT: OnNoConvergence.WAIT,
+    pb.ON_NO_CONVERGENCE_SWITCH: OnNoConvergence.SWITCH,
+}
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -40,10 +48,35 @@ class Order:
     """The same for a guest whose memory can only be sent while it stands still."""
     total_timeout_s: float
     stall_timeout_s: float
+    reconnect_timeout_s: float
     reserve_timeout_s: float
     compare_bytes: bool
     tracker: str
     path: str
+    compression: str
+    max_downtime_s: float
+    """Longest pause that is acceptable if rounds do not converge."""
+    on_no_convergence: OnNoConvergence
+    max_throttle_percent: int
+    max_bandwidth: float | None
+    """Bytes per second while the guest runs."""
+    switchover_bandwidth: float | None
+    """Bytes per second while it is paused."""
+    no_progress_s: float
+    max_rounds: int
+
+    def limits(self, *, live: bool = True) -> Limits:
+        """What the policy of convergence may do; ``live`` if the guest runs while its memory is sent."""
+        return Limits(
+            self.downtime_limit_s if live else self.standstill_limit_s,
+            self.max_rounds,
+            max_downtime_s=self.max_downtime_s,
+            max_throttle_percent=self.max_throttle_percent,
+            on_no_convergence=self.on_no_convergence,
+            no_progress_s=self.no_progress_s,
+            precopy_bytes_per_s=self.max_bandwidth,
+            pause_bytes_per_s=self.switchover_bandwidth,
+        )
 
     def subject(self, machine: QmpMachine, destination: Destination, config: HostConfig) -> Subject:
         """What is to be predicted."""
@@ -52,13 +85,19 @@ class Order:
             destination,
             self.lanes,
             config.chunk_bytes,
-            Limits(self.downtime_limit_s, config.max_rounds),
+            # Nobody can tell beforehand what slowing the guest down would do.
+            replace(self.limits(), max_throttle_percent=0, on_no_convergence=OnNoConvergence.ABORT),
             self.compare_bytes,
+            self.compression,
         )
 
 
 def read_order(
-    options: pb.MigrationOptions, host: Host, migration_id: bytes = b"", ticket: bytes = b""
+    options: pb.MigrationOptions,
+    host: Host,
+    memory_bytes: int,
+    migration_id: bytes = b"",
+    ticket: bytes = b"",
 ) -> Order:
     """What the options of a call ask for; refuses what cannot be meant, by the name of the field."""
     config = host.config
@@ -71,23 +110,60 @@ def read_order(
         raise InvalidArgumentError(f"tracker must be one of {', '.join(known)}", field="options.tracker")
     if options.path not in ("", *PATHS):
         raise InvalidArgumentError(f"path must be one of {', '.join(PATHS)}", field="options.path")
+    if options.compression not in ("", *COMPRESSIONS):
+        raise InvalidArgumentError(
+            f"compression must be one of {', '.join(COMPRESSIONS)}", field="options.compression"
+        )
     if options.path == STREAM and options.tracker:
         raise InvalidArgumentError(
             "a hypervisor that streams its memory tracks writes itself", field="options.tracker"
         )
+    gib = memory_bytes / _GIB
+    total_s = max(config.total_timeout_s, config.total_timeout_per_gib_s * gib)
+    downtime_s = _seconds(options, "downtime_limit", config.downtime_limit_ms / 1000)
     return Order(
         migration_id=migration_id,
         ticket=ticket,
         lanes=options.lanes or config.lanes,
-        downtime_limit_s=_seconds(options, "downtime_limit", config.downtime_limit_ms / 1000),
+        downtime_limit_s=downtime_s,
         standstill_limit_s=_seconds(options, "downtime_limit", config.standstill_limit_s),
-        total_timeout_s=_seconds(options, "total_timeout", config.total_timeout_s),
+        total_timeout_s=_seconds(options, "total_timeout", total_s),
         stall_timeout_s=_seconds(options, "stall_timeout", config.stall_timeout_s),
+        reconnect_timeout_s=_seconds(options, "reconnect_timeout", config.reconnect_timeout_s),
         reserve_timeout_s=_seconds(options, "reserve_timeout", config.reserve_timeout_s),
         compare_bytes=options.verify == pb.VERIFY_MODE_BYTES,
         tracker=options.tracker,
         path=options.path,
+        compression=options.compression or config.compression,
+        max_downtime_s=_longest_downtime_s(options, downtime_s, config),
+        on_no_convergence=_choice(options, config),
+        max_throttle_percent=_throttle_percent(options, config),
+        max_bandwidth=_rate(options.max_bandwidth, config.max_bandwidth_bytes_per_s, "max_bandwidth"),
+        switchover_bandwidth=_rate(
+            options.switchover_bandwidth, config.switchover_bandwidth_bytes_per_s, "switchover_bandwidth"
+        ),
+        no_progress_s=config.no_progress_per_gib_s * max(1.0, gib),
+        max_rounds=config.max_rounds,
     )
+
+
+def read_update(
+    request: pb.UpdateMigrationRequest, options: pb.MigrationOptions, host: Host, memory_bytes: int
+) -> tuple[pb.MigrationOptions, Order]:
+    """The options of a migration with what a call changes, and what they ask for then."""
+    changed = pb.MigrationOptions()
+    changed.CopyFrom(options)
+    for name in ("max_bandwidth", "switchover_bandwidth", "max_throttle_percent"):
+        if request.HasField(name):
+            setattr(changed, name, getattr(request, name))
+    for name in ("downtime_limit", "max_downtime", "total_timeout"):
+        if request.HasField(name):  # type: ignore[arg-type]  # the name is one of its fields
+            getattr(changed, name).CopyFrom(getattr(request, name))
+    changed.on_no_convergence = request.on_no_convergence or changed.on_no_convergence
+    try:
+        return changed, read_order(changed, host, memory_bytes)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(error.message, field=error.field.removeprefix("options.")) from error
 
 
 def read_destination(destination: pb.Destination, own: Identity) -> tuple[Identity, str]:
@@ -124,3 +200,40 @@ def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
             f"{name} must be longer than 0 and at most {_LONGEST_LIMIT_S} s", field=f"options.{name}"
         )
     return seconds
+
+
+def _longest_downtime_s(options: pb.MigrationOptions, downtime_s: float, config: HostConfig) -> float:
+    longest_s = _seconds(options, "max_downtime", max(downtime_s, config.max_downtime_ms / 1000))
+    if longest_s < downtime_s:
+        raise InvalidArgumentError(
+            "max_downtime must not be shorter than downtime_limit", field="options.max_downtime"
+        )
+    return longest_s
+
+
+def _choice(options: pb.MigrationOptions, config: HostConfig) -> OnNoConvergence:
+    if not options.on_no_convergence:
+        return OnNoConvergence(config.on_no_convergence)
+    if options.on_no_convergence not in _CHOICES:
+        raise InvalidArgumentError(
+            f"there is no choice {options.on_no_convergence}", field="options.on_no_convergence"
+        )
+    return _CHOICES[options.on_no_convergence]
+
+
+def _throttle_percent(options: pb.MigrationOptions, config: HostConfig) -> int:
+    if options.max_throttle_percent > MAX_THROTTLE_PERCENT:
+        raise InvalidArgumentError(
+            f"max_throttle_percent must be at most {MAX_THROTTLE_PERCENT}",
+            field="options.max_throttle_percent",
+        )
+    return options.max_throttle_percent or config.max_throttle_percent
+
+
+def _rate(value: int, default: int, name: str) -> float | None:
+    if 0 < value < LEAST_BYTES_PER_S:
+        raise InvalidArgumentError(
+            f"{name} must be at least {LEAST_BYTES_PER_S} bytes per second, or 0 for the service's configuration",
+            field=f"options.{name}",
+        )
+    return float(value or default) or None

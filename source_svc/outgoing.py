@@ -10,20 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
+from source_svc.device_state import save_device_state
 from source_svc.files import incompatible, shown
+from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
+from source_svc.link import until_reached
 from source_svc.migrations import Migration
 from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
+from source_svc.readiness import UNEXPECTED, Readiness
 from source_svc.streaming import StreamedCopy
+from source_svc.terms import Terms, time_limit
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -32,32 +35,31 @@ from vmferry.errors import (
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
-    TimedOutError,
     VmferryError,
     WrongPhaseError,
 )
 from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
-from vmferry.machines.qemu import devicestate as qemu_state
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import QEMU, MachineSpec
+from vmferry.machines.spec import QEMU
+from vmferry.machines.throttle import Throttle
 from vmferry.negotiation.path import STREAM
-from vmferry.security.material import TlsMaterial
+from vmferry.security.renewal import CurrentMaterial
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
+from vmferry.transfer.compression import methods
 from vmferry.transfer.seal import seal_digest
+from vmferry.v1 import handoff_pb2
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
-_CERTIFICATE_MARGIN: Final = timedelta(seconds=60)
-_PREFLIGHT_S: Final = 1.0
 # Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
 _SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
 
-class Outgoing:
+class Outgoing(Followed):
     """A migration in progress."""
 
     def __init__(
@@ -68,7 +70,7 @@ class Outgoing:
         machine: QmpMachine,
         destination: Destination,
         config: HostConfig,
-        material: TlsMaterial,
+        material: CurrentMaterial,
         plan: Plan,
         *,
         forecasts: Forecasts,
@@ -83,9 +85,12 @@ class Outgoing:
         self._destination = destination
         self._config = config
         self._material = material
+        self._own = material.get().identity.uri
         self._plan = plan
         self._forecasts = forecasts
         self._subject = order.subject(machine, destination, config)
+        self._terms = Terms(order)
+        self._throttle = Throttle.of(machine, departure.held_back)
         self._committed = False
         self._stopping = False
         self._cancelled: CancelledByCallerError | None = None
@@ -114,6 +119,23 @@ class Outgoing:
             self._cancelled = CancelledByCallerError(why)
             self._task.cancel()
 
+    async def update(self, options: pb.MigrationOptions, order: Order) -> None:
+        """Go on with other options.
+
+        Raises:
+            WrongPhaseError: it is too late for that, or cannot be changed on the way.
+        """
+        before = self._terms.limits.max_throttle_percent
+        if self.migration.message.path == STREAM and order.max_throttle_percent and not before:
+            raise WrongPhaseError(
+                "a hypervisor that streams its memory must know from the beginning that it may slow its guest down",
+                field="max_throttle_percent",
+                remedy="Cancel the migration and start it again with max_throttle_percent.",
+            )
+        self._terms.change(order)
+        self.migration.message.options.CopyFrom(options)
+        await self.migration.touch()
+
     async def interrupt(self) -> None:
         """The service stops: give the machine back, or leave an open hand-off to the next start."""
         assert self._task is not None
@@ -139,14 +161,13 @@ class Outgoing:
             self._departure.close()
 
     async def _work(self) -> None:
-        order = self._order
-        async with _limit("total_timeout", order.total_timeout_s):
+        async with self._terms.total_timeout():
             await self._negotiate()
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
             async with phase("precopy", path=self.migration.message.path, tracker=self._copy.tracker_kind):
-                await self._copy.converge(self._preflight)
+                await self._copy.converge(self._readiness.both)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
             ready = await self._switch()
@@ -172,14 +193,12 @@ class Outgoing:
                 self._destination,
                 order.tracker,
                 path=order.path,
+                compression=order.compression,
                 compare_bytes=order.compare_bytes,
             )
             message = self.migration.message
-            message.tracker, message.path, message.path_reason = (
-                report.tracker,
-                report.path,
-                report.path_reason,
-            )
+            message.tracker, message.path = report.tracker, report.path
+            message.path_reason, self._encodings = report.path_reason, report.encodings
             span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
                 raise incompatible(report.blocking)
@@ -198,10 +217,48 @@ class Outgoing:
             phase("reserve"),
         ):
             await self._departure.begin(attempt)
-            machine = self._machine
-            async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
-                files.check()
-                begun = await self._destination.begin(
+            begun = await self._begin(attempt)
+            reach("source.accepted")
+        streamed = self.migration.message.path == STREAM
+        self._terms.live(live=not streamed or self._machine.spec.streams_live)
+        # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
+        settings = CopySettings(
+            order.lanes,
+            min(self._config.window_bytes, begun.window_bytes),
+            self._config.chunk_bytes,
+            self._terms,
+            self._throttle,
+            order.stall_timeout_s,
+            _granted(order.reconnect_timeout_s, begun),
+            tracker,
+            self._plan.trackers,
+            methods(self._encodings, order.compression),
+            self.migration.message.prediction.link_bytes_per_second,
+        )
+        if streamed:
+            self._may_be_paused = True  # by the hypervisor itself
+            self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
+        else:
+            self._copy = Copy(self._machine, self._destination, self.migration, settings)
+        await self._copy.open(order.migration_id, begun.transfer_token)
+        self._readiness = Readiness(
+            attempt,
+            self._copy,
+            self._departure,
+            self._destination,
+            self._material,
+            switch_timeout_s=self._config.switch_timeout_s,
+            reserve_timeout_s=order.reserve_timeout_s,
+            reconnect_timeout_s=settings.reconnect_timeout_s,
+        )
+
+    async def _begin(self, attempt: Attempt) -> handoff_pb2.BeginResponse:
+        """Show the destination what is to come, and have it take the memory."""
+        order, machine = self._order, self._machine
+        async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
+            files.check()
+            return await until_reached(
+                lambda: self._destination.begin(
                     attempt,
                     ticket=order.ticket,
                     spec=machine.spec,
@@ -209,64 +266,24 @@ class Outgoing:
                     protocol_version=self._protocol_version,
                     files=files.identities,
                     path=self.migration.message.path,
+                    encodings=self._encodings,
+                    reconnect_timeout_s=order.reconnect_timeout_s,
                     timeout_s=order.reserve_timeout_s,
-                )
-            reach("source.accepted")
-        # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
-        settings = CopySettings(
-            order.lanes,
-            min(self._config.window_bytes, begun.window_bytes),
-            self._config.chunk_bytes,
-            self._downtime_limit_s,
-            self._config.max_rounds,
-            order.stall_timeout_s,
-            tracker,
-            self._plan.trackers,
-        )
-        if self.migration.message.path == STREAM:
-            self._may_be_paused = True  # by the hypervisor itself
-            self._copy = StreamedCopy(self._machine, self._destination, self.migration, settings)
-        else:
-            self._copy = Copy(self._machine, self._destination, self.migration, settings)
-        await self._copy.open(order.migration_id, begun.transfer_token)
-        self._reserved_at = time.monotonic()
-
-    @property
-    def _downtime_limit_s(self) -> float:
-        """Longest pause the guest may see in the way that was chosen."""
-        live = self.migration.message.path != STREAM or self._machine.spec.streams_live
-        return self._order.downtime_limit_s if live else self._order.standstill_limit_s
-
-    async def _preflight(self) -> bool:
-        """Whether both sides could finish now; checked before the guest is paused."""
-        assert self._attempt is not None
-        until = datetime.now(UTC) + timedelta(seconds=self._config.switch_timeout_s) + _CERTIFICATE_MARGIN
-        if self._material.not_after < until:
-            raise WrongPhaseError(
-                "this host's certificate expires too soon to finish a hand-off",
-                remedy="Renew it, then migrate again.",
+                ),
+                "Begin",
+                order.reconnect_timeout_s,
             )
-        await asyncio.to_thread(self._departure.probe_journal)
-        problems = await self._destination.preflight(self._attempt, timeout_s=_PREFLIGHT_S)
-        if not problems:
-            return True
-        span_event("not yet", problems="; ".join(problems))
-        if time.monotonic() - self._reserved_at > self._order.reserve_timeout_s:
-            raise TimedOutError(
-                f"the destination is not ready: {'; '.join(problems)}", limit="reserve_timeout"
-            )
-        return False
 
     async def _switch(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
         assert self._copy is not None
-        assert self._attempt is not None
         limit_s = self._config.switch_timeout_s
         if self._order.compare_bytes:
             limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
-            limit_s += self._downtime_limit_s
-        async with _limit("switch_timeout", limit_s):
+            limit_s += self._terms.limits.longest_downtime_s
+        limit_s += self._copy.expected_downtime_s * UNEXPECTED
+        async with time_limit("switch_timeout", limit_s):
             self._may_be_paused = True
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()
@@ -283,7 +300,7 @@ class Outgoing:
         """Send what is left of the paused guest; returns its device state."""
         # Saving takes a while and hardly touches memory, so it goes on beside the last round.
         device_state: bytes
-        _, device_state = await together(self._last_round(copy), self._save_device_state())
+        _, device_state = await together(self._last_round(copy), save_device_state(self._machine))
         if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
             await copy.leftovers()
         await copy.send_device_state(device_state)
@@ -296,28 +313,21 @@ class Outgoing:
         async with phase("last round"):
             await copy.last_round()
 
-    async def _save_device_state(self) -> bytes:
-        async with phase("device state"):
-            data = await self._machine.save_device_state()
-            reach("source.state-saved")
-            span_attributes(bytes=len(data))
-            if self._machine.spec.kind == QEMU:
-                sections = _whole(data, self._machine.spec).sections
-                span_attributes(sections=len(sections), section_bytes=sum(len(one.data) for one in sections))
-            return data
-
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
         assert self._copy is not None
         assert self._attempt is not None
+        attempt, rounds = self._attempt, self._copy.round_number
         digest = seal_digest(
-            self._attempt,
+            attempt,
             memory_root=await self._copy.root(),
             device_state=device_state,
             spec_digest=self._machine.spec.digest(),
         )
         await self._departure.apply(source.Paused(digest))
-        seal = self._destination.seal(
-            self._attempt, digest, rounds=self._copy.round_number, timeout_s=timeout_s
+        seal = until_reached(
+            lambda: self._destination.seal(attempt, digest, rounds=rounds, timeout_s=timeout_s),
+            "Seal",
+            timeout_s,
         )
         # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
         heard: source.Heard
@@ -348,6 +358,7 @@ class Outgoing:
         """The outcome is not known yet."""
         if isinstance(self._departure.state, source.HandedOff):
             self.migration.message.owner = ""
+        await self._machine.close()  # for whoever will resume it: QEMU serves one client at a time
         span_event("outcome unknown", why=why)
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on asking")
@@ -356,7 +367,7 @@ class Outgoing:
     async def stays_paused(self, why: MachineFailedError) -> None:
         """The machine belongs here and its guest cannot go on yet."""
         span_event("not resumed yet", why=why.message)
-        self.migration.message.owner = self._material.identity.uri
+        self.migration.message.owner = self._own
         if self._stopping:
             raise ServiceStoppingError("the source service stops; its next start goes on resuming")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
@@ -370,9 +381,9 @@ class Outgoing:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
             return
-        self.migration.message.owner = self._material.identity.uri
+        self.migration.message.owner = self._own
         error = MachineFailedError("the destination returned the machine instead of running it")
-        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
+        await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, self._departure.overridden or error)
 
     async def _give_back(self, error: VmferryError) -> None:
         """The guest goes on here, and the destination keeps nothing."""
@@ -399,14 +410,14 @@ class Outgoing:
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
-        self.migration.message.owner = self._material.identity.uri
-        cancelled = isinstance(error, CancelledByCallerError)
+        self.migration.message.owner = self._own
+        cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
-        await self.migration.end(outcome, error)
+        await self.migration.end(outcome, self._departure.overridden or error)
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""
-        if self._may_be_paused:
+        if self._may_be_paused or self._throttle.used:
             await self._departure.keep_resuming(self)
 
     async def _say_goodbye(self, attempt: Attempt) -> None:
@@ -429,18 +440,7 @@ class Outgoing:
         return InternalError(f"unexpected: {error!r}")
 
 
-def _whole(data: bytes, spec: MachineSpec) -> qemu_state.DeviceState:
-    """The sections of a QEMU's device state; one that is cut short never leaves this host."""
-    try:
-        return qemu_state.parse(data)
-    except qemu_state.StateFormatError as error:
-        raise MachineFailedError(f"the device state of {spec.name}: {error}", machine=spec.uuid) from error
-
-
-@contextlib.asynccontextmanager
-async def _limit(name: str, seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise TimedOutError(f"it took longer than the {name} of {seconds:g} s", limit=name) from error
+def _granted(wanted_s: float, begun: handoff_pb2.BeginResponse) -> float:
+    """How long a broken connection is tried again: no longer than the destination waits for it."""
+    granted = begun.reconnect_timeout
+    return min(wanted_s, granted.ToNanoseconds() / 1e9) if begun.HasField("reconnect_timeout") else wanted_s

@@ -24,6 +24,7 @@ from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.probe import TrackerFinding
+from vmferry.negotiation.encodings import AUTO
 from vmferry.negotiation.facts import PAGE_SIZE_BYTES, HostFacts, MachineFacts, Network, TrackerFact
 from vmferry.negotiation.findings import Finding, finding
 from vmferry.negotiation.report import Report, compare
@@ -56,6 +57,7 @@ class Plan:
         tracker: str,
         *,
         path: str = "",
+        compression: str = AUTO,
         compare_bytes: bool = False,
         predict: Callable[[Report], Awaitable[Forecast]] | None = None,
     ) -> Report:
@@ -66,6 +68,7 @@ class Plan:
             destination: where it would go.
             tracker: write tracker that is insisted on, or empty.
             path: way of memory that is insisted on, or empty.
+            compression: encoding of page contents that is insisted on, or "auto".
             compare_bytes: whether all memory is to be compared byte for byte.
             predict: given what was found, fills in :attr:`forecast`, which is reported on too.
         """
@@ -84,6 +87,7 @@ class Plan:
             here=self._here(asked_at_s),
             insist_on_tracker=tracker,
             insist_on_path=path,
+            insist_on_encoding=compression,
             compare_bytes=compare_bytes,
             switch_timeout_s=self.switch_timeout_s,
         )

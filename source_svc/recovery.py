@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Final
 
 from source_svc.departure import Departure, discard_if_gone
+from source_svc.following import Followed
 from source_svc.migrations import Migration
+from source_svc.orders import Order
+from source_svc.pause import Pause
 from source_svc.peer import Destination
 from vmferry.config import HostConfig
 from vmferry.errors import (
@@ -24,16 +28,19 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff import source
-from vmferry.handoff.ledger import HostLedger
+from vmferry.handoff.ledger import HostLedger, Role
+from vmferry.handoff.reading import Reading
 from vmferry.handoff.rights import Standing
-from vmferry.handoff.states import AttemptState, Tell
+from vmferry.handoff.states import AttemptState, RecordKind, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
+from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
+_OPEN: Final = {RecordKind.BEGUN, RecordKind.SEALED, RecordKind.HANDED_OFF}
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -41,6 +48,9 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
         await discard_if_gone(machine_id, ledger, directory)
+        return
+    if rights.superseded:
+        await halt_machine(machine_id, directory)
         return
     record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
     if record is None or not record.alive or not rights.permitted:
@@ -54,6 +64,21 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
         await machine.close()
 
 
+def unknown_migration(machine_id: str, readings: Sequence[Reading], own: str) -> pb.Migration | None:
+    """The migration that was open when its journal was last readable: what became of it cannot be known."""
+    entries = next(one.entries for one in readings if one.role is Role.SOURCE)
+    if not entries or entries[-1].record.kind not in _OPEN or entries[-1].record.attempt is None:
+        return None
+    attempt = entries[-1].record.attempt
+    return pb.Migration(
+        id=attempt.migration_id.hex(),
+        machine_id=machine_id,
+        source=own,
+        destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
+        phase=pb.MIGRATION_PHASE_HANDING_OFF,
+    )
+
+
 class Returned:
     """Machines that came back to this host while their hypervisors did not answer; resumed as soon as these do.
 
@@ -65,6 +90,9 @@ class Returned:
         self._directory = directory
         self._retry_s = retry_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pauses: dict[str, Pause] = {}
+        self._why_not: dict[str, str] = {}
+        """Why a machine was not resumed by the last try."""
 
     def __contains__(self, machine_id: str) -> bool:
         return machine_id in self._tasks
@@ -72,9 +100,17 @@ class Returned:
     def add(self, machine_id: str) -> None:
         """Begin to look after a machine."""
         if machine_id not in self._tasks:
+            self._pauses[machine_id] = Pause()
             task = asyncio.create_task(self._settle(machine_id), name=f"return-{machine_id}")
             self._tasks[machine_id] = task
             task.add_done_callback(lambda _: self._tasks.pop(machine_id, None))
+
+    async def hurry(self, machine_id: str) -> str:
+        """Try now; returns why that came to nothing, if it did. It is then tried again until it works."""
+        new = machine_id not in self._tasks
+        self.add(machine_id)
+        await self._pauses[machine_id].hurry(self._tasks[machine_id], tries=1 if new else 0)
+        return self._why_not.get(machine_id, "")
 
     async def stop(self) -> None:
         """Leave the rest to the next start."""
@@ -84,17 +120,21 @@ class Returned:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _settle(self, machine_id: str) -> None:
+        pause = self._pauses[machine_id]
         while True:
             try:
                 await settle_quiet(machine_id, self._ledger, self._directory)
             except MachineFailedError as error:
+                self._why_not[machine_id] = error.message
                 _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
             except VmferryError as error:
+                self._why_not[machine_id] = error.message
                 _LOG.error("cannot be resumed", machine=machine_id, detail=error.message)
                 return
             else:
+                self._why_not.pop(machine_id, None)
                 return
-            await asyncio.sleep(self._retry_s)
+            await pause.wait(self._retry_s)
 
 
 def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
@@ -106,7 +146,7 @@ def not_resumed_yet(record: MachineRecord) -> MachineBusyError:
     )
 
 
-class Recovered:
+class Recovered(Followed):
     """An attempt that was open when the service ended; followed to its end without a guest to copy."""
 
     def __init__(
@@ -136,6 +176,10 @@ class Recovered:
     def cancel(self, why: str) -> None:
         """There is nothing left to cancel: it is being closed, or only the destination can decide."""
         raise PointOfNoReturnError("the migration is being settled after a restart", why=why)
+
+    async def update(self, _options: pb.MigrationOptions, _order: Order) -> None:
+        """There is nothing left to change."""
+        raise WrongPhaseError("the migration is being settled after a restart", migration=self.migration.id)
 
     async def interrupt(self) -> None:
         """The service stops; the next start goes on."""
@@ -177,7 +221,8 @@ class Recovered:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
         else:
             self.migration.message.owner = self._own
-            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, WrongPhaseError(self.reason))
+            error = departure.overridden or WrongPhaseError(self.reason)
+            await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
 
     async def hears(self, heard: source.Heard) -> None:
         """The destination said how the attempt stands."""

@@ -19,51 +19,57 @@ from source_svc.departure import Departure
 from source_svc.farewells import Farewells
 from source_svc.forecasts import Forecast, Forecasts
 from source_svc.migrations import Migration, Migrations, page_bounds
-from source_svc.orders import Order, read_destination, read_order, required
+from source_svc.orders import Order, read_destination, read_order, read_update, required
 from source_svc.outgoing import Outgoing
+from source_svc.override import Reclaiming
 from source_svc.peer import Destination
 from source_svc.planning import Plan, report_to_message
-from source_svc.recovery import Recovered, Returned, not_resumed_yet, settle_quiet
+from source_svc.recovery import (
+    Recovered,
+    Returned,
+    not_resumed_yet,
+    settle_quiet,
+    unknown_migration,
+)
+from source_svc.settling import SourcePart
 from vmferry.errors import (
     InvalidArgumentError,
     MachineBusyError,
     MachineDeadError,
     MachineFailedError,
     MachineNotOwnedError,
+    PointOfNoReturnError,
     ServiceStoppingError,
     TicketUsedError,
     TooManyMigrationsError,
     VmferryError,
+    WrongPhaseError,
 )
 from vmferry.handoff import source
 from vmferry.handoff.ledger import Role
-from vmferry.handoff.rights import Rights
+from vmferry.handoff.reading import read_machine
+from vmferry.machines import cpulimit
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.fileidentity import Contents
-from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.wire import spec_to_message
 from vmferry.negotiation.path import STREAM
 from vmferry.negotiation.report import Report
+from vmferry.recovery.service import RecoveryService
 from vmferry.rpc.daemon import Host
+from vmferry.rpc.interceptors import current_caller
 from vmferry.security.identity import Identity
+from vmferry.security.override import RECLAIM, Word, by_word
+from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tickets import VerifiedTicket, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_attributes
-from vmferry.v1 import machine_pb2, migration_pb2_grpc
+from vmferry.together import to_the_end
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1 import migration_pb2_grpc
 from vmferry.v1.migration_pb2 import DESCRIPTOR
+from vmferry.v1.override_pb2 import OverrideReport
 
 _LOG: Final = get_logger(__name__)
-_STATES: Final = {
-    RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
-    RunState.PAUSED: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.PRELAUNCH: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.POSTMIGRATE: machine_pb2.MACHINE_STATE_PAUSED,
-    RunState.INMIGRATE: machine_pb2.MACHINE_STATE_INCOMING,
-    RunState.SHUTDOWN: machine_pb2.MACHINE_STATE_STOPPED,
-    RunState.FAILED: machine_pb2.MACHINE_STATE_STOPPED,
-}
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -81,30 +87,41 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._forecasts = Forecasts(host.trackers)
         self._contents = Contents()
         self._running: dict[str, Outgoing | Recovered] = {}
+        self._departures: dict[str, Departure] = {}
+        """Of the migrations that run, by migration."""
+        self._reclaiming = Reclaiming(host.ledger, host.directory)
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
-        self._farewells = Farewells(host.ledger, self._peer, host.config.handoff_retry_s)
+        self._farewells = Farewells(
+            host,
+            self._peer,
+            is_busy=lambda machine_id: self._migrations.open_of(machine_id) is not None,
+        )
+        part = SourcePart(self._migrations, self._running, self._returned, self._farewells)
+        self._recovery = RecoveryService(host, Role.SOURCE, part)
         self._starting = asyncio.Lock()
         self._stopping = False
 
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the methods to a server."""
         migration_pb2_grpc.add_SourceServiceServicer_to_server(self, server)
-        return [DESCRIPTOR.services_by_name["SourceService"].full_name]
+        return [DESCRIPTOR.services_by_name["SourceService"].full_name, self._recovery.register(server)]
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
+        await asyncio.to_thread(cpulimit.restore_all, self._config.machines_dir)
         leaving = set(self._ledger.machines(Role.SOURCE))
         for machine_id in self._ledger.machines():
             try:
                 if machine_id not in leaving or not self._follow_open(machine_id):
-                    await settle_quiet(machine_id, self._ledger, self._directory)
                     self._farewells.say(machine_id)
+                    await settle_quiet(machine_id, self._ledger, self._directory)
             except MachineFailedError:
                 self._returned.add(machine_id)
             except VmferryError as error:
                 _LOG.critical(
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
+                await self._keep_unknown(machine_id, error)
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
@@ -114,7 +131,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         await self._farewells.stop()
 
     async def close(self) -> None:
-        """Nothing is left: every migration let go of what it held when it was stopped."""
+        """Nothing else is left: every migration let go of what it held when it was stopped."""
+        self._recovery.close()
 
     # Calls
 
@@ -124,7 +142,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Ask both hosts and change nothing."""
         record = self._directory.find(required(request.machine, "machine"))
         host, address = read_destination(request.destination, self._own)
-        order = read_order(request.options, self._host)  # refuses bad options by name
+        order = read_order(request.options, self._host, record.spec.memory_bytes)
         destination = self._peer(address, host)
         machine = self._directory.open(record, observe=True) if record.alive else None
         try:
@@ -136,6 +154,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                 destination,
                 order.tracker,
                 path=order.path,
+                compression=order.compression,
                 compare_bytes=order.compare_bytes,
                 predict=predict,
             )
@@ -187,21 +206,56 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         running = self._running.get(migration.id)
         if running is not None:
             running.cancel("cancelled by a caller")
+        elif not migration.ended:
+            raise PointOfNoReturnError("nothing is known of the migration any more", migration=migration.id)
         return pb.CancelMigrationResponse(migration=migration.snapshot())
+
+    async def UpdateMigration(
+        self, request: pb.UpdateMigrationRequest, context: Context
+    ) -> pb.UpdateMigrationResponse:
+        """Change limits of a migration that has not paused its guest for the switch yet."""
+        migration = self._migrations.get(required(request.id, "id"))
+        running = self._running.get(migration.id)
+        if running is None:
+            raise WrongPhaseError("the migration has ended", migration=migration.id)
+        record = self._directory.find(migration.message.machine_id)
+        options, order = read_update(request, migration.message.options, self._host, record.spec.memory_bytes)
+        await running.update(options, order)
+        return pb.UpdateMigrationResponse(migration=migration.snapshot())
 
     async def ListMachines(
         self, request: pb.ListMachinesRequest, context: Context
     ) -> pb.ListMachinesResponse:
-        """Return a page of machines, by name."""
+        """Return a page of machines, by name, and then of blocked ones of which only journals are left."""
         records = self._directory.list()
-        start, end, token = page_bounds(request.page_size, request.page_token, len(records))
-        machines = await asyncio.gather(*(self._machine(record) for record in records[start:end]))
+        strays = await self._recovery.strays(records)
+        count = len(records)
+        start, end, token = page_bounds(request.page_size, request.page_token, count + len(strays))
+        machines = await asyncio.gather(*(self._recovery.machine(record) for record in records[start:end]))
+        machines += strays[max(0, start - count) : max(0, end - count)]
         return pb.ListMachinesResponse(machines=machines, next_page_token=token)
 
     async def GetMachine(self, request: pb.GetMachineRequest, context: Context) -> pb.GetMachineResponse:
         """Return one machine."""
         record = self._directory.find(required(request.machine, "machine"))
-        return pb.GetMachineResponse(machine=await self._machine(record))
+        return pb.GetMachineResponse(machine=await self._recovery.machine(record))
+
+    async def ForceReclaim(
+        self, request: pb.ForceReclaimRequest, context: Context
+    ) -> pb.ForceReclaimResponse:
+        """Take a machine back by an admin's word."""
+        only_asked = request.validate_only
+
+        async def decide(word: Word) -> OverrideReport:
+            if self._stopping:
+                raise ServiceStoppingError("the source service is stopping")
+            _, machine_id = self._reclaiming.find(word.machine)
+            departures = (one for one in self._departures.values() if one.machine_id == machine_id)
+            return await self._reclaiming.decide(word, next(departures, None))
+
+        # A caller that goes away must not leave a machine half taken back.
+        work = by_word(RECLAIM, request.override, current_caller(), decide, only_asked=only_asked)
+        return pb.ForceReclaimResponse(report=await to_the_end(work))
 
     # What they are made of
 
@@ -232,7 +286,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         ticket = self._check_ticket(request.ticket, record, host)
         if self._migrations.known(ticket.migration_id.hex()):
             raise TicketUsedError("the ticket has started a migration already", field="ticket")
-        order = read_order(request.options, self._host, ticket.migration_id, request.ticket)
+        order = read_order(
+            request.options, self._host, record.spec.memory_bytes, ticket.migration_id, request.ticket
+        )
         self._check_free(record)
         message = pb.Migration(
             id=ticket.migration_id.hex(),
@@ -244,18 +300,19 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             owner=self._own.uri,
         )
         machine, peer = self._directory.open(record), self._peer(address, host)
+        departure = self._departure(record.spec.uuid)
         outgoing = Outgoing(
             order,
             Migration(message),
-            self._departure(record.spec.uuid),  # last: what fails before it leaves no journal open
+            departure,
             machine,
             peer,
             self._config,
-            self._host.tls.load(),
+            CurrentMaterial(self._host.tls),
             self._plan(record, host),
             forecasts=self._forecasts,
         )
-        self._follow(outgoing, request.request_id)
+        self._follow(outgoing, departure, request.request_id)
         return outgoing.migration
 
     def _check_free(self, record: MachineRecord) -> None:
@@ -298,15 +355,17 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
         return ticket
 
-    def _follow(self, one: Outgoing | Recovered, request_id: str = "") -> None:
+    def _follow(self, one: Outgoing | Recovered, departure: Departure, request_id: str = "") -> None:
         self._migrations.add(one.migration, request_id)
         self._running[one.migration.id] = one
+        self._departures[one.migration.id] = departure
         task = one.start()
         task.add_done_callback(lambda done: self._forget(one, done))
 
     def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
         migration_id = one.migration.id
         self._running.pop(migration_id, None)
+        self._departures.pop(migration_id, None)
         if not self._stopping:
             self._farewells.say(one.migration.message.machine_id)
         # gRPC's ended calls are tied in circles and keep their channels until those are collected.
@@ -315,6 +374,16 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             return
         if error is not None:
             _LOG.critical("a migration ended in an error", migration=migration_id, exc_info=error)
+
+    async def _keep_unknown(self, machine_id: str, error: VmferryError) -> None:
+        """Tell whoever asks for the machine's migration that nothing is known of it."""
+        readings = read_machine(self._config.journal_dir, machine_id, error.message)
+        message = unknown_migration(machine_id, readings, self._own.uri)
+        if message is not None:
+            message.machine = self._name_of(machine_id)
+            migration = Migration(message)
+            self._migrations.add(migration)
+            await migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, error)
 
     def _follow_open(self, machine_id: str) -> bool:
         """Go on with the machine's open attempt; false if there is none."""
@@ -333,7 +402,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             phase=pb.MIGRATION_PHASE_SWITCHING,
         )
         peer = self._peer(attempt.destination_address, Identity.parse(attempt.destination))
-        self._follow(Recovered(Migration(message), departure, peer, self._own.uri, self._config))
+        recovered = Recovered(Migration(message), departure, peer, self._own.uri, self._config)
+        self._follow(recovered, departure)
         return True
 
     def _name_of(self, machine_id: str) -> str:
@@ -346,7 +416,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         )
 
     def _peer(self, address: str, host: Identity) -> Destination:
-        return Destination(address, host, self._host.tls.load(), rpc_timeout_s=self._config.rpc_timeout_s)
+        material = CurrentMaterial(self._host.tls)
+        return Destination(address, host, material, rpc_timeout_s=self._config.rpc_timeout_s)
 
     def _plan(self, record: MachineRecord, host: Identity) -> Plan:
         return Plan(
@@ -360,33 +431,6 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._config.negotiate_timeout_s,
             self._contents,
         )
-
-    async def _machine(self, record: MachineRecord) -> machine_pb2.Machine:
-        rights: Rights = await asyncio.to_thread(self._ledger.rights, record.spec.uuid)
-        migration = self._migrations.open_of(record.spec.uuid)
-        return machine_pb2.Machine(
-            name=record.spec.name,
-            uuid=record.spec.uuid,
-            spec=spec_to_message(record.spec),
-            state=await self._state(record),
-            right=machine_pb2.MachineRight.ValueType(rights.standing.value),
-            epoch=rights.epoch,
-            migration_id=migration.id if migration else "",
-            pid=record.pid or 0,
-        )
-
-    async def _state(self, record: MachineRecord) -> machine_pb2.MachineState.ValueType:
-        if not record.alive:
-            return machine_pb2.MACHINE_STATE_DEAD
-        machine = self._directory.open(record, observe=True)
-        try:
-            return _STATES[await machine.run_state()]
-        except MachineDeadError:
-            return machine_pb2.MACHINE_STATE_DEAD
-        except VmferryError:
-            return machine_pb2.MACHINE_STATE_UNSPECIFIED
-        finally:
-            await machine.close()
 
 
 def _check_request_id(request_id: str) -> None:

@@ -19,8 +19,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final
 
-from source_svc.copying import CopySettings
+from source_svc.copying import BROKEN_SHARE, CopySettings
 from source_svc.decisions import hopeless, show_decision
+from source_svc.link import LinkReport
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.errors import MachineFailedError, NotConvergingError, VmferryError
@@ -28,9 +29,19 @@ from vmferry.machines.migrating import PAUSED, StreamProgress
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSource
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
-from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import (
+    NO_EFFORT,
+    Decision,
+    Effort,
+    OnNoConvergence,
+    RoundReport,
+    Verdict,
+    decide,
+)
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.patience import Connections
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
+from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
 _NOT_READY_S: Final = 0.05
@@ -47,6 +58,7 @@ _LEAST_IN_FLIGHT_BYTES: Final = 128 * 1024
 """What each lane may have on its way, however slow the link seems to be."""
 _MEASURED_S: Final = 0.25
 _FORGETTING: Final = 0.7
+_REMEMBERED_ROUNDS: Final = 1000
 
 
 class StreamedCopy:
@@ -59,6 +71,9 @@ class StreamedCopy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
+        self.expected_downtime_s = 0.0
+        """The pause that was predicted when it was decided to switch."""
+        self._effort = NO_EFFORT
         self._live = machine.spec.streams_live
         self._machine = machine
         self._migration = migration
@@ -67,6 +82,7 @@ class StreamedCopy:
         self._source = StreamSource(machine.paths.stream_socket)
         self._digest = StreamDigest()
         self._lanes: Lanes | None = None
+        self._link: LinkReport | None = None
         self._carrying: asyncio.Task[None] | None = None
         self._rounds: Rounds | None = None
         self._active_at = 0.0
@@ -89,11 +105,14 @@ class StreamedCopy:
                 window_bytes=settings.window_bytes,
                 frame_bytes=settings.chunk_bytes,
                 stall_timeout_s=settings.stall_timeout_s,
+                reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
+                pacer=settings.terms.pacer,
             )
         )
+        self._link = LinkReport(self._lanes, self._migration)
         await self._lanes.open()
-        await self._machine.get_ready_to_stream()
+        await self._machine.get_ready_to_stream(slow_down=settings.terms.limits.max_throttle_percent > 0)
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Let the stream flow until the rest fits the downtime limit and ``may_switch`` agrees.
@@ -107,20 +126,34 @@ class StreamedCopy:
             return
         await self._begin()
         history: list[RoundReport] = []
+        broken_s = self.connections.broken_s
         while (report := await self._round()) is not None:
+            before, broken_s = broken_s, self.connections.broken_s
+            if broken_s - before > BROKEN_SHARE * report.seconds:
+                continue  # a break says nothing about the link or the guest
             history.append(report)
             decision = self._decide(history)
-            show_decision(self._migration, decision)
+            now = self._migration.message.progress.throttle_percent
+            show_decision(self._migration, decision, self._settings.terms.limits, report, now)
             if decision.verdict is Verdict.GIVE_UP:
-                limits = Limits(self._settings.downtime_limit_s, self._settings.max_rounds)
-                raise hopeless(self.round_number, decision, limits)
+                raise hopeless(self.round_number, decision)
             if decision.verdict is Verdict.SWITCH:
+                self.expected_downtime_s = decision.expected_downtime_s
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence
+            del history[:-_REMEMBERED_ROUNDS]
+            await self._hold_back(decision.effort)
         # Both sides were ready when it began, and asking again would only make the pause longer.
         span_event("paused by the hypervisor", round=self.round_number)
         await self._let_arrive()
+
+    async def _hold_back(self, effort: Effort) -> None:
+        """Let the hypervisor slow its guest down by so much; it does so only while the guest writes too fast."""
+        before, self._effort = self._effort, effort
+        if effort.throttle_percent != before.throttle_percent:
+            span_event("throttle", percent=effort.throttle_percent)
+            await self._machine.slow_down(max(effort.throttle_percent, 1))
 
     async def pause(self) -> float:
         """Pause the guest, unless the hypervisor has; returns a moment at which it certainly still ran."""
@@ -128,6 +161,7 @@ class StreamedCopy:
             await self._sample()
         else:
             self._active_at = time.monotonic()
+        self._settings.terms.guest_pauses()
         await self._machine.stop()
         if not self._live:
             self.round_number = 1
@@ -140,7 +174,7 @@ class StreamedCopy:
         Raises:
             NotConvergingError: that is all its memory, and takes longer than the pause may.
         """
-        limit_s = self._settings.downtime_limit_s
+        limit_s = self._settings.terms.limits.longest_downtime_s
         left_s = None if self._live else self._active_at + limit_s - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
@@ -186,6 +220,8 @@ class StreamedCopy:
             self._carrying.cancel()
             await asyncio.gather(self._carrying, return_exceptions=True)
         self._source.close()
+        if self._link is not None:
+            await self._link.close()
         if self._lanes is not None:
             traffic = self._lanes.traffic
             span_attributes(
@@ -194,6 +230,11 @@ class StreamedCopy:
                 repeated_bytes=traffic.repeated_bytes,
             )
             await self._lanes.close()
+
+    @property
+    def connections(self) -> Connections:
+        """How the lanes are connected now."""
+        return self._open_lanes.connections
 
     @property
     def _open_lanes(self) -> Lanes:
@@ -234,15 +275,23 @@ class StreamedCopy:
 
     def _decide(self, history: list[RoundReport]) -> Decision:
         """What the policy says, with the pause that is left when what is on its way already has arrived."""
-        settings, arriving_s = self._settings, self._arriving_s()
-        limits = Limits(max(0.0, settings.downtime_limit_s - arriving_s), settings.max_rounds)
-        found = decide(history, limits)
+        limits, arriving_s = self._settings.terms.limits, self._arriving_s()
+        left = replace(
+            limits,
+            downtime_s=max(0.0, limits.downtime_s - arriving_s),
+            max_downtime_s=max(0.0, limits.longest_downtime_s - arriving_s),
+        )
+        found = decide(history, left, self._effort)
+        allowed_s = found.effort.downtime_s(limits)
         verdict = found.verdict
-        if verdict is Verdict.SWITCH and arriving_s > settings.downtime_limit_s:
+        if verdict is Verdict.SWITCH and arriving_s > allowed_s and not found.forced:
             # Nothing is left to send, but what is on its way would be waited for.
-            verdict = Verdict.GIVE_UP if history[-1].number >= settings.max_rounds else Verdict.CONTINUE
+            hopeless_now = history[-1].number >= limits.max_rounds
+            aborts = limits.on_no_convergence is OnNoConvergence.ABORT
+            verdict = Verdict.GIVE_UP if hopeless_now and aborts else Verdict.CONTINUE
         self._decided = True
-        return replace(found, verdict=verdict, expected_downtime_s=found.expected_downtime_s + arriving_s)
+        expected_s = found.expected_downtime_s + arriving_s
+        return replace(found, verdict=verdict, expected_downtime_s=expected_s, allowed_downtime_s=allowed_s)
 
     @property
     def _arrived_bytes(self) -> int:
@@ -267,7 +316,7 @@ class StreamedCopy:
 
     async def _let_arrive(self) -> None:
         """Wait for what was on its way when the hypervisor paused the guest, which it knows nothing about."""
-        limit_s = self._settings.downtime_limit_s
+        limit_s = self._effort.downtime_s(self._settings.terms.limits)
         try:
             async with asyncio.timeout(limit_s - (time.monotonic() - self._active_at)):
                 await self._open_lanes.drain()
@@ -303,6 +352,8 @@ class StreamedCopy:
         progress.sent_bytes = found.transferred_bytes
         progress.wire_bytes = traffic.wire_bytes
         progress.zero_pages = found.zero_pages
+        # Until it is told to do more, it takes next to nothing, which is not worth a word.
+        progress.throttle_percent = found.throttle_percent if self._effort.throttle_percent else 0
         progress.remaining_bytes = found.remaining_bytes
         self._measure(asked_at)
         if not self._decided:
@@ -318,7 +369,8 @@ class StreamedCopy:
         while True:
             limit = self._in_flight_limit()
             await self._open_lanes.drain_to(limit)
-            data = await self._source.read(min(self._settings.chunk_bytes, limit // self._settings.lanes))
+            piece_bytes = min(self._settings.chunk_bytes, limit // self._settings.lanes)
+            data = await self._source.read(self._settings.terms.pacer.largest_frame(piece_bytes))
             if not data:
                 return
             await self._send(data)
@@ -328,13 +380,14 @@ class StreamedCopy:
         settings = self._settings
         if not self._live:
             return settings.window_bytes
-        allowed = self._bytes_per_second * settings.downtime_limit_s * _IN_FLIGHT_SHARE
-        return min(settings.window_bytes, max(int(allowed), settings.lanes * _LEAST_IN_FLIGHT_BYTES))
+        allowed = self._bytes_per_second * settings.terms.limits.downtime_s * _IN_FLIGHT_SHARE
+        least = settings.terms.pacer.largest_frame(_LEAST_IN_FLIGHT_BYTES)
+        return min(settings.window_bytes, max(int(allowed), settings.lanes * least))
 
     async def _send(self, data: bytes, *, last: bool = False) -> None:
         offset = self._digest.size_bytes
         self._digest.update(data)
-        await self._open_lanes.send(transfer_pb2.StreamPiece(offset=offset, data=data, last=last))
+        await self._open_lanes.send(PieceFrame(transfer_pb2.StreamPiece(offset=offset), data, last))
 
 
 async def _until(ready: Callable[[], Awaitable[bool]]) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmferry.errors import ConfigError
+from vmferry.transfer.convergence import MAX_THROTTLE_PERCENT, OnNoConvergence
+from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 
 _MIB = 1024 * 1024
 
@@ -50,8 +52,20 @@ class HostConfig:
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
     chunk_bytes: int = _MIB
     """Page contents per message."""
+    compression: str = "auto"
+    """How page contents travel unless a caller says: auto (chosen for each chunk), none, lz4 or zstd."""
     downtime_limit_ms: int = 300
     """Longest pause a guest may see; pre-copy goes on until the rest fits."""
+    max_downtime_ms: int = 0
+    """Longest pause that is acceptable if rounds do not converge; 0: downtime_limit_ms is never raised."""
+    on_no_convergence: str = "abort"
+    """What becomes of a migration that does not converge whatever was tried: abort, wait or switch."""
+    max_throttle_percent: int = 0
+    """How far guests may be slowed down to converge, at most 95; 0: only where a caller allows it."""
+    max_bandwidth_bytes_per_s: int = 0
+    """What a migration may put on the wire while its guest runs; 0: no limit."""
+    switchover_bandwidth_bytes_per_s: int = 0
+    """The same while its guest is paused; 0: no limit."""
     standstill_limit_s: float = 60.0
     """The same for a guest whose memory can only be sent while it stands still, unless a caller names a limit."""
     max_rounds: int = 30
@@ -59,9 +73,17 @@ class HostConfig:
     reserve_timeout_s: float = 60.0
     """Limit for the destination to take memory and start its copy."""
     stall_timeout_s: float = 30.0
-    """Limit without any acknowledged progress."""
+    """Limit without any acknowledged progress while all lanes are connected."""
+    reconnect_timeout_s: float = 60.0
+    """How long a broken connection to the destination is tried again before the hand-off; the guest runs on."""
+    max_reconnect_timeout_s: float = 600.0
+    """A destination keeps an attempt for a source whose connections broke at most so long, whatever it asks for."""
     total_timeout_s: float = 3600.0
-    """Limit for everything before the hand-off."""
+    """Limit for everything before the hand-off, or what the next setting comes to if that is longer."""
+    total_timeout_per_gib_s: float = 60.0
+    """The same for each GiB of the machine's memory."""
+    no_progress_per_gib_s: float = 60.0
+    """Rounds that have left no less to send for so long count as not converging; for each GiB of memory."""
     switch_timeout_s: float = 5.0
     """Limit from pausing the guest to the hand-off; afterwards the source resumes it."""
     rpc_timeout_s: float = 10.0
@@ -76,7 +98,8 @@ class HostConfig:
     """A source that lost the guest's memory before the hand-off waits so long for a destination that cannot be
     reached and may hold the only copy; then it takes the machine back, to be started anew. inf: for ever."""
     receive_timeout_s: float = 60.0
-    """A destination closes an attempt that made no progress for so long before it was prepared."""
+    """A destination closes an attempt that made no progress for so long before it was prepared; the time for which
+    its source tries a broken connection again comes on top."""
     max_outgoing: int = 2
     """Migrations leaving this host at a time."""
     max_incoming: int = 2
@@ -100,7 +123,8 @@ class HostConfig:
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
             "qmp_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
-            "cold_boot_wait_s",
+            "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
+            "max_reconnect_timeout_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -111,8 +135,29 @@ class HostConfig:
             raise ConfigError("chunk_bytes must be a multiple of 4096, at most 2 MiB", field="chunk_bytes")
         if self.window_bytes < self.lanes * self.chunk_bytes:
             raise ConfigError("window_bytes must hold at least one chunk per lane", field="window_bytes")
+        if self.compression not in {"auto", "none", "lz4", "zstd"}:
+            raise ConfigError("compression must be auto, none, lz4 or zstd", field="compression")
+        self._check_convergence()
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise ConfigError("log_level must be debug, info, warning or error", field="log_level")
+
+    def _check_convergence(self) -> None:
+        for name in ("max_bandwidth_bytes_per_s", "switchover_bandwidth_bytes_per_s"):
+            if getattr(self, name) and getattr(self, name) < LEAST_BYTES_PER_S:
+                raise ConfigError(f"{name} must be 0 or at least {LEAST_BYTES_PER_S}", field=name)
+        if self.max_downtime_ms and self.max_downtime_ms < self.downtime_limit_ms:
+            raise ConfigError(
+                "max_downtime_ms must be 0 or at least downtime_limit_ms", field="max_downtime_ms"
+            )
+        if self.on_no_convergence not in list(OnNoConvergence):
+            raise ConfigError(
+                f"on_no_convergence must be one of {', '.join(OnNoConvergence)}", field="on_no_convergence"
+            )
+        if not 0 <= self.max_throttle_percent <= MAX_THROTTLE_PERCENT:
+            raise ConfigError(
+                f"max_throttle_percent must be between 0 and {MAX_THROTTLE_PERCENT}",
+                field="max_throttle_percent",
+            )
 
     @property
     def journal_dir(self) -> Path:

@@ -255,6 +255,15 @@ class PointOfNoReturnError(VmferryError):
     remedy = "Wait for the outcome (vmferry watch); migrate back afterwards if needed."
 
 
+class ForcedByOperatorError(VmferryError):
+    """An operator ended the wait for the destination's answer and took the machine back here."""
+
+    code = "ABORTED"
+    reason = "FORCED_BY_OPERATOR"
+    exit_code = ExitCode.FAILED
+    remedy = "Keep the other host off until its copy is ended (docs/handoff.md, Forcing)."
+
+
 class StaleAttemptError(VmferryError):
     """A message of an attempt that a newer one, or the journal, has already closed."""
 

@@ -130,6 +130,7 @@ async def test_hosts_cannot_order_migrations(world: World, bystander: Bystander,
             stub.PlanMigration(plan),
             stub.GetMigration(pb.GetMigrationRequest(id="x")),
             stub.CancelMigration(pb.CancelMigrationRequest(id="x")),
+            stub.UpdateMigration(pb.UpdateMigrationRequest(id="x")),
             anext(aiter(stub.WatchMigration(pb.WatchMigrationRequest(id="x")))),
         )
         for call in calls:
@@ -328,11 +329,18 @@ def misshapen(world: World, bystander: Bystander) -> dict[str, Callable[[Any], A
         "options.reserve_timeout": options(reserve_timeout=0.0),
         "options.reserve_timeout ": options(reserve_timeout=315_576_000_000.0),
         "options.downtime_limit ": options(downtime_limit=9e9),
+        "options.max_bandwidth": options(max_bandwidth=262_143),
+        "options.switchover_bandwidth": options(switchover_bandwidth=1),
+        "options.max_throttle_percent": options(max_throttle_percent=96),
+        "options.on_no_convergence": options(on_no_convergence=77),
+        "options.max_downtime": options(max_downtime=0.2),
+        "options.max_downtime ": options(max_downtime=-1.0),
         "machine ": lambda stub: stub.PlanMigration(pb.PlanMigrationRequest(destination=destination)),
         "destination.host     ": lambda stub: stub.PlanMigration(pb.PlanMigrationRequest(machine=guest.id)),
         "machine  ": lambda stub: stub.GetMachine(pb.GetMachineRequest()),
         "id": lambda stub: stub.GetMigration(pb.GetMigrationRequest()),
         "id ": lambda stub: stub.CancelMigration(pb.CancelMigrationRequest()),
+        "id   ": lambda stub: stub.UpdateMigration(pb.UpdateMigrationRequest()),
         "id  ": lambda stub: anext(aiter(stub.WatchMigration(pb.WatchMigrationRequest()))),
         "page_size": lambda stub: stub.ListMachines(pb.ListMachinesRequest(page_size=-1)),
         "page_size ": lambda stub: stub.ListMigrations(pb.ListMigrationsRequest(page_size=-1)),
@@ -369,6 +377,7 @@ async def test_what_is_not_there_is_said_so(world: World, bystander: Bystander, 
         migrations: tuple[Awaitable[object], ...] = (
             stub.GetMigration(pb.GetMigrationRequest(id=name)),
             stub.CancelMigration(pb.CancelMigrationRequest(id=name)),
+            stub.UpdateMigration(pb.UpdateMigrationRequest(id=name)),
             anext(aiter(stub.WatchMigration(pb.WatchMigrationRequest(id=name)))),
         )
         for call in migrations:
@@ -420,7 +429,7 @@ async def test_a_caller_that_hangs_up_changes_nothing(world: World, bystander: B
             call.cancel()
             migration = (await stub.StartMigration(order)).migration
         ended = await world.ended(here, migration.id)
-        assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED
+        assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED, ended
         bystander.turn()
     await bystander.assert_unharmed()
 

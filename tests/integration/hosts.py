@@ -300,7 +300,10 @@ async def open_world(
         "rpc_timeout_s": 2.0,
         "handoff_retry_s": 0.1,
         "receive_timeout_s": 3.0,
+        "reconnect_timeout_s": 5.0,
         "memory_headroom_mib": 0,
+        # What guests of tests write compresses so well that no link would be slow for it.
+        "compression": "none",
     }
     with (
         tempfile.TemporaryDirectory(prefix="vf-") as run,

@@ -3,6 +3,8 @@
 Promise: bytes are passed on as they are and in order, or not at all; what the proxy does is decided by the test,
 never by chance; nothing of it is left when it is closed. It cannot read what it carries, as the ends speak TLS, but
 the hand-off's calls are told apart by their direction, order and size.
+
+What a direction suffers holds for all connections, also for those that are made later, until it is healed.
 """
 
 from __future__ import annotations
@@ -29,14 +31,59 @@ class Link:
     up_bytes: int = 0
     down_bytes: int = 0
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    ended: int = 0
+    """In how many directions nothing more will come."""
+    both_ended: asyncio.Event = field(default_factory=asyncio.Event)
+    half_closed: bool = False
 
     def reset(self) -> None:
         """Break it at both ends, as a router does that forgot it."""
         for writer in (self.source, self.destination):
-            with contextlib.suppress(OSError):
-                linger = struct.pack("ii", 1, 0)
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            writer.transport.abort()
+            _reset(writer)
+
+    def half_close(self, *, up: bool) -> None:
+        """Tell one end that the other one has nothing more to say."""
+        self.half_closed = True
+        with contextlib.suppress(OSError):
+            (self.destination if up else self.source).write_eof()
+
+
+@dataclass
+class _Direction:
+    """What the bytes of one direction meet, on all connections together."""
+
+    bytes_per_s: float | None = None
+    passing: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: bool = False
+    """Bytes vanish."""
+    ended: bool = False
+    """They vanish, and the end they were meant for was told that none will come."""
+    _free_at: float = 0.0
+
+    @property
+    def broken(self) -> bool:
+        """A connection that lived through it has lost something, or will."""
+        return self.lost or not self.passing.is_set()
+
+    def let_go(self) -> None:
+        """Pass everything on, at once."""
+        self.bytes_per_s = None
+        self.lost = self.ended = False
+        self._free_at = 0.0
+        self.passing.set()
+
+    def step(self, length: int) -> int:
+        """How much of so many bytes goes at a time; slow ones in pieces, so that they notice when that is over."""
+        return length if self.bytes_per_s is None else min(length, max(1, int(self.bytes_per_s * _BURST_S)))
+
+    async def slow_down(self, length: int) -> None:
+        """Wait until it is these bytes' turn."""
+        rate, now = self.bytes_per_s, asyncio.get_running_loop().time()
+        if rate is None:
+            return
+        # What a late wake-up cost is made up for.
+        self._free_at = max(self._free_at, now - _BURST_S) + length / rate
+        await asyncio.sleep(self._free_at - now)
 
 
 class Proxy:
@@ -47,16 +94,13 @@ class Proxy:
         self.links: list[Link] = []
         """Every connection there has been, oldest first; a migration's first one carries its calls."""
         self.open_links: set[Link] = set()
-        self.up_bytes_per_s: float | None = None
-        """How fast the source may send over all connections together; None: as fast as it goes."""
         self.cut = False
         """New connections are reset at once."""
         self.refused = 0
         """How many were."""
         self._target = target
         self._server: asyncio.Server | None = None
-        self._up, self._down = asyncio.Event(), asyncio.Event()
-        self._free_at = 0.0
+        self._up, self._down = _Direction(), _Direction()
         self._on_call: Callable[[], None] | None = None
         self._answered = False
         self._links_before = 0
@@ -65,6 +109,15 @@ class Proxy:
     def address(self) -> str:
         """Where it listens."""
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def up_bytes_per_s(self) -> float | None:
+        """How fast the source may send over all connections together; None: as fast as it goes."""
+        return self._up.bytes_per_s
+
+    @up_bytes_per_s.setter
+    def up_bytes_per_s(self, rate: float | None) -> None:
+        self._up.bytes_per_s = rate
 
     async def start(self) -> None:
         """Listen."""
@@ -98,22 +151,41 @@ class Proxy:
         return [link for link in self.links[self._links_before + 1 :] if link in self.open_links]
 
     def silence(self, *, up: bool = True, down: bool = True) -> None:
-        """Pass nothing on any more in a direction, and break nothing: a black hole."""
-        for event, wanted in ((self._up, up), (self._down, down)):
-            if wanted:
-                event.clear()
+        """Pass nothing on any more in a direction, and break nothing: what is sent waits, and may come late."""
+        for direction in self._chosen(up=up, down=down):
+            direction.passing.clear()
+
+    def lose(self, *, up: bool = True, down: bool = True) -> None:
+        """Let everything vanish that is sent in a direction, and break nothing: a black hole."""
+        for direction in self._chosen(up=up, down=down):
+            direction.lost = True
+
+    def half_close(self, *, up: bool = True, down: bool = True) -> None:
+        """Tell the receiving end of a direction that nothing more will come; what is sent all the same vanishes."""
+        for direction in self._chosen(up=up, down=down):
+            direction.lost = direction.ended = True
+        for link in self.open_links:
+            self._end_directions(link)
+
+    def throttle(self, bytes_per_s: float, *, up: bool = True, down: bool = True) -> None:
+        """Pass on so much a second in a direction, over all connections together."""
+        for direction in self._chosen(up=up, down=down):
+            direction.bytes_per_s = bytes_per_s
+
+    def cut_off(self) -> None:
+        """Reset every connection, and each new one at once."""
+        self.cut = True
+        self.reset_all()
 
     def let_go(self) -> None:
-        """Pass on what was silenced, and what comes; unlike :meth:`heal`, nothing was lost and nothing is broken."""
-        self.up_bytes_per_s = None
-        self._free_at = 0.0
+        """Pass on what was silenced, and what comes; unlike :meth:`heal`, nothing is broken."""
         self._on_call = None
-        self._up.set()
-        self._down.set()
+        for direction in (self._up, self._down):
+            direction.let_go()
 
     def heal(self) -> None:
-        """Carry again; connections that were silenced are broken, as their ends will have noticed."""
-        if not (self._up.is_set() and self._down.is_set()):
+        """Carry again; connections that lost something, or were silenced, are broken, as their ends will notice."""
+        if self._up.broken or self._down.broken:
             self.reset_all()
         self.cut = False
         self.let_go()
@@ -138,11 +210,12 @@ class Proxy:
                 raise ConnectionRefusedError
             other_reader, other_writer = await asyncio.open_connection("127.0.0.1", self._target())
         except OSError:
-            writer.transport.abort()
+            _reset(writer)
             return
         link = Link(writer, other_writer)
         self.links.append(link)
         self.open_links.add(link)
+        self._end_directions(link)
         link.tasks = [
             asyncio.create_task(self._pump(link, reader, other_writer, up=True)),
             asyncio.create_task(self._pump(link, other_reader, writer, up=False)),
@@ -161,27 +234,45 @@ class Proxy:
     async def _pump(
         self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, up: bool
     ) -> None:
-        passing = self._up if up else self._down
         with contextlib.suppress(OSError):
             while data := await reader.read(_PIECE_BYTES):
-                if up:
-                    await self._slow_down(len(data))
-                self._note(link, len(data), up=up)
-                await passing.wait()
-                writer.write(data)
-                await writer.drain()
-                if up:
-                    link.up_bytes += len(data)
-                else:
-                    link.down_bytes += len(data)
+                await self._pass_on(link, data, writer, up=up)
+            await self._last_words(link, writer)
 
-    async def _slow_down(self, length: int) -> None:
-        rate, now = self.up_bytes_per_s, asyncio.get_running_loop().time()
-        if rate is None:
-            return
-        # What a late wake-up cost is made up for.
-        self._free_at = max(self._free_at, now - _BURST_S) + length / rate
-        await asyncio.sleep(self._free_at - now)
+    async def _pass_on(self, link: Link, data: bytes, writer: asyncio.StreamWriter, *, up: bool) -> None:
+        direction, at = self._up if up else self._down, 0
+        while at < len(data):
+            piece = data[at : at + direction.step(len(data) - at)]
+            await direction.slow_down(len(piece))
+            if not at:
+                self._note(link, len(data), up=up)
+            at += len(piece)
+            await direction.passing.wait()
+            if direction.lost:
+                continue
+            writer.write(piece)
+            await writer.drain()
+            if up:
+                link.up_bytes += len(piece)
+            else:
+                link.down_bytes += len(piece)
+
+    async def _last_words(self, link: Link, writer: asyncio.StreamWriter) -> None:
+        """One end has said all; if the connection is half closed by the network, the other one may still speak."""
+        link.ended += 1
+        if link.ended == len(link.tasks):
+            link.both_ended.set()
+        if link.half_closed:
+            writer.write_eof()
+            await link.both_ended.wait()
+
+    def _chosen(self, *, up: bool, down: bool) -> list[_Direction]:
+        return [direction for direction, wanted in ((self._up, up), (self._down, down)) if wanted]
+
+    def _end_directions(self, link: Link) -> None:
+        for direction, up in ((self._up, True), (self._down, False)):
+            if direction.ended:
+                link.half_close(up=up)
 
     def _note(self, link: Link, length: int, *, up: bool) -> None:
         """Recognise the call that somebody waits for."""
@@ -192,6 +283,13 @@ class Proxy:
         elif self._answered and length >= _CALL_BYTES:
             then, self._on_call = self._on_call, None
             then()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    writer.transport.abort()
 
 
 @contextlib.asynccontextmanager

@@ -73,6 +73,7 @@ async def test_reflection_tells_the_contract(world: World) -> None:
             found = await listed(channel)
             assert name in found
             assert found - {name} <= {
+                "vmferry.v1.RecoveryService",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
                 "grpc.reflection.v1.ServerReflection",

@@ -261,12 +261,18 @@ async def test_broken_connections_are_not_a_broken_migration(world: World, link:
     # Before that, connections carry pages to measure with.
     await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
     cuts = 0
+
+    def whole(now: pb.Migration) -> bool:
+        return now.progress.lanes_connected == 4 and now.progress.reconnects == cuts
+
     for number in range(6):
-        await eventually(lambda: len(link.lanes) == 4, "all lanes are connected")
+        await world.reaches(world.a, migration_id, whole, "all lanes are connected")
+        await eventually(lambda: len(link.lanes) == 4, "nothing else is")
         victim = link.lanes[number % 4]
         await eventually(partial(carries_memory, victim), "the lane carries memory")
         victim.reset()
         cuts += 1
+    await world.reaches(world.a, migration_id, whole, "all lanes are connected")
     refused, link.cut = link.refused, True
     for victim in link.lanes:
         victim.reset()

@@ -86,6 +86,18 @@ async def test_a_guest_too_fast_for_a_slow_link_is_foreseen(world: World, link: 
     await guest.assert_clean(world.a)
 
 
+async def test_what_compressing_brings_is_foreseen(world: World, link: Proxy) -> None:
+    """The same guest over the same link converges where its pages may be compressed, and the plan says so."""
+    guest = await world.run(program="writer", params=FAST)
+    link.up_bytes_per_s = SLOW
+    predicted = (await plan(world, guest, link.address, compression="auto")).prediction
+    assert predicted.converges, predicted
+    assert SLOW / 3 < predicted.link_bytes_per_second < SLOW * 2
+    migration = await world.migrate(guest, world.a, world.b, address=link.address, compression="auto")
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+    await guest.assert_clean(world.b)
+
+
 async def test_a_longer_pause_is_taken_into_account(world: World, link: Proxy) -> None:
     """The migration's own limits count, not those of the plan whose measurements it uses."""
     guest = await world.run(program="writer", params=FAST)

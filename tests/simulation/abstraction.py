@@ -25,6 +25,7 @@ from vmferry.handoff.states import (
     Append,
     Attempt,
     AttemptState,
+    Halt,
     Release,
     Resume,
     Tell,
@@ -96,6 +97,7 @@ def destination_of(inn: model.In, attempts: Attempts) -> destination.Destination
             Stands.OWNED: destination.Owned(attempt, digest),
             Stands.RUNNING: destination.Owned(attempt, digest, ran=True),
             Stands.REFUSED: destination.Refused(attempt),
+            Stands.SUPERSEDED: destination.Superseded(attempt),
         }[inn.now]
     return destination.DestinationState(current, MappingProxyType(past))
 
@@ -136,6 +138,7 @@ def event_of(event: Any, out: model.Out, attempts: Attempts) -> Any:
             with_memory=event.with_memory,
             moved_on=event.moved_on,
         ),
+        rules.TakenThere: lambda: source.TakenThere(attempt, event.epoch),
         rules.BeginAsked: lambda: destination.BeginAsked(
             attempt,
             attempt.migration_id,
@@ -146,7 +149,13 @@ def event_of(event: Any, out: model.Out, attempts: Attempts) -> Any:
         rules.Verified: lambda: destination.Verified(attempt, digest),
         rules.GoAsked: lambda: destination.GoAsked(attempt, digest, copy_intact=event.intact),
         rules.GuestRan: destination.GuestRan,
-        rules.CloseAsked: lambda: destination.CloseAsked(attempt, "reason"),
+        rules.CloseAsked: lambda: destination.CloseAsked(
+            attempt,
+            "reason",
+            superseded_by=attempt.epoch_to + 1 if event.later else 0,
+            epoch=attempt.epoch_to,
+            leaving=event.leaving,
+        ),
         rules.CopyLost: lambda: destination.CopyLost("reason", tail_certain=event.certain),
         rules.Stalled: destination.Stalled,
         rules.StatusAsked: lambda: destination.StatusAsked(attempt),
@@ -201,6 +210,8 @@ def word_of(action: Action) -> Do:
             return Do("resume")
         case Release():
             return Do("release")
+        case Halt():
+            return Do("halt")
         case Wait():
             return Do("wait")
 

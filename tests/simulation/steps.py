@@ -106,6 +106,7 @@ class Simulation:
         crashes: int = 2,
         purges: int = 0,
         amnesia: bool = False,
+        operator: bool = False,
     ) -> None:
         self._core = core
         self._hosts = range(hosts)
@@ -113,6 +114,7 @@ class Simulation:
         self._crashes = crashes
         self._purges = purges
         self._amnesia = amnesia
+        self._operator = operator
         self._cache: dict[tuple[tuple[int, ...], Message, bool, bool, bool], tuple[Action, ...]] = {}
 
     def initial(self) -> World:
@@ -128,6 +130,10 @@ class Simulation:
 
     def _raw_steps(self, world: World) -> Iterator[Step]:
         for number in self._hosts:
+            if world.hosts[number].off:
+                continue
+            if self._operator:
+                yield from self._overrides(world, number)
             yield from self._faults(world, number)
             yield from self._guest_steps(world, number)
             for role in (0, 1):
@@ -175,6 +181,42 @@ class Simulation:
         if world.hosts[number].vm[0] != RUNNING and held != {number}:
             return world.lost
         return BOTH if redundant(world) else world.lost or CRASHED
+
+    # An operator, who cuts one host's power for good and then decides at the other one
+
+    def _overrides(self, world: World, number: int) -> Iterator[Step]:
+        host, name = world.hosts[number], "abc"[number]
+        if world.attempts and world.faults < self._crashes:
+            off = put(world, number, host._replace(vm=(ABSENT, 0), todo=((), ()), off=True))
+            yield Step(f"power-off@{name}", off._replace(faults=world.faults + 1, lost=CRASHED), fault=True)
+        leaving, arriving = source_state(host.outgoing), destination_state(host.incoming).current
+        if not isinstance(leaving, source.Quiet) and not host.todo[0]:
+            yield from self._reclaims(world, number, leaving)
+        waits = isinstance(arriving, (destination.Prepared, destination.Refused)) and not host.todo[1]
+        if waits and world.hosts[host_of(arriving.attempt.source)].off and not rights(host).holds:
+            intact = host.vm[0] == PAUSED
+            event = destination.ForceAccept("operator", "off", copy_intact=intact, with_memory=False)
+            actions = self._core.destination_decide(destination_state(host.incoming), event)
+            step = self._decided(world, number, 1, "force-accept", actions)
+            assert step is not None
+            yield step._replace(fault=True)
+
+    def _reclaims(
+        self, world: World, number: int, state: source.Begun | source.Sealed | source.HandedOff
+    ) -> Iterator[Step]:
+        host = world.hosts[number]
+        if not world.hosts[host_of(state.attempt.destination)].off or rights(host).moved_on:
+            return
+        if host.vm[0] == PAUSED:  # it may be older than the disks: it is ended first
+            ended = put(world, number, host._replace(vm=(ABSENT, 0)))._replace(lost=CRASHED)
+            yield Step(f"operator-ends-it@{'abc'[number]}", ended, fault=True)
+        elif host.vm[0] == ABSENT:
+            event = source.ForceReclaim(
+                "operator", "off", memory_intact=False, with_memory=False, moved_on=False
+            )
+            step = self._decided(world, number, 0, "force-reclaim", self._core.source_decide(state, event))
+            assert step is not None
+            yield step._replace(fault=True)
 
     # The hypervisor, and the owner's right to use it
 
@@ -411,6 +453,8 @@ class Simulation:
         messages = set(world.messages)
         for number in world.attempts:
             host = world.hosts[host_of(attempt_of(number).destination)]
+            if host.off:
+                continue
             known = _known_answer(host.incoming, number)
             if known is not None:
                 messages.add(known._replace(incarnation=host.incarnation))

@@ -101,7 +101,8 @@ def every_event(attempts: Attempts, out: model.Out, inn: model.In) -> Iterator[A
     yield from (rules.CopyLost(certain) for certain in yes)
     for number in range(len(attempts)):
         yield from (rules.Begin(number), rules.OwnerBegan(number), rules.Verified(number))
-        yield from (rules.CloseAsked(number), rules.StatusAsked(number))
+        yield from (rules.CloseAsked(number, *told) for told in product(yes, yes))
+        yield from (rules.StatusAsked(number), rules.TakenThere(number, 0), rules.TakenThere(number, 3))
         yield from (rules.GoAsked(number, intact) for intact in yes)
         for held in yes:
             yield rules.BeginAsked(number, held, stale_copy=False)
@@ -195,6 +196,9 @@ OF_THE_RULES: Final = (
     "no hand-off behind a torn end",
     "no refusal behind a torn end",
     "nothing to resume before the right is forced",
+    "a later right stops an earlier one",
+    "a source stops, too",
+    "first it is known where it goes",
 )
 
 

@@ -140,6 +140,13 @@ def test_a_lost_journal_blocks_rather_than_splits() -> None:
     assert found.stuck
 
 
+def test_an_operator_who_has_cut_the_power_splits_nothing() -> None:
+    """One host is off for good, the other one is forced without memory: nothing runs twice, or from an old copy."""
+    found = explore(Simulation(attempts=2, crashes=1, operator=True))
+    assert not found.broken, f"{found.broken}: {found.trace(found.last or next(iter(found.parents)))}"
+    assert {"force-reclaim:FORCED*@a", "force-accept:release@b", "cold-boot@b"} <= found.seen
+
+
 SEED: Final = int(os.environ.get("VMFERRY_SEED", random.SystemRandom().randrange(2**32)))
 
 

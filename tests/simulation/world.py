@@ -54,6 +54,8 @@ class Host(NamedTuple):
     todo: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
     """What the source and the destination service have decided and not done yet."""
     incarnation: int = 0
+    off: bool = False
+    """An operator has cut its power, and it stays off."""
 
 
 class Message(NamedTuple):
@@ -233,7 +235,9 @@ def violation(world: World, only: str = "") -> str:
 
 _PROMISES: Final[dict[str, Callable[[World], bool]]] = {
     "I1: two guests run": lambda world: sum(host.vm[0] == RUNNING for host in world.hosts) > 1,
-    "I1b: two hosts are permitted": lambda world: sum(rights(host).permitted for host in world.hosts) > 1,
+    "I1b: two hosts are permitted": lambda world: (
+        sum(rights(host).permitted and not host.off for host in world.hosts) > 1
+    ),
     "I2: a stale copy was resumed": lambda world: world.lost == STALE,
     "I2: the right was taken without a copy": lambda world: world.lost == NO_COPY,
     "I3: a step destroyed the last usable copy": lambda world: not world.lost and not usable(world),

@@ -35,27 +35,39 @@ MAX_FUNCTION_LINES = 60
 
 SERVICES = {"source_svc", "dest_svc"}
 INNER = {"vmferry.handoff", "vmferry.memory", "vmferry.negotiation"}
-MIDDLE = {"vmferry.transfer", "vmferry.machines", "vmferry.rpc", "vmferry.telemetry", "vmferry.security"}
-OUTER = {"vmferry.cli", *SERVICES}
+MIDDLE = {
+    "vmferry.transfer",
+    "vmferry.machines",
+    "vmferry.recovery",
+    "vmferry.rpc",
+    "vmferry.telemetry",
+    "vmferry.security",
+}
+OUTER = {"vmferry.cli", "vmferry.bench", *SERVICES}
 
 MAY_NOT_IMPORT = {
     **dict.fromkeys(INNER, MIDDLE | OUTER),
     **dict.fromkeys(MIDDLE, OUTER),
     "vmferry.cli": SERVICES,
-    "source_svc": {"dest_svc", "vmferry.cli"},
-    "dest_svc": {"source_svc", "vmferry.cli"},
+    "vmferry.bench": SERVICES,
+    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench"},
+    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench"},
 }
 
 PURE = (
     "vmferry.handoff.states",
+    "vmferry.handoff.arriving",
     "vmferry.handoff.source",
     "vmferry.handoff.destination",
     "vmferry.handoff.rights",
     "vmferry.handoff.gate",
+    "vmferry.handoff.blocked",
+    "vmferry.handoff.choices",
     "vmferry.negotiation",
     "vmferry.transfer.numbering",
     "vmferry.transfer.convergence",
     "vmferry.transfer.prediction",
+    "vmferry.transfer.patience",
 )
 IMPURE = {
     "asyncio",

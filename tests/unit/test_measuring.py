@@ -24,6 +24,7 @@ from vmferry.errors import (
 )
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.security.identity import Identity, Kind
+from vmferry.transfer.wire import ChunkFrame, decode_measured
 from vmferry.v1 import handoff_pb2, transfer_pb2
 
 
@@ -53,14 +54,15 @@ def chunk(pages: int, **changes: object) -> handoff_pb2.MeasureRequest:
     return handoff_pb2.MeasureRequest(chunk=made)
 
 
-async def sent(requests: Iterable[handoff_pb2.MeasureRequest]) -> AsyncIterator[handoff_pb2.MeasureRequest]:
+async def sent(requests: Iterable[handoff_pb2.MeasureRequest]) -> AsyncIterator[ChunkFrame]:
     for request in requests:
-        yield request
+        yield decode_measured(request.SerializeToString())
 
 
-async def waiting(gate: asyncio.Event) -> AsyncIterator[handoff_pb2.MeasureRequest]:
+async def waiting(gate: asyncio.Event) -> AsyncIterator[ChunkFrame]:
     """One chunk, and then nothing until the gate opens."""
-    yield chunk(1)
+    async for frame in sent([chunk(1)]):
+        yield frame
     await gate.wait()
 
 

@@ -10,6 +10,7 @@ import pytest
 from dest_svc.streaming import OrderedStream
 from vmferry.errors import ChunkRejectedError, MachineFailedError, StaleAttemptError, StreamBrokenError
 from vmferry.transfer.streams import MAX_PIECE_BYTES, StreamDigest
+from vmferry.transfer.wire import PieceFrame
 from vmferry.v1.transfer_pb2 import StreamPiece
 
 WINDOW = 4 * MAX_PIECE_BYTES
@@ -31,8 +32,8 @@ class Hypervisor:
         self.taken += data
 
 
-def piece(offset: int, data: bytes = b"x", *, last: bool = False) -> StreamPiece:
-    return StreamPiece(offset=offset, data=data, last=last)
+def piece(offset: int, data: bytes = b"x", *, last: bool = False) -> PieceFrame:
+    return PieceFrame(StreamPiece(offset=offset), data, last)
 
 
 async def test_any_order_becomes_the_right_one() -> None:
@@ -90,7 +91,7 @@ async def test_a_piece_that_does_not_fit_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("late", [piece(3), piece(9), piece(3, b"", last=True), piece(3, b"y", last=True)])
-async def test_nothing_follows_the_end(late: StreamPiece) -> None:
+async def test_nothing_follows_the_end(late: PieceFrame) -> None:
     """Neither data nor another end."""
     stream = OrderedStream(Hypervisor().write, window_bytes=WINDOW)
     await stream.put(piece(0, b"abc", last=True))

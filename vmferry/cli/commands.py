@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from vmferry import __version__
-from vmferry.cli import certs, demo, machine, migrate, playground, status, ticket, trace, watch
+from vmferry.cli import (
+    bench,
+    bounds,
+    certs,
+    demo,
+    handoff,
+    machine,
+    migrate,
+    playground,
+    recover,
+    status,
+    ticket,
+    trace,
+    watch,
+)
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
 
@@ -40,12 +54,16 @@ app.command()(playground.playground)
 app.command()(migrate.plan)
 app.command()(migrate.migrate)
 app.command()(migrate.cancel)
+app.command("set")(bounds.set_)
 app.command()(status.status)
 app.command("list")(status.list_)
 app.command()(watch.watch)
+app.command()(recover.recover)
 app.command()(trace.trace)
 app.command()(ticket.ticket)
 app.command()(probe)
 app.command()(version)
 app.add_typer(machine.app, name="machine")
+app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")
+app.add_typer(bench.app, name="bench")

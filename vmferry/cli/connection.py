@@ -120,13 +120,13 @@ def host_identity(uri: str, *, field: str) -> Identity:
     return identity
 
 
-def call_error(error: grpc.aio.AioRpcError, host: Identity) -> VmferryError:
-    """What a failed call means to its caller."""
+def call_error(error: grpc.aio.AioRpcError, host: Identity, *, side: str = "source") -> VmferryError:
+    """What a failed call to the service of this side means to its caller."""
     if is_identity_mismatch(error):
         return PeerIdentityError(
             f"the service that answers is not {host}",
-            field="--source-host",
-            remedy="Check --source and --source-host against the service's certificate (vmferry certs show).",
+            field=f"--{side}-host",
+            remedy=f"Check --{side} and --{side}-host against the service's certificate (vmferry certs show).",
         )
     return from_rpc_error(error)
 
@@ -134,6 +134,16 @@ def call_error(error: grpc.aio.AioRpcError, host: Identity) -> VmferryError:
 def _option(name: str, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
+
+TlsOption = Annotated[
+    Path,
+    typer.Option(
+        "--tls",
+        envvar="VMFERRY_TLS",
+        metavar="DIR",
+        help="Own certificates: ca.pem, tls.crt, tls.key; for tickets also ticket.crt, ticket.key.",
+    ),
+]
 
 _OPTIONS: Final = (
     _option(
@@ -157,16 +167,5 @@ _OPTIONS: Final = (
             ),
         ],
     ),
-    _option(
-        "tls",
-        Annotated[
-            Path,
-            typer.Option(
-                "--tls",
-                envvar="VMFERRY_TLS",
-                metavar="DIR",
-                help="Own certificates: ca.pem, tls.crt, tls.key; for tickets also ticket.crt, ticket.key.",
-            ),
-        ],
-    ),
+    _option("tls", TlsOption),
 )

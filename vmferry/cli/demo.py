@@ -18,10 +18,12 @@ from typing import Annotated, Any, Final, TypeVar
 import typer
 
 from vmferry.cli import migrate
+from vmferry.cli.bounds import Bounds
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
 from vmferry.cli.demo_report import Crossing, Report
+from vmferry.cli.demo_work import next_sign, watch_before
 from vmferry.cli.machine import run_machine
 from vmferry.cli.migrate import LanesOption, PathOption, Verify, Way, migration_options
 from vmferry.cli.output import JsonOption, console, print_document, say, size
@@ -165,7 +167,7 @@ def demo(
         path=path,
     )
     wishes.check()
-    report = asyncio.run(_until_signalled(_demonstrate(wishes, _nothing if json else print)))
+    report = asyncio.run(until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:
         print_document(report.document())
     else:
@@ -242,20 +244,22 @@ async def _cross(
     """Move the guest once and note how it went; whether it arrived."""
     # A stream cannot be compared byte for byte, so the crossing that compares is left to take the direct way.
     way = wishes.path if verify is Verify.DIGEST else None
-    options = migration_options(_pause_ms(wishes, way), wishes.lanes, verify, None, way)
+    options = migration_options(Bounds(_pause_ms(wishes, way)), wishes.lanes, verify, None, way)
     order = migrate.Order(
         machine=guest.spec.uuid,
         destination=Destination(host=there.host.identity.uri, address=there.dest.address),
         options=options,
         request_id=migrate.new_request_id(),
     )
+    watched = await watch_before(guest, here.host)
     async with open_source(here.source.address, here.host.identity.uri, world.admin_tls) as source:
         with phase("schedule"), progress_view() as view:
             started = await migrate.start(source, order)
             migration = await follow(source, started.id, view, last=started)
     crossing = Crossing(migration, f"{here.host.name} to {there.host.name}", verified=verify is Verify.BYTES)
     if crossing.completed:
-        crossing = crossing.with_gap(await guest.gap_ms(there.host))
+        arrived = await next_sign(guest, there.host)
+        crossing = crossing.as_seen(await guest.gap_ms(there.host), watched.slowdown_percent(arrived))
     report.crossings.append(crossing)
     tell(_sentence(crossing))
     return crossing.completed
@@ -272,6 +276,7 @@ def _sentence(crossing: Crossing) -> str:
         return f"{start}{outcome_name(migration)}: {migration.reason.reason}: {migration.reason.message}"
     figures = (
         f"downtime {crossing.downtime_ms:.1f} ms (the guest saw {crossing.guest_gap_ms or 0:.1f}), "
+        f"guest slowed down by {crossing.guest_slowdown_percent or 0:.0f} %, "
         f"total {crossing.total_ms / 1000:.2f} s, {migration.progress.round} rounds, "
         f"{size(migration.progress.wire_bytes)} on the wire"
     )
@@ -315,7 +320,7 @@ def _nothing(_text: str) -> None:
     """The listener of a demonstration that prints a document instead."""
 
 
-async def _until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
+async def until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
     """Do the work; the first signal cancels it, and no other gets in the way of its cleaning up."""
     task = asyncio.ensure_future(work)
     received: list[signal.Signals] = []

@@ -43,6 +43,10 @@ class Guest(abc.ABC):
         """The gap it saw in its own clock when it came to this host; waits until it has said so."""
 
     @abc.abstractmethod
+    async def next_work(self, host: DemoHost) -> int:
+        """How far it had counted, by its next sign of life on this host."""
+
+    @abc.abstractmethod
     async def check_everything(self, host: DemoHost) -> tuple[bool, str]:
         """Whether it finds all it has as it left it, checked once more here, and what it says."""
 
@@ -86,6 +90,12 @@ class Canary(Guest):
         serial = await self._until(host, lambda text: bool(verdict.lines(text)), _ANSWER_S, "go on")
         return verdict.lines(serial)[0].gap_us / 1000
 
+    async def next_work(self, host: DemoHost) -> int:
+        """Wait for one more of its lines."""
+        seen = len(verdict.lines(await self._until(host, bool, _ANSWER_S, "go on")))
+        more = await self._until(host, lambda text: len(verdict.lines(text)) > seen, _ANSWER_S, "go on")
+        return verdict.lines(more)[-1].tick
+
     async def check_everything(self, host: DemoHost) -> tuple[bool, str]:
         """Ask it to check every page and register it has."""
         directory = directory_of(host.config)
@@ -117,6 +127,12 @@ class Linux(Guest):
         """The longest of its first steps here, by its own clock, which counts in hundredths of a second."""
         found = await self._ticks(host, _ANSWER_S)
         return float(max(tick.gap_cs for tick in found.ticks[:_TICKS]) * _MS_PER_CS)
+
+    async def next_work(self, host: DemoHost) -> int:
+        """Wait for one more tick."""
+        seen = len((await self._ticks(host, _ANSWER_S)).ticks)
+        more = await self._until(host, lambda text: len(linux.verdict(text).ticks) > seen, _ANSWER_S, "go on")
+        return linux.verdict(more).ticks[-1].number
 
     async def check_everything(self, host: DemoHost) -> tuple[bool, str]:
         """Wait until it has read all its files once more, from the beginning to the end."""

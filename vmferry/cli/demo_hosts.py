@@ -54,6 +54,23 @@ class Ports:
 ANY_PORTS: Final = MappingProxyType({"a": Ports(), "b": Ports()})
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in the network a host is: by default on loopback, with everybody else."""
+
+    listen: str = "127.0.0.1"
+    reached_at: str = "127.0.0.1"
+    """Its address for those who give orders."""
+    data_at: str = "127.0.0.1"
+    """Its address for the other host."""
+    within: tuple[str, ...] = ()
+    """A command that runs others there."""
+
+
+HERE: Final = Place()
+ALL_HERE: Final = MappingProxyType({"a": HERE, "b": HERE})
+
+
 class Service:
     """One service process of a host."""
 
@@ -63,12 +80,19 @@ class Service:
         self.log = log
         self._module = {"source": "source_svc", "dest": "dest_svc"}[role]
         self._host = host
+        self._at = {"source": host.place.reached_at, "dest": host.place.data_at}[role]
         self._process: asyncio.subprocess.Process | None = None
 
     @property
     def address(self) -> str:
-        """Where it listens."""
-        return f"127.0.0.1:{self.port}"
+        """Where those who have business with it find it."""
+        return f"{self._at}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Its process, which was started."""
+        assert self._process is not None
+        return self._process.pid
 
     async def start(self) -> None:
         """Start it, and return when it takes calls.
@@ -79,6 +103,7 @@ class Service:
         with self.log.open("wb") as log:
             # A session of its own: Ctrl-C is for the demonstration, which ends its services in order.
             self._process = await asyncio.create_subprocess_exec(
+                *self._host.place.within,
                 *(sys.executable, "-m", self._module, "--config", str(self._host.config_file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -97,8 +122,7 @@ class Service:
 
     def peak_rss_mib(self) -> float:
         """The most memory it ever had resident, guest memory that it mapped included."""
-        assert self._process is not None
-        for line in Path(f"/proc/{self._process.pid}/status").read_text(encoding="ascii").splitlines():
+        for line in Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) / 1024, 1)
         raise ServiceStoppingError(f"the service {self.name} has ended")
@@ -134,6 +158,7 @@ class DemoHost:
     identity: Identity
     config: HostConfig
     config_file: Path
+    place: Place = HERE
 
 
 @dataclass(frozen=True)
@@ -167,15 +192,18 @@ class TwoHosts:
 
 
 @contextlib.asynccontextmanager
-async def two_hosts(keep: Path | None, *, ports: Mapping[str, Ports] = ANY_PORTS) -> AsyncIterator[TwoHosts]:
+async def two_hosts(
+    keep: Path | None, *, ports: Mapping[str, Ports] = ANY_PORTS, places: Mapping[str, Place] = ALL_HERE
+) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
 
     Args:
         keep: folder for certificates, configurations, journals, traces and logs, which stay.
         ports: where each host's services listen; any free port by default.
+        places: where in the network the hosts are.
     """
     with _folders(keep) as (files, run, ram):
-        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports))
+        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places))
         world = TwoHosts(
             a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces", images=run / "images"
         )
@@ -239,7 +267,9 @@ def _empty(folder: Path) -> Path:
     raise InvalidArgumentError(f"{folder} is not empty", field="--keep")
 
 
-def _prepare(files: Path, run: Path, ram: Path, ports: Mapping[str, Ports]) -> list[DemoHost]:
+def _prepare(
+    files: Path, run: Path, ram: Path, ports: Mapping[str, Ports], places: Mapping[str, Place]
+) -> list[DemoHost]:
     authority = files / "tls" / "authority"
     init_authority(authority, TRUST_DOMAIN)
     issue(authority, Identity(TRUST_DOMAIN, Kind.ADMIN, "operator"), files / "tls" / "operator")
@@ -253,15 +283,15 @@ def _prepare(files: Path, run: Path, ram: Path, ports: Mapping[str, Ports]) -> l
             run_dir=run / name,
             ram_dir=ram / name,
             trace_dir=files / "traces",
-            source_listen=f"127.0.0.1:{ports[name].source}",
-            dest_listen=f"127.0.0.1:{ports[name].dest}",
+            source_listen=f"{places[name].listen}:{ports[name].source}",
+            dest_listen=f"{places[name].listen}:{ports[name].dest}",
             image_roots=(run / "images",),
         )
         for folder in (config.state_dir, config.run_dir, config.ram_dir):
             folder.mkdir(mode=0o700, parents=True)
         config_file = files / f"host-{name}.toml"
         config_file.write_text(render_config(config), encoding="utf-8")
-        hosts.append(DemoHost(name, identity, config, config_file))
+        hosts.append(DemoHost(name, identity, config, config_file, places[name]))
     return hosts
 
 

@@ -30,6 +30,8 @@ class Crossing:
     """Whether all memory was compared byte for byte."""
     guest_gap_ms: float | None = None
     """The gap that the guest saw in its own clock, if it said so."""
+    guest_slowdown_percent: float | None = None
+    """How much less it counted per second than before, if it arrived."""
 
     @property
     def completed(self) -> bool:
@@ -46,9 +48,9 @@ class Crossing:
         """From acceptance to the end."""
         return milliseconds(self.migration.total)
 
-    def with_gap(self, guest_gap_ms: float) -> Crossing:
+    def as_seen(self, guest_gap_ms: float, guest_slowdown_percent: float) -> Crossing:
         """The same with what the guest said."""
-        return replace(self, guest_gap_ms=guest_gap_ms)
+        return replace(self, guest_gap_ms=guest_gap_ms, guest_slowdown_percent=guest_slowdown_percent)
 
     def document(self) -> dict[str, Any]:
         """The crossing's part of the document."""
@@ -59,6 +61,7 @@ class Crossing:
             "downtime_ms": self.downtime_ms,
             "total_ms": self.total_ms,
             "guest_gap_ms": self.guest_gap_ms,
+            "guest_slowdown_percent": self.guest_slowdown_percent,
             "rounds": self.migration.progress.round,
             "wire_bytes": self.migration.progress.wire_bytes,
             "verified": self.verified,
@@ -123,6 +126,14 @@ class Report:
             "downtime_ms": self._typical(lambda crossing: crossing.downtime_ms),
             "rounds": self._typical(lambda crossing: crossing.migration.progress.round),
             "guest_gap_ms": max((crossing.guest_gap_ms or 0 for crossing in self.measured), default=None),
+            "guest_slowdown_percent": max(
+                (
+                    one.guest_slowdown_percent
+                    for one in self.measured
+                    if one.guest_slowdown_percent is not None
+                ),
+                default=None,
+            ),
             "memory_bytes": self.memory_bytes,
             "wire_bytes": self._typical(lambda crossing: crossing.migration.progress.wire_bytes),
             "memory_identical": self.memory_identical,

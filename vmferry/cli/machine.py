@@ -7,7 +7,6 @@ from another host is never stopped.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +16,16 @@ import typer
 from vmferry.cli.console import attach
 from vmferry.cli.output import JsonOption, as_document, label, print_document, print_table, say
 from vmferry.config import HostConfig, load_config
-from vmferry.errors import InvalidArgumentError, MachineDeadError, MachineFailedError
+from vmferry.errors import InvalidArgumentError, MachineDeadError
 from vmferry.handoff.ledger import HostLedger
 from vmferry.machines.directory import MachineDirectory, MachineRecord
-from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.launcher import start_anew, start_machine, stop_machine
 from vmferry.machines.microvm.guests import PROGRAMS
-from vmferry.machines.port import RunState
 from vmferry.machines.qemu.probe import resolve
 from vmferry.machines.qemu.spec import SERIAL_SOCKET
 from vmferry.machines.spec import MachineSpec, new_spec
-from vmferry.machines.wire import spec_to_message
 from vmferry.memory.backings import TMPFS
+from vmferry.recovery.examination import Examiner
 from vmferry.v1 import machine_pb2
 
 app = typer.Typer(help="Start, show and stop the machines of this host.", no_args_is_help=True)
@@ -36,13 +34,6 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", envvar="VMFERRY_CONFIG", help="Configuration of this host; default: built-in."),
 ]
-
-_STATES = {
-    RunState.RUNNING: machine_pb2.MACHINE_STATE_RUNNING,
-    RunState.INMIGRATE: machine_pb2.MACHINE_STATE_INCOMING,
-    RunState.SHUTDOWN: machine_pb2.MACHINE_STATE_STOPPED,
-    RunState.FAILED: machine_pb2.MACHINE_STATE_STOPPED,
-}
 
 
 def directory_of(config: HostConfig) -> MachineDirectory:
@@ -53,7 +44,7 @@ def directory_of(config: HostConfig) -> MachineDirectory:
 
 
 async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
-    """Start a machine that is born on this host, and let its guest run.
+    """Start a machine that is born on this host, or that is this host's and has lost its process; its guest runs.
 
     Raises:
         InvalidArgumentError: there is no such guest program, or it has no such parameter; or this host's QEMU
@@ -65,6 +56,8 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     spec = await asyncio.to_thread(resolve, spec)
     directory = directory_of(config)
     ledger = HostLedger(config.journal_dir)
+    if ledger.rights(spec.uuid).permitted:
+        return await _start_anew(spec, directory, ledger)
     machine = await start_machine(spec, directory)
     try:
         permit = ledger.birth(spec.uuid)
@@ -76,6 +69,12 @@ async def run_machine(spec: MachineSpec, config: HostConfig) -> MachineRecord:
     except BaseException:
         await stop_machine(machine, directory)
         raise
+    await machine.close()
+    return directory.find(spec.uuid)
+
+
+async def _start_anew(spec: MachineSpec, directory: MachineDirectory, ledger: HostLedger) -> MachineRecord:
+    machine = await start_anew(spec, directory, lambda: ledger.permitted(spec.uuid))
     await machine.close()
     return directory.find(spec.uuid)
 
@@ -98,19 +97,12 @@ async def end_machine(name: str, config: HostConfig) -> MachineRecord:
     return record
 
 
-async def describe(record: MachineRecord, config: HostConfig) -> machine_pb2.Machine:
-    """What the host knows of a machine, in the words of the API."""
-    spec = record.spec
-    rights = HostLedger(config.journal_dir).rights(spec.uuid)
-    return machine_pb2.Machine(
-        name=spec.name,
-        uuid=spec.uuid,
-        spec=spec_to_message(spec),
-        state=await _state(record, config),
-        right=machine_pb2.MachineRight.ValueType(rights.standing.value),
-        epoch=rights.epoch,
-        pid=record.pid or 0,
-    )
+async def describe(records: list[MachineRecord], config: HostConfig) -> list[machine_pb2.Machine]:
+    """What the host knows of machines, in the words of the API; with blocked ones of which only journals are left."""
+    directory = directory_of(config)
+    examiner = Examiner(directory, config.journal_dir, HostLedger(config.journal_dir))
+    found = [await examiner.machine(record) for record in records]
+    return [*found, *await examiner.strays(directory.list())]
 
 
 def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
@@ -118,18 +110,34 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
     if json:
         print_document({"machines": [as_document(machine) for machine in machines]})
         return
+    blocked = any(machine.HasField("blockage") for machine in machines)
     rows = [
         (
-            machine.name,
+            machine.name or "-",
             label(machine_pb2.MachineState, machine.state, "MACHINE_STATE_"),
             label(machine_pb2.MachineRight, machine.right, "MACHINE_RIGHT_"),
             _memory(machine.spec),
             _label(machine.spec),
+            *([machine.blockage.reason or "-"] if blocked else []),
             machine.uuid,
         )
         for machine in machines
     ]
-    print_table(("NAME", "STATE", "RIGHT", "MEMORY", "KIND", "UUID"), rows, empty="no machines")
+    # Most of the time there is none, and a terminal has better use for the room.
+    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", *(["BLOCKED"] if blocked else []), "UUID")
+    print_table(headings, rows, empty="no machines")
+    for machine in machines:
+        if machine.HasField("blockage"):
+            name = machine.name or machine.uuid
+            say(f"{name} is blocked{since(machine.blockage)}: {machine.blockage.message}")
+            say(f"  remedy: {machine.blockage.remedy}")
+
+
+def since(blockage: machine_pb2.Blockage) -> str:
+    """Since when a machine is blocked, if that is known."""
+    if not blockage.HasField("since"):
+        return ""
+    return f" since {blockage.since.ToDatetime():%Y-%m-%d %H:%M:%SZ} by that host's clock"
 
 
 @app.command()
@@ -165,13 +173,31 @@ def run(
         say(f"{machine.name} runs as process {machine.pid}")
 
 
+@app.command()
+def start(
+    name: Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")],
+    config: ConfigOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Start a machine anew that belongs to this host and whose process is gone; its guest boots."""
+    host = load_config(config)
+    directory = directory_of(host)
+    spec = directory.find(name).spec
+    record = asyncio.run(_start_anew(spec, directory, HostLedger(host.journal_dir)))
+    machine, *_ = asyncio.run(describe([record], host))
+    if json:
+        print_document(as_document(machine))
+    else:
+        say(f"{machine.name} runs anew as process {machine.pid}")
+
+
 @app.command("list")
 def list_(config: ConfigOption = None, json: JsonOption = False) -> None:
     """Show the machines of this host."""
     host = load_config(config)
     directory = directory_of(host)
     records = directory.list()
-    print_machines(asyncio.run(_describe_all(records, host)), json=json)
+    print_machines(asyncio.run(describe(records, host)), json=json)
     for problem in directory.problems:
         say(f"vmferry: warning: {problem.path}: {problem.reason}")
 
@@ -212,25 +238,7 @@ def console(
 
 
 async def _run(spec: MachineSpec, config: HostConfig) -> machine_pb2.Machine:
-    return await describe(await run_machine(spec, config), config)
-
-
-async def _describe_all(records: list[MachineRecord], config: HostConfig) -> list[machine_pb2.Machine]:
-    return [await describe(record, config) for record in records]
-
-
-async def _state(record: MachineRecord, config: HostConfig) -> machine_pb2.MachineState.ValueType:
-    if not record.alive:
-        return machine_pb2.MACHINE_STATE_DEAD
-    state = machine_pb2.MACHINE_STATE_UNSPECIFIED
-    try:
-        machine = directory_of(config).open(record, observe=True)
-    except MachineDeadError:
-        return machine_pb2.MACHINE_STATE_DEAD
-    with contextlib.suppress(MachineDeadError, MachineFailedError):
-        state = _STATES.get(await machine.run_state(), machine_pb2.MACHINE_STATE_PAUSED)
-    await machine.close()
-    return state
+    return (await describe([await run_machine(spec, config)], config))[0]
 
 
 def _check_program(spec: MachineSpec) -> None:
@@ -247,13 +255,17 @@ def _check_program(spec: MachineSpec) -> None:
 
 
 def _memory(spec: machine_pb2.MachineSpec) -> str:
-    """How much memory a machine has, and of which kind if it is not the usual one."""
+    """How much memory a machine has, and of which kind if it is not the usual one; nothing if that is not known."""
+    if not spec.memory_mib:
+        return "-"
     kind = spec.qemu.memory_backing if spec.HasField("qemu") else TMPFS
     return f"{spec.memory_mib} MiB" + ("" if kind == TMPFS else f" {kind}")
 
 
 def _label(spec: machine_pb2.MachineSpec) -> str:
     """What a machine is, in a few words."""
+    if not spec.kind:
+        return "-"
     return f"{spec.kind} {spec.microvm.program if spec.HasField('microvm') else spec.qemu.machine}"
 
 

@@ -18,8 +18,16 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from google.protobuf.duration_pb2 import Duration
 
+from vmferry.cli.bounds import (
+    BandwidthOption,
+    Bounds,
+    ChoiceOption,
+    DowntimeOption,
+    MaxDowntimeOption,
+    SwitchoverOption,
+    ThrottleOption,
+)
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
 from vmferry.cli.findings import report_lines
 from vmferry.cli.output import JsonOption, as_document, print_document, say
@@ -77,6 +85,15 @@ class Way(enum.StrEnum):
     STREAM = "stream"
 
 
+class Compression(enum.StrEnum):
+    """Ways for page contents to travel."""
+
+    AUTO = "auto"
+    NONE = "none"
+    LZ4 = "lz4"
+    ZSTD = "zstd"
+
+
 @dataclass(frozen=True)
 class Order:
     """What to move, where to, and how."""
@@ -100,9 +117,6 @@ ToAddressOption = Annotated[
         "--to-address", metavar="HOST:PORT", help="Its destination service, as the source reaches it."
     ),
 ]
-DowntimeOption = Annotated[
-    int | None, typer.Option("--downtime-limit-ms", min=1, help="Longest pause the guest may see.")
-]
 LanesOption = Annotated[
     int | None, typer.Option("--lanes", min=MIN_LANES, max=MAX_LANES, help="Connections, each its own.")
 ]
@@ -114,6 +128,20 @@ PathOption = Annotated[
     Way | None,
     typer.Option(
         "--path", help="Insist on how memory travels: 'direct', or in the hypervisor's own 'stream'."
+    ),
+]
+CompressionOption = Annotated[
+    Compression | None,
+    typer.Option("--compression", help="How page contents travel; 'auto' chooses for each chunk what pays."),
+]
+
+ReconnectOption = Annotated[
+    float | None,
+    typer.Option(
+        "--reconnect-timeout",
+        metavar="SECONDS",
+        min=0.001,
+        help="How long a broken connection to the destination is tried again; the guest runs meanwhile.",
     ),
 ]
 
@@ -130,6 +158,12 @@ async def plan(
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
     path: PathOption = None,
+    compression: CompressionOption = None,
+    max_downtime_ms: MaxDowntimeOption = None,
+    max_bandwidth: BandwidthOption = "",
+    switchover_bandwidth: SwitchoverOption = "",
+    max_throttle_percent: ThrottleOption = None,
+    on_no_convergence: ChoiceOption = None,
     prediction: Annotated[
         bool,
         typer.Option("--prediction/--no-prediction", help="Measure how long it would take, in a second."),
@@ -137,10 +171,18 @@ async def plan(
     json: JsonOption = False,
 ) -> None:
     """Ask both hosts whether a machine could move, and change nothing; exit code 4 if something blocks."""
+    bounds = Bounds(
+        downtime_limit_ms,
+        max_downtime_ms,
+        max_bandwidth,
+        switchover_bandwidth,
+        max_throttle_percent,
+        on_no_convergence,
+    )
     request = PlanMigrationRequest(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        options=migration_options(bounds, lanes, verify, tracker, path, compression),
         without_prediction=not prediction,
     )
     answer = await source.call(source.stub.PlanMigration, request)
@@ -164,6 +206,13 @@ async def migrate(
     verify: VerifyOption = Verify.DIGEST,
     tracker: TrackerOption = None,
     path: PathOption = None,
+    compression: CompressionOption = None,
+    max_downtime_ms: MaxDowntimeOption = None,
+    max_bandwidth: BandwidthOption = "",
+    switchover_bandwidth: SwitchoverOption = "",
+    max_throttle_percent: ThrottleOption = None,
+    on_no_convergence: ChoiceOption = None,
+    reconnect_timeout: ReconnectOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -175,10 +224,21 @@ async def migrate(
     json: JsonOption = False,
 ) -> None:
     """Move a running machine to another host; the exit code tells where it runs."""
+    bounds = Bounds(
+        downtime_limit_ms,
+        max_downtime_ms,
+        max_bandwidth,
+        switchover_bandwidth,
+        max_throttle_percent,
+        on_no_convergence,
+    )
+    options = migration_options(bounds, lanes, verify, tracker, path, compression)
+    if reconnect_timeout is not None:
+        options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
     order = Order(
         machine=machine,
         destination=destination(to_host, to_address),
-        options=migration_options(downtime_limit_ms, lanes, verify, tracker, path),
+        options=options,
         request_id=_request_id(request_id) if request_id else new_request_id(),
     )
     with scheduling(trace_dir):
@@ -262,18 +322,18 @@ def destination(to_host: str, to_address: str) -> Destination:
 
 
 def migration_options(
-    downtime_limit_ms: int | None,
+    bounds: Bounds,
     lanes: int | None,
     verify: Verify,
     tracker: Tracker | None,
     path: Way | None = None,
+    compression: Compression | None = None,
 ) -> MigrationOptions:
     """The options of a migration; what is not given is left to the source's configuration."""
-    options = MigrationOptions(lanes=lanes or 0, tracker=tracker or "", path=path or "")
-    if downtime_limit_ms is not None:
-        options.downtime_limit.CopyFrom(
-            Duration(seconds=downtime_limit_ms // 1000, nanos=downtime_limit_ms % 1000 * 10**6)
-        )
+    options = MigrationOptions(
+        lanes=lanes or 0, tracker=tracker or "", path=path or "", compression=compression or ""
+    )
+    bounds.put_into(options)
     if verify is Verify.BYTES:
         options.verify = migration_pb2.VERIFY_MODE_BYTES
     return options

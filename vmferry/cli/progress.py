@@ -1,7 +1,8 @@
 """A migration's progress as a person watches it.
 
-Promise: a terminal shows one live picture; a pipe or a log file gets one plain line for each change of phase or round
-and, in between, at most one a second; nothing is written to stdout.
+Promise: a terminal shows one live picture; a pipe or a log file gets one plain line for each change of phase or
+round, when the connection between the hosts is lost or back, and, in between, at most one a second; nothing is
+written to stdout.
 """
 
 from __future__ import annotations
@@ -75,12 +76,17 @@ def facts(migration: Migration) -> str:
     """The figures of a migration, those that are known."""
     progress = migration.progress
     parts = []
+    if progress.HasField("disconnected_since"):
+        left_s = milliseconds(progress.reconnect_left) / 1e3
+        parts = [f"connection lost, trying again for {left_s:.0f} s"]
     if progress.sent_bytes or progress.remaining_bytes:
-        parts = [f"sent {size(progress.sent_bytes)}", f"remaining {size(progress.remaining_bytes)}"]
+        parts += [f"sent {size(progress.sent_bytes)}", f"remaining {size(progress.remaining_bytes)}"]
     if progress.bytes_per_second:
         parts.append(f"rate {size(progress.bytes_per_second)}/s")
     if progress.dirty_bytes_per_second:
         parts.append(f"dirty {size(progress.dirty_bytes_per_second)}/s")
+    if progress.throttle_percent:
+        parts.append(f"guest slowed down by {progress.throttle_percent} %")
     if migration.HasField("downtime"):
         parts.append(f"downtime {milliseconds(migration.downtime):.1f} ms")
     elif progress.HasField("expected_downtime"):
@@ -94,12 +100,14 @@ class LineView:
     """One line per change, for files and pipes."""
 
     def __init__(self) -> None:
-        self._stage: tuple[int, int, int] | None = None
+        self._stage: tuple[int, int, int, bool] | None = None
         self._next_line = 0.0
 
     def show(self, migration: Migration) -> None:
         """Print a line if something changed that is worth one."""
-        stage = (migration.phase, migration.progress.round, migration.outcome)
+        progress = migration.progress
+        lost = progress.HasField("disconnected_since")
+        stage = (migration.phase, progress.round, migration.outcome, lost)
         now = time.monotonic()
         if stage == self._stage and now < self._next_line:
             return

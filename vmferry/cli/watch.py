@@ -139,6 +139,9 @@ def _print_summary(migration: Migration) -> None:
             end="",
         )
         print(f"{size(migration.progress.wire_bytes)} on the wire")
+        if migration.progress.reconnects:
+            again = size(migration.progress.repeated_bytes)
+            print(f"  {migration.progress.reconnects} lanes reopened, {again} sent again")
     if migration.HasField("verification"):
         found = migration.verification
         print(f"  compared {size(found.compared_bytes)} byte for byte: {found.different_pages} pages differ")
@@ -147,6 +150,8 @@ def _print_summary(migration: Migration) -> None:
     if migration.reason.reason:
         say(f"  {migration.reason.reason}: {migration.reason.message}")
         say(f"  remedy: {migration.reason.remedy}")
+    if migration.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN:
+        say(f"  both hosts: vmferry recover {migration.machine}")
 
 
 def _require_retry(error: grpc.aio.AioRpcError, last: Migration | None) -> None:

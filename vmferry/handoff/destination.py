@@ -19,12 +19,23 @@ from vmferry.errors import (
     TicketUsedError,
     WrongPhaseError,
 )
+from vmferry.handoff.arriving import (
+    Current,
+    DestinationState,
+    Empty,
+    Owned,
+    Prepared,
+    Receiving,
+    Refused,
+    Superseded,
+)
 from vmferry.handoff.states import (
     Action,
     Answer,
     Append,
     Attempt,
     AttemptState,
+    Halt,
     InvalidTransitionError,
     Record,
     RecordKind,
@@ -33,56 +44,19 @@ from vmferry.handoff.states import (
     Wait,
 )
 
-
-@dataclass(frozen=True)
-class Empty:
-    """No attempt has been seen."""
-
-
-@dataclass(frozen=True)
-class Receiving:
-    """Memory is being received."""
-
-    attempt: Attempt
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A complete, verified, loaded copy waits for Go."""
-
-    attempt: Attempt
-    digest: bytes
-
-
-@dataclass(frozen=True)
-class Owned:
-    """This host took the right to run; ``ran`` once the guest has executed here."""
-
-    attempt: Attempt
-    digest: bytes
-    ran: bool = False
-
-
-@dataclass(frozen=True)
-class Refused:
-    """The newest attempt is closed for ever."""
-
-    attempt: Attempt
-    note: str = ""
-
-
-Current = Empty | Receiving | Prepared | Owned | Refused
-
-
-@dataclass(frozen=True)
-class DestinationState:
-    """The newest attempt, and what became of the older ones."""
-
-    current: Current = Empty()
-    past: Mapping[bytes, Answer] = field(default_factory=lambda: MappingProxyType({}))
-    """Final answers by migration id, so that a late question is answered from the journal."""
-    burnt: frozenset[bytes] = frozenset()
-    """Ticket numbers that were used."""
+__all__ = [
+    "Current",
+    "DestinationState",
+    "Empty",
+    "Owned",
+    "Prepared",
+    "Receiving",
+    "Refused",
+    "Superseded",
+    "answer",
+    "decide",
+    "evolve",
+]
 
 
 @dataclass(frozen=True)
@@ -127,6 +101,12 @@ class CloseAsked:
 
     attempt: Attempt
     reason: str
+    superseded_by: int = 0
+    """The later right that the source says it was granted, if any."""
+    epoch: int = 0
+    """The right that this host was granted and has not given up; 0 if there is none."""
+    leaving: bool = False
+    """This host is sending the machine on."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +156,9 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
     if attempt is None:
         raise InvalidTransitionError(f"{record.kind.name} without an attempt in a destination's journal")
     match now, record.kind:
-        case ((Empty() | Owned() | Refused()), RecordKind.ACCEPTED) if _may_begin(state, attempt):
+        case ((Empty() | Owned() | Refused() | Superseded()), RecordKind.ACCEPTED) if _may_begin(
+            state, attempt
+        ):
             burnt = state.burnt | {record.ticket_nonce}
             return DestinationState(Receiving(attempt), _with_past(state), burnt)
         case Receiving(attempt=open_), RecordKind.PREPARED if open_.matches(attempt):
@@ -189,6 +171,8 @@ def evolve(state: DestinationState, record: Record) -> DestinationState:
             return replace(state, current=Owned(open_, record.digest))
         case Owned(attempt=open_, digest=digest, ran=False), RecordKind.RAN if open_.matches(attempt):
             return replace(state, current=Owned(open_, digest, ran=True))
+        case Owned(attempt=open_), RecordKind.SUPERSEDED if open_.matches(attempt):
+            return replace(state, current=Superseded(open_))
         case ((Receiving(attempt=open_) | Prepared(attempt=open_)), RecordKind.REFUSED) if open_.matches(
             attempt
         ):
@@ -315,6 +299,7 @@ def _force_accept(state: DestinationState, event: ForceAccept) -> list[Action]:
         epoch=now.attempt.epoch_to,
         operator=event.operator,
         note=event.evidence,
+        with_memory=event.with_memory,
     )
     # An owner's paused copy is resumed at the next start, so one that shall not run is gone before the record.
     return [Append(forced), Resume()] if event.with_memory else [Release(), Append(forced)]
@@ -328,9 +313,26 @@ def _close(state: DestinationState, event: CloseAsked) -> list[Action]:
             return _refuse(attempt, reason)
         case AttemptState.UNSEEN:
             return _close_unseen(state, attempt, reason)
-        case AttemptState.OWNED | AttemptState.RUNNING | AttemptState.REFUSED:
+        case AttemptState.OWNED | AttemptState.RUNNING | AttemptState.SUPERSEDED:
+            return _overruled(state, event, known)
+        case AttemptState.REFUSED:
             return [known]
     assert_never(known.state)
+
+
+def _overruled(state: DestinationState, event: CloseAsked, known: Answer) -> list[Action]:
+    """Told by the source of the very attempt by which the right was taken that this was wrong."""
+    now = state.current
+    if isinstance(now, Empty) or not now.attempt.matches(event.attempt):
+        return [known]
+    if isinstance(now, Superseded):
+        return [Halt(), known]  # it is not known whether the guest could be stopped the first time
+    if not 0 < event.epoch < event.superseded_by:
+        return [known]  # not ours any more, or ours is the later one
+    if event.leaving:
+        raise MachineBusyError("the machine is being sent on from here; ask again")
+    superseded = replace(_record(RecordKind.SUPERSEDED, now.attempt), epoch=event.epoch, note=event.reason)
+    return [Append(superseded), Halt(), Answer(AttemptState.SUPERSEDED)]
 
 
 def _close_unseen(state: DestinationState, attempt: Attempt, reason: str) -> list[Action]:
@@ -381,7 +383,7 @@ def _record(kind: RecordKind, attempt: Attempt) -> Record:
     return Record(kind, attempt.machine_id, attempt)
 
 
-def _final(current: Receiving | Prepared | Owned | Refused) -> Answer:
+def _final(current: Receiving | Prepared | Owned | Refused | Superseded) -> Answer:
     match current:
         case Receiving():
             return Answer(AttemptState.RECEIVING)
@@ -391,6 +393,8 @@ def _final(current: Receiving | Prepared | Owned | Refused) -> Answer:
             return Answer(AttemptState.RUNNING if ran else AttemptState.OWNED, digest=digest)
         case Refused(note=note):
             return Answer(AttemptState.REFUSED, note)
+        case Superseded():
+            return Answer(AttemptState.SUPERSEDED)
     assert_never(current)
 
 
@@ -404,7 +408,7 @@ def _highest(state: DestinationState) -> tuple[int, int]:
     match state.current:
         case Empty():
             return -1, -1
-        case Owned(attempt=attempt):
+        case Owned(attempt=attempt) | Superseded(attempt=attempt):
             return attempt.epoch_to, -1  # the right of before is spent: no attempt can hand it over again
         case Receiving(attempt=attempt) | Prepared(attempt=attempt) | Refused(attempt=attempt):
             return attempt.order

@@ -2,7 +2,9 @@
 
 Promise: a hypervisor adapter resumes a guest only when handed a :class:`ResumePermit`, and :func:`mint` makes one
 only if this host's journals, already on disk, say that the host owns the machine and has no open outgoing attempt
-(``Rights.permitted``, invariant I1b of docs/handoff.md). There is no other way to make one.
+(``Rights.permitted``, invariant I1b of docs/handoff.md). A second kind, made by :func:`mint_held_back`, is for a
+guest that was held for a moment while it is being copied: an attempt is open, but nothing of it is sealed, so the
+destination is far from any right (``Rights.runs_on``). There is no other way.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _SEAL: Final = object()
 
 @dataclass(frozen=True)
 class ResumePermit:
-    """The right to start one machine's virtual CPUs, backed by a durable record. Made by :func:`mint` only."""
+    """The right to start one machine's virtual CPUs, backed by a durable record. Made in this module only."""
 
     machine_id: str
     epoch: int
@@ -46,3 +48,16 @@ def mint(machine_id: str, durable: Rights) -> ResumePermit:
             f"this host may not run machine {machine_id}: {durable.standing.name}", machine=machine_id
         )
     return ResumePermit(machine_id, durable.epochs.granted, _SEAL)
+
+
+def mint_held_back(machine_id: str, now: Rights) -> ResumePermit:
+    """A permit to let a guest go on that is held back while its machine is being copied.
+
+    Raises:
+        MachineNotOwnedError: nothing is being copied, or the guest is paused for its hand-off.
+    """
+    if not now.runs_on:
+        raise MachineNotOwnedError(
+            f"machine {machine_id} is not being copied from here: {now.standing.name}", machine=machine_id
+        )
+    return ResumePermit(machine_id, now.epochs.granted, _SEAL)

@@ -73,9 +73,26 @@ def read(path: Path, label: bytes, *, settled: bool = False, disk: Disk = DISK) 
     return _contents(data, path, label)
 
 
+def salvage(path: Path, disk: Disk = DISK) -> tuple[bytes, ...] | None:
+    """The payloads before the first bad slot, the label's first, whoever wrote them; ``None`` without a file.
+
+    For people to read: nothing may be concluded from it.
+    """
+    try:
+        opened = disk.open(path)
+    except FileNotFoundError:
+        return None
+    with contextlib.closing(opened) as file:
+        data = file.read()
+    return _read_slots(_slots(data)).payloads
+
+
+def _slots(data: bytes) -> list[bytes]:
+    return [data[at : at + SLOT_BYTES].ljust(SLOT_BYTES, b"\0") for at in range(0, len(data), SLOT_BYTES)]
+
+
 def _contents(data: bytes, path: Path, label: bytes) -> Contents:
-    slots = [data[at : at + SLOT_BYTES].ljust(SLOT_BYTES, b"\0") for at in range(0, len(data), SLOT_BYTES)]
-    contents = _read_slots(slots)
+    contents = _read_slots(_slots(data))
     if contents.payloads and contents.payloads[0] != label:
         return Contents(damage=f"{path.name} belongs to another machine, role or host")
     if not contents.payloads:

@@ -43,7 +43,7 @@ from vmferry.handoff.disk import DISK, Disk, damaging
 from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.register import Mark, Register, earlier_incarnation
 from vmferry.handoff.rights import Epochs, Rights
-from vmferry.handoff.states import Append, InvalidTransitionError, Record, RecordKind
+from vmferry.handoff.states import Append, Attempt, InvalidTransitionError, Record, RecordKind
 from vmferry.together import to_the_end
 
 FIRST_EPOCH = 1
@@ -71,6 +71,14 @@ class _View:
         for record in self.records:
             epochs = epochs.after(record)
         return epochs
+
+
+@dataclass(frozen=True)
+class Health:
+    """How far a journal can be believed."""
+
+    torn_tail: bool = False
+    damage: str = ""
 
 
 class HostLedger:
@@ -122,6 +130,43 @@ class HostLedger:
             damaged = True
         return Rights(epochs, outgoing, incoming, damaged=damaged)
 
+    def health(self, machine_id: str) -> dict[Role, Health]:
+        """How far each journal of a machine can be believed, for people to read."""
+        return {role: self._health(role, self._view(machine_id, role, settled=False)) for role in Role}
+
+    def _health(self, role: Role, view: _View) -> Health:
+        damage = view.damage
+        try:
+            if role is Role.SOURCE:
+                _folded(view, source.Quiet(), source.evolve)
+            elif role is Role.DESTINATION:
+                _folded(view, destination.DestinationState(), destination.evolve)
+        except InvalidTransitionError as error:
+            damage = str(error)
+        return Health(view.torn_tail, damage)
+
+    def forced(self, machine_id: str, role: Role) -> tuple[Record, ...]:
+        """What operators decided about a machine in one role, oldest first."""
+        found = self._view(machine_id, role, settled=False).records
+        return tuple(record for record in found if record.kind is RecordKind.FORCED)
+
+    def goodbyes(self, machine_id: str) -> tuple[Attempt, ...]:
+        """Attempts that this host closed as their source, and whose destinations may not have heard, oldest first.
+
+        Those of a right that was given up long ago are left out, but for what an operator decided.
+        """
+        granted = self.rights(machine_id).epochs.granted
+        closing = {RecordKind.ABORTED, RecordKind.RECLAIMED}
+        return tuple(
+            record.attempt
+            for record in self._view(machine_id, Role.SOURCE, settled=False).records
+            if record.attempt is not None
+            and (
+                record.kind is RecordKind.FORCED
+                or (record.kind in closing and record.attempt.epoch_from + 2 >= granted)
+            )
+        )
+
     def permit(self, machine_id: str) -> ResumePermit:
         """A permit to resume the machine, if the journals on disk allow it."""
         return gate.mint(machine_id, self.rights(machine_id, settled=True))
@@ -140,7 +185,7 @@ class HostLedger:
         return self.permit(machine_id)
 
     def end(self, machine_id: str) -> None:
-        """Record that an operator ended the machine; nobody may resume it any more.
+        """Record that an operator ended the machine, or a copy that is superseded; nobody may resume it any more.
 
         Raises:
             MachineBusyError: a migration has an attempt open that takes it away.
@@ -154,7 +199,7 @@ class HostLedger:
                 )
             if rights.leaving:
                 raise MachineBusyError(f"machine {machine_id} is being migrated away", machine=machine_id)
-            if not rights.owner:
+            if not rights.owner and not rights.superseded:
                 raise MachineNotOwnedError(
                     f"machine {machine_id} does not belong to this host", machine=machine_id
                 )
@@ -188,6 +233,19 @@ class HostLedger:
 
         with stack:
             # One hop to a thread, since a guest's pause waits for it.
+            yield await to_the_end(asyncio.to_thread(lock_and_mint))
+
+    @contextlib.asynccontextmanager
+    async def held_back(self, machine_id: str) -> AsyncIterator[ResumePermit]:
+        """A permit to let a guest go on that is held for a moment while its machine is copied."""
+        stack = contextlib.ExitStack()
+
+        def lock_and_mint() -> ResumePermit:
+            stack.enter_context(self.machine_lock(machine_id))
+            # An attempt was on disk before anything was copied; a later record refuses even before it is.
+            return gate.mint_held_back(machine_id, self.rights(machine_id))
+
+        with stack:
             yield await to_the_end(asyncio.to_thread(lock_and_mint))
 
     def lock_role(self, role: Role) -> RoleLock:

@@ -70,6 +70,7 @@ def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
         boot_id=boot_id,
         note=_cut(record.note),
         operator=record.operator,
+        with_memory=record.with_memory,
     )
     if record.attempt is not None:
         message.attempt.CopyFrom(attempt_to_ref(record.attempt))
@@ -95,8 +96,14 @@ def decode(payload: bytes) -> tuple[Record, str]:
         ticket_expire_unix=message.ticket_expire_time.seconds,
         note=message.note,
         operator=message.operator,
+        with_memory=message.with_memory,
     )
     return record, message.boot_id
+
+
+def write_unix_ns(payload: bytes) -> int:
+    """When the record in a slot was written, by its host's clock; for reading only, no rule uses it."""
+    return journal_pb2.JournalRecord.FromString(payload).write_time.ToNanoseconds()
 
 
 def _check_names(record: Record) -> None:

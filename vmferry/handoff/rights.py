@@ -7,7 +7,7 @@ the journals are whole; a damaged journal permits nothing.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vmferry.handoff import destination, source
 from vmferry.handoff.states import Attempt, Record, RecordKind
@@ -19,21 +19,33 @@ class Epochs:
 
     granted: int = 0
     left: int = 0
+    superseded: int = 0
+    """The highest right that was given up because another host has a later one."""
+    ended: int = 0
+    """The highest that an operator ended."""
 
     def after(self, record: Record) -> Epochs:
         """The view after one more record, of whichever role."""
         match record.kind:
             case RecordKind.BORN | RecordKind.RECLAIMED | RecordKind.OWNED | RecordKind.FORCED:
-                return Epochs(max(self.granted, record.epoch), self.left)
+                return replace(self, granted=max(self.granted, record.epoch))
             case RecordKind.HANDED_OFF if record.attempt is not None:
-                return Epochs(self.granted, max(self.left, record.attempt.epoch_from))
+                return replace(self, left=max(self.left, record.attempt.epoch_from))
+            case RecordKind.SUPERSEDED:
+                superseded = max(self.superseded, record.epoch)
+                return replace(self, left=max(self.left, record.epoch), superseded=superseded)
             case RecordKind.ENDED:
-                return Epochs(self.granted, max(self.left, record.epoch))
+                return replace(self, left=max(self.left, record.epoch), ended=max(self.ended, record.epoch))
         return self
 
     def merged(self, other: Epochs) -> Epochs:
         """Both views together."""
-        return Epochs(max(self.granted, other.granted), max(self.left, other.left))
+        return Epochs(
+            max(self.granted, other.granted),
+            max(self.left, other.left),
+            max(self.superseded, other.superseded),
+            max(self.ended, other.ended),
+        )
 
 
 class Standing(enum.Enum):
@@ -46,6 +58,7 @@ class Standing(enum.Enum):
     GONE = 4
     ARRIVING = 5
     UNKNOWN = 6
+    SUPERSEDED = 7
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,11 @@ class Rights:
         return self.owner and not self.leaving and not self.damaged
 
     @property
+    def runs_on(self) -> bool:
+        """The guest runs here and is being copied: an attempt is open, and nothing of it is sealed."""
+        return self.owner and not self.damaged and isinstance(self.outgoing, source.Begun)
+
+    @property
     def holds(self) -> bool:
         """This host must not accept the machine from elsewhere; :meth:`admits` knows the one exception."""
         return self.damaged or self.owner or self.leaving
@@ -109,6 +127,21 @@ class Rights:
         return not self.damaged and not self.owner and isinstance(self.outgoing, source.HandedOff)
 
     @property
+    def arriving(self) -> bool:
+        """An attempt is open that brings the machine here."""
+        return isinstance(self.incoming.current, (destination.Receiving, destination.Prepared))
+
+    def came_back_after(self, closed: Attempt) -> bool:
+        """Whether this host has its right by one later than the destination of ``closed`` can have taken."""
+        now = self.incoming.current
+        return isinstance(now, destination.Owned) and now.attempt.epoch_from >= closed.epoch_to
+
+    @property
+    def superseded(self) -> bool:
+        """Another host has a later right, by an operator's word; what is left here waits for one to end it."""
+        return not self.owner and self.epochs.superseded > max(self.epochs.ended, self.epochs.granted - 1)
+
+    @property
     def unheard_of(self) -> bool:
         """No journal here speaks of the machine."""
         nothing = source.Quiet() == self.outgoing and destination.DestinationState() == self.incoming
@@ -131,6 +164,8 @@ class Rights:
                 return Standing.LEAVING
         if self.owner:
             return Standing.OWNED
-        if isinstance(self.incoming.current, (destination.Receiving, destination.Prepared)):
+        if self.arriving:
             return Standing.ARRIVING
+        if self.superseded:
+            return Standing.SUPERSEDED
         return Standing.GONE if self.epoch else Standing.NEVER_SEEN

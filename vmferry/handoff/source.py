@@ -16,6 +16,7 @@ from vmferry.handoff.states import (
     Append,
     Attempt,
     AttemptState,
+    Halt,
     InvalidTransitionError,
     Record,
     RecordKind,
@@ -137,7 +138,26 @@ class ForceReclaim:
     """The journals prove that the guest has run elsewhere since (``Rights.moved_on``)."""
 
 
-SourceEvent = BeginWanted | Paused | AbortWanted | Heard | Unheard | OwnerBegan | WaitedEnough | ForceReclaim
+@dataclass(frozen=True)
+class TakenThere:
+    """The goodbye about an attempt that was closed here has the answer that its destination took the right."""
+
+    attempt: Attempt
+    epoch: int
+    """The right that this host may use now; 0 if it has none, has an attempt open, or got it back by a later one."""
+
+
+SourceEvent = (
+    BeginWanted
+    | Paused
+    | AbortWanted
+    | Heard
+    | Unheard
+    | OwnerBegan
+    | WaitedEnough
+    | ForceReclaim
+    | TakenThere
+)
 
 
 def evolve(state: SourceState, record: Record) -> SourceState:
@@ -159,11 +179,13 @@ def evolve(state: SourceState, record: Record) -> SourceState:
         case ((Begun(attempt=now) | Sealed(attempt=now) | HandedOff(attempt=now)), RecordKind.FORCED) if (
             now.matches(attempt)
         ):
-            return Quiet(now.number)
+            return Quiet(now.number, now)
+        case Quiet(), RecordKind.SUPERSEDED:
+            return state
     raise InvalidTransitionError(f"{kind.name} cannot follow {type(state).__name__}")
 
 
-def decide(state: SourceState, event: SourceEvent) -> list[Action]:
+def decide(state: SourceState, event: SourceEvent) -> list[Action]:  # noqa: PLR0912 - one case per event
     """What to do about ``event``, in order."""
     match event:
         case BeginWanted(attempt=attempt):
@@ -189,6 +211,14 @@ def decide(state: SourceState, event: SourceEvent) -> list[Action]:
             return _waited_enough(state, event)
         case ForceReclaim():
             return _force_reclaim(state, event)
+        case TakenThere(attempt=attempt, epoch=epoch):
+            # Told of our right, if that is later, it would have stopped. Its own is later still, or was sent on.
+            if not epoch or not isinstance(state, Quiet):
+                return []
+            return [
+                _append(RecordKind.SUPERSEDED, attempt, epoch=epoch, note="taken by the destination"),
+                Halt(),
+            ]
     assert_never(event)
 
 
@@ -254,7 +284,7 @@ def _force_reclaim(state: SourceState, event: ForceReclaim) -> list[Action]:
         )
     attempt = state.attempt
     by_hand = _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)
-    forced = Append(replace(by_hand.record, operator=event.operator))
+    forced = Append(replace(by_hand.record, operator=event.operator, with_memory=event.with_memory))
     # Told, so that a copy over there is dropped if that host ever comes back.
     return [forced, *([Resume()] if event.memory_intact else []), Tell("Abort")]
 
@@ -325,4 +355,8 @@ def _heard_after_handoff(state: HandedOff, heard: Heard) -> list[Action]:
             return [Tell("Go")]
         case AttemptState.UNSEEN:
             return [Wait("the destination's journal does not know the attempt; an operator must decide")]
+        case AttemptState.SUPERSEDED:
+            return [
+                Wait("the destination was told of a later right than is known here; an operator must decide")
+            ]
     assert_never(heard.state)

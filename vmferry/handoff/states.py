@@ -33,8 +33,10 @@ Destination::
 
 Two ways out of waiting need more than these two hosts. An operator who has seen to it that the other copy cannot
 run writes FORCED: at the source it closes the open attempt and grants a right later than the destination's, at the
-destination it takes the place of OWNED. And whoever has a later right than the one that was handed off proves, by
-beginning to send the machine here, that the hand-off was completed (``Rights.moved_on``).
+destination it takes the place of OWNED. If the other copy runs nevertheless, the source's word about the closed
+attempt is how the two hear of each other: the one with the earlier right writes SUPERSEDED and stops. And whoever has
+a later right than the one that was handed off proves, by beginning to send the machine here, that the hand-off was
+completed (``Rights.moved_on``).
 
 Promises of the protocol, asserted here and checked by the tests:
 
@@ -72,6 +74,7 @@ class RecordKind(enum.Enum):
     RAN = 12
     REFUSED = 13
     FORCED = 14
+    SUPERSEDED = 15
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Record:
     note: str = ""
     operator: str = ""
     """Who decided, for FORCED; ``note`` is then what shows that the other copy cannot run."""
+    with_memory: bool = False
+    """For FORCED: the guest was to go on from the memory at hand."""
 
 
 class AttemptState(enum.Enum):
@@ -138,6 +143,7 @@ class AttemptState(enum.Enum):
     OWNED = 4
     RUNNING = 5
     REFUSED = 6
+    SUPERSEDED = 7
 
 
 class InvalidTransitionError(InternalError):
@@ -160,6 +166,11 @@ class Resume:
 @dataclass(frozen=True)
 class Release:
     """Free what the attempt held here: hypervisor, memory, definition; never a copy that arrived since."""
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Pause the guest for good, and raise an alarm: another host has a later right. An operator ends what is left."""
 
 
 @dataclass(frozen=True)
@@ -186,4 +197,4 @@ class Wait:
     why: str
 
 
-Action = Append | Resume | Release | Tell | Answer | Wait
+Action = Append | Resume | Release | Halt | Tell | Answer | Wait

@@ -7,7 +7,9 @@ foreign entry never hides the others: it is left out and named in ``problems``.
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +141,7 @@ class MachineDirectory:
             )
         # Memory first: a folder without memory can be forgotten again, memory without a folder never is.
         if remove_ram:
-            record.paths.ram.unlink(missing_ok=True)
+            _remove_memory(record.paths.ram)
         if record.paths.home.exists():
             shutil.rmtree(record.paths.home)
 
@@ -210,3 +212,14 @@ class MachineDirectory:
 
 def _taken(what: str, holder: str, spec: MachineSpec) -> MachineExistsError:
     return MachineExistsError(f"the {what} belongs to machine {holder} on this host", machine=spec.uuid)
+
+
+def _remove_memory(path: Path) -> None:
+    """Remove a memory file; the name goes at once, giving the memory back takes as long as it is large."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    path.unlink(missing_ok=True)
+    # A file without a name is there until it is closed. An event loop would stand still for that long.
+    threading.Thread(target=os.close, args=(fd,), name="memory given back").start()

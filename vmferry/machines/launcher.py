@@ -20,6 +20,8 @@ import signal
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +33,7 @@ from vmferry.errors import (
     MachineNotFoundError,
     VmferryError,
 )
+from vmferry.handoff.gate import ResumePermit
 from vmferry.machines.command import render_command
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.paths import MachinePaths, write_whole
@@ -100,6 +103,22 @@ async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None
     Raises:
         MachineFailedError: the process cannot be ended; nothing was removed.
     """
+    await end_process(machine)
+    try:
+        record = directory.find(machine.spec.uuid)
+    except MachineNotFoundError:
+        return
+    # The same machine may have come back meanwhile, as another process.
+    if machine.process.same_as(record.process):
+        directory.forget(record, remove_ram=True)
+
+
+async def end_process(machine: QmpMachine) -> None:
+    """End a machine's process, by asking or else by force; what lies on disk of it stays.
+
+    Raises:
+        MachineFailedError: the process cannot be ended.
+    """
     with contextlib.suppress(MachineDeadError, MachineFailedError, TimeoutError):
         async with asyncio.timeout(_QUIT_S):
             await machine.quit()
@@ -117,13 +136,57 @@ async def stop_machine(machine: QmpMachine, directory: MachineDirectory) -> None
             pid=machine.pid,
         )
     await machine.close()
-    try:
-        record = directory.find(machine.spec.uuid)
-    except MachineNotFoundError:
-        return
-    # The same machine may have come back meanwhile, as another process.
-    if machine.process.same_as(record.process):
+
+
+async def start_anew(
+    spec: MachineSpec,
+    directory: MachineDirectory,
+    permitted: Callable[[], AbstractAsyncContextManager[ResumePermit]],
+) -> QmpMachine:
+    """Start a machine again that belongs to this host and whose process is gone; its guest runs, from the beginning.
+
+    What lies here of the one before is removed; its description stays, also if this fails.
+
+    Raises:
+        MachineExistsError: its process runs.
+        MachineNotOwnedError: it does not belong to this host, or is on its way to another one.
+        MachineFailedError: the hypervisor does not start.
+    """
+    async with permitted():
+        pass  # refused before anything is changed
+    with contextlib.suppress(MachineNotFoundError):
+        record = directory.find(spec.uuid)
+        if record.alive:
+            raise MachineExistsError(f"machine {record.spec.name} runs as process {record.pid}")
         directory.forget(record, remove_ram=True)
+    try:
+        machine = await start_machine(spec, directory)
+        try:
+            async with permitted() as permit:
+                await machine.cont(permit)
+        except BaseException:
+            await stop_machine(machine, directory)
+            raise
+    except BaseException:
+        with contextlib.suppress(VmferryError, OSError):
+            directory.claim(spec)
+        raise
+    return machine
+
+
+async def halt_machine(machine_id: str, directory: MachineDirectory) -> None:
+    """Pause the guest of a machine that must not run here, and keep it; nothing, if it has no process.
+
+    Raises:
+        MachineFailedError: the hypervisor does not stop it.
+    """
+    with contextlib.suppress(MachineNotFoundError, MachineDeadError):
+        machine = directory.open(directory.find(machine_id))
+        try:
+            if await machine.run_state() is RunState.RUNNING:
+                await machine.stop()
+        finally:
+            await machine.close()
 
 
 async def discard_leftover(machine_id: str, directory: MachineDirectory) -> None:

@@ -21,6 +21,7 @@ from vmferry.machines.inspection import IGNORE_SHARED, LATE_ACTIVATE
 from vmferry.machines.monitor import Monitor
 
 PAUSE: Final = "pause-before-switchover"
+SLOW_DOWN: Final = "auto-converge"
 ACTIVE: Final = "active"
 PAUSED: Final = "pre-switchover"
 COMPLETED: Final = "completed"
@@ -31,6 +32,8 @@ _UNFINISHED: Final = "finish-migrate"
 _UNLIMITED_BYTES_PER_S: Final = 1 << 40
 # With 0 QEMU would take the end of its first round for the end, without asking what was written meanwhile.
 _OWN_DOWNTIME_MS: Final = 1
+_LEAST_SLOW_DOWN: Final = 1
+"""Its own value for as long as nobody wants more; it knows no less once it may do it at all."""
 _POLL_S: Final = 0.001
 
 Fail = Callable[[str, str], MachineFailedError]
@@ -46,6 +49,8 @@ class StreamProgress:
     zero_pages: int = 0
     rounds: int = 0
     """How often it has collected what the guest wrote; its first round is 1."""
+    throttle_percent: int = 0
+    """How much of its time it takes from the guest."""
 
 
 class MigrationControl:
@@ -69,11 +74,22 @@ class MigrationControl:
         """Keep RAM out of the stream: both ends have it in a shared file that vmferry copies itself."""
         await self._capabilities({IGNORE_SHARED: True, **({PAUSE: False} if self._qemu else {})})
 
-    async def prepare_stream(self) -> None:
-        """Let RAM travel in the stream, as fast as it is read, and never end by itself."""
-        await self._capabilities({IGNORE_SHARED: False, PAUSE: True})
+    async def prepare_stream(self, *, slow_down: bool) -> None:
+        """Let RAM travel in the stream, as fast as it is read, and never end by itself.
+
+        Args:
+            slow_down: whether the guest may be slowed down; how far is said by :meth:`slow_down`.
+        """
+        await self._capabilities({IGNORE_SHARED: False, PAUSE: True, SLOW_DOWN: slow_down})
         limits = {"max-bandwidth": _UNLIMITED_BYTES_PER_S, "downtime-limit": _OWN_DOWNTIME_MS}
+        if slow_down:
+            limits["cpu-throttle-initial"] = _LEAST_SLOW_DOWN
+            limits |= _slow_down(_LEAST_SLOW_DOWN)
         await self._monitor.execute("migrate-set-parameters", limits, repeatable=True)
+
+    async def slow_down(self, percent: int) -> None:
+        """Let the hypervisor take so much of its time from the guest, if it writes too fast; undone at the end."""
+        await self._monitor.execute("migrate-set-parameters", _slow_down(percent), repeatable=True)
 
     async def prepare_incoming_stream(self) -> None:
         """Take in RAM that comes in the stream."""
@@ -111,6 +127,7 @@ class MigrationControl:
                 remaining_bytes=int(ram.get("remaining", 0)),
                 zero_pages=int(ram.get("duplicate", 0)),
                 rounds=int(ram.get("dirty-sync-count", 0)),
+                throttle_percent=int(answer.get("cpu-throttle-percentage", 0)),
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise self._fail("query-migrate", f"an answer without sense: {error!r}") from error
@@ -155,3 +172,7 @@ class MigrationControl:
         if status in _ENDED_BADLY:
             raise self._fail(command, str(answer.get("error-desc", "")) or status)
         return status
+
+
+def _slow_down(percent: int) -> dict[str, int]:
+    return {"max-cpu-throttle": percent, "cpu-throttle-increment": percent}

@@ -214,11 +214,16 @@ class QmpMachine(Machine):
                 raise self._ended_while_loading() from error
             self._loaded = digest
 
-    async def get_ready_to_stream(self) -> None:
+    async def get_ready_to_stream(self, *, slow_down: bool = False) -> None:
         """Do beforehand what the hypervisor's own migration stream needs."""
         async with self._lock:
             await self._migration.end()
-            await self._migration.prepare_stream()
+            await self._migration.prepare_stream(slow_down=slow_down)
+
+    async def slow_down(self, percent: int) -> None:
+        """Let the hypervisor hold its guest back so far, while it streams; it stops doing so when the stream ends."""
+        async with self._lock:
+            await self._migration.slow_down(percent)
 
     async def begin_stream(self, path: Path) -> None:
         """Have the hypervisor, which was got ready for it, stream memory and all to the socket at ``path``."""

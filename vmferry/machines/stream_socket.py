@@ -90,7 +90,7 @@ class StreamSink:
             _forget(path)
         self._link = link
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Return when all of it is on its way; raises OSError when the hypervisor has hung up."""
         assert self._link is not None, "connected"
         await asyncio.get_running_loop().sock_sendall(self._link, data)

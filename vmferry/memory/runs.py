@@ -7,7 +7,7 @@ Promise: a set costs sixteen bytes for each run of adjacent pages and nothing fo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from typing import Final
 
@@ -93,12 +93,17 @@ class PageRuns:
         """The pages that are in this set and not in the other."""
         return PageRuns(_remainders(self, iter(other)))
 
-    def batches(self, max_pages: int) -> Iterator[list[tuple[int, int]]]:
-        """The runs in order, in groups of at most ``max_pages`` pages each; a long run is cut."""
-        if max_pages < 1:
-            raise ValueError(f"a batch of {max_pages} pages can hold nothing")
+    def batches(self, max_pages: int | Callable[[], int]) -> Iterator[list[tuple[int, int]]]:
+        """The runs in order, in groups of at most ``max_pages`` pages each; a long run is cut.
+
+        Args:
+            max_pages: a number, or what is asked for one before each group.
+        """
+        limit = max_pages if callable(max_pages) else lambda: max_pages
+        if limit() < 1:
+            raise ValueError(f"a batch of {limit()} pages can hold nothing")
         batch: list[tuple[int, int]] = []
-        room = max_pages
+        room = limit()
         for run_first, run_count in self:
             first, count = run_first, run_count
             while count:
@@ -107,7 +112,7 @@ class PageRuns:
                 first, count, room = first + taken, count - taken, room - taken
                 if not room:
                     yield batch
-                    batch, room = [], max_pages
+                    batch, room = [], limit()
         if batch:
             yield batch
 

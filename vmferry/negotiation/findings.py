@@ -52,6 +52,7 @@ FINDINGS: Final[Mapping[str, tuple[Severity, ...]]] = {
     "disk.space": _WARNS,
     "encoding.chosen": _NOTE,
     "encoding.no-common": _BLOCKS,
+    "encoding.unavailable": _BLOCKS,
     "file.differs": _BLOCKS,
     "file.missing": _BLOCKS,
     "file.not-regular": _BLOCKS,

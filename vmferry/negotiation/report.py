@@ -19,6 +19,7 @@ from vmferry.negotiation.about_host import (
     about_software,
 )
 from vmferry.negotiation.about_machine import about_kind, about_parts, about_state
+from vmferry.negotiation.encodings import AUTO, about_encodings, agreed
 from vmferry.negotiation.facts import (
     PAGE_SIZE_BYTES,
     HostFacts,
@@ -34,11 +35,8 @@ PROTOCOL_VERSIONS = (2, 1)
 """What this release speaks, newest first."""
 LOST_BELOW = {2: "a machine whose memory cannot be read from outside cannot be moved"}
 """What cannot be done with a destination that does not speak a version yet."""
-ENCODINGS = ("none",)
-"""What page contents may be sent as, the preferred first."""
 
 __all__ = [
-    "ENCODINGS",
     "PAGE_SIZE_BYTES",
     "PROTOCOL_VERSIONS",
     "Finding",
@@ -62,6 +60,8 @@ class Report:
     tracker: str
     path: str = ""
     path_reason: str = ""
+    encodings: Sequence[str] = ()
+    """What page contents may travel as."""
 
     @property
     def blocking(self) -> list[Finding]:
@@ -77,6 +77,7 @@ def compare(
     here: HostFacts | None = None,
     insist_on_tracker: str = "",
     insist_on_path: str = "",
+    insist_on_encoding: str = AUTO,
     compare_bytes: bool = False,
     switch_timeout_s: float = 0.0,
 ) -> Report:
@@ -88,7 +89,7 @@ def compare(
     way = choose_path(_path_facts(machine, offer, trackers, tracker, max(common, default=0)), wishes)
     findings = [
         *about_protocol(PROTOCOL_VERSIONS, offer),
-        *_about_encodings(offer),
+        *about_encodings(offer, insist_on_encoding, pages=way.path != STREAM),
         *about_state(machine),
         *about_parts(machine),
         *about_kind(machine, offer),
@@ -106,7 +107,8 @@ def compare(
     findings += [found for found in offer.refusals if found.id not in told]
     findings.sort(key=lambda found: -found.severity)
     used = tracker if way.path != STREAM else ""
-    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason)
+    encodings = agreed(offer.encodings, insist_on_encoding)
+    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason, encodings)
 
 
 def _path_facts(
@@ -160,20 +162,6 @@ def about_protocol(spoken: Sequence[int], offer: Offer) -> Iterator[Finding]:
 
 def _listed(versions: Sequence[int]) -> str:
     return " and ".join(f"version {version}" for version in versions) or "none"
-
-
-def _about_encodings(offer: Offer) -> Iterator[Finding]:
-    common = [encoding for encoding in ENCODINGS if encoding in offer.encodings]
-    if common:
-        yield finding("encoding.chosen", f"memory may travel as: {', '.join(common)}", ", ".join(common))
-    else:
-        yield finding(
-            "encoding.no-common",
-            f"this host sends memory as {', '.join(ENCODINGS)}, {offer.host} takes "
-            f"{', '.join(offer.encodings) or 'nothing'}",
-            offer.host,
-            "Update the older host.",
-        )
 
 
 def _about_trackers(chosen: str, trackers: Sequence[TrackerFact], insist: str) -> Iterator[Finding]:

@@ -36,6 +36,23 @@ _CONSTRUCTORS: Final[dict[str, Callable[..., Handler]]] = {
 }
 
 
+def read_requests_with(
+    server: grpc.aio.Server, service: str, behaviour: Callable[..., Any], read: Callable[[bytes], Any]
+) -> None:
+    """Have a method that takes a stream read its requests with ``read``, instead of the generated code.
+
+    It was added to the server before, with the generated code; what it answers is written as before.
+    """
+    method: str = behaviour.__name__
+    answers_stream = inspect.isasyncgenfunction(behaviour)
+    construct = _CONSTRUCTORS["stream_stream" if answers_stream else "stream_unary"]
+    handler = construct(
+        behaviour, request_deserializer=read, response_serializer=lambda answer: answer.SerializeToString()
+    )
+    # Of two handlers of a method the later one counts. The stubs do not know this method yet.
+    server.add_registered_method_handlers(service, {method: handler})  # type: ignore[attr-defined]
+
+
 def wrap_handler(handler: Handler, method: str, around: Around) -> Handler:
     """The same handler with ``around`` around each of its calls.
 

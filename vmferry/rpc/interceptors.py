@@ -33,6 +33,7 @@ from vmferry.security.authorization import (
     tls_version_from_auth_context,
 )
 from vmferry.security.identity import Identity
+from vmferry.security.override import note_denied
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, span_attributes
 
@@ -93,7 +94,11 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type
         properties = context.auth_context()
         identity = caller_from_auth_context(properties)
         tls_version = tls_version_from_auth_context(properties)
-        authorize(method, caller=identity, own=self._own, tls_version=tls_version)
+        try:
+            authorize(method, caller=identity, own=self._own, tls_version=tls_version)
+        except VmferryError as error:
+            note_denied(method, identity, error)
+            raise
         # Each call has a context of its own, so this ends with the call; the log of its errors needs it until then.
         _CALLER.set(_Caller(identity, caller_key_sha256(properties)))
         yield

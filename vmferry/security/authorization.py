@@ -26,6 +26,7 @@ MAX_SHOWN_CHARS: Final = 200
 """How much of a method name that somebody made up comes back in an error."""
 
 _OPERATORS: Final = frozenset({Kind.CONTROLLER, Kind.ADMIN})
+_ADMINS: Final = frozenset({Kind.ADMIN})
 _HOSTS: Final = frozenset({Kind.VMHOST})
 _EVERYBODY: Final = frozenset(Kind)
 
@@ -37,8 +38,10 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.SourceService/ListMigrations": _OPERATORS,
         "/vmferry.v1.SourceService/WatchMigration": _OPERATORS,
         "/vmferry.v1.SourceService/CancelMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/UpdateMigration": _OPERATORS,
         "/vmferry.v1.SourceService/ListMachines": _OPERATORS,
         "/vmferry.v1.SourceService/GetMachine": _OPERATORS,
+        "/vmferry.v1.SourceService/ForceReclaim": _ADMINS,
         "/vmferry.v1.DestinationService/Negotiate": _HOSTS,
         "/vmferry.v1.DestinationService/Measure": _HOSTS,
         "/vmferry.v1.DestinationService/Begin": _HOSTS,
@@ -47,6 +50,9 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.DestinationService/Go": _HOSTS,
         "/vmferry.v1.DestinationService/GetAttempt": _HOSTS | _OPERATORS,
         "/vmferry.v1.DestinationService/Abort": _HOSTS,
+        "/vmferry.v1.RecoveryService/InspectMachine": _OPERATORS,
+        "/vmferry.v1.RecoveryService/SettleMachine": _OPERATORS,
+        "/vmferry.v1.DestinationService/ForceAccept": _ADMINS,
         "/grpc.health.v1.Health/Check": _EVERYBODY,
         "/grpc.health.v1.Health/List": _EVERYBODY,
         "/grpc.health.v1.Health/Watch": _EVERYBODY,

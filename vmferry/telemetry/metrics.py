@@ -6,9 +6,11 @@ the SDK, recording costs nothing and goes nowhere.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeAlias
 
 from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
 
 from vmferry.telemetry import semconv
 
@@ -27,6 +29,35 @@ _DOWNTIME_ERROR: Final = _METER.create_histogram(
     description="Pause of the guest in a completed migration, divided by what was predicted.",
     explicit_bucket_boundaries_advisory=_BOUNDARIES,
 )
+
+Measure: TypeAlias = Callable[[], Mapping[str, int] | None]
+"""Counts by reason; ``None`` where that cannot be said now. Called by the thread that exports."""
+_BLOCKED: Final[list[Measure]] = []
+
+
+def _observe_blocked(_options: CallbackOptions) -> Iterable[Observation]:
+    for measure in tuple(_BLOCKED):
+        for reason, count in (measure() or {}).items():
+            yield Observation(count, {semconv.BLOCKED_REASON: reason})
+
+
+_METER.create_observable_gauge(
+    semconv.MACHINES_BLOCKED,
+    callbacks=[_observe_blocked],
+    unit="{machine}",
+    description="Machines that nobody may run, or that nobody runs, until something is done about it.",
+)
+
+
+def observe_blocked(measure: Measure) -> Callable[[], None]:
+    """Have blocked machines counted whenever metrics are exported; returns what ends that, callable twice."""
+    _BLOCKED.append(measure)
+
+    def end() -> None:
+        if measure in _BLOCKED:
+            _BLOCKED.remove(measure)
+
+    return end
 
 
 def record_prediction_error(*, kind: str, total: float, downtime: float) -> None:

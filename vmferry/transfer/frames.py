@@ -8,8 +8,10 @@ speaks of the copy that will run, not of what was received.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from xxhash import xxh3_128_digest
 
@@ -17,12 +19,18 @@ from vmferry.errors import ChunkRejectedError, HashMismatchError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE
+from vmferry.negotiation.encodings import NONE
+from vmferry.transfer.compression import RAW, Effort, Method
+from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name
+from vmferry.transfer.wire import Buffer, ChunkFrame, encode_chunk
 from vmferry.v1 import transfer_pb2
 
 Run = tuple[int, int]
 _THREAD = threading.local()
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
+_WORTH_IT = 0.9
+"""A chunk that keeps more of its size than this travels as it is: decoding it would cost more than it spares."""
 
 
 def _scratch(size: int) -> memoryview:
@@ -37,40 +45,108 @@ def _scratch(size: int) -> memoryview:
 class BuiltChunk:
     """A chunk that lacks only its number, and what it says for the statistics."""
 
-    chunk: transfer_pb2.Chunk
+    frame: ChunkFrame
     pages: int
     zero_pages: int
+    data_bytes: int
+    """Page contents in it."""
+    effort: Effort
+    _give_back: Callable[[], None]
 
     @property
-    def data_bytes(self) -> int:
-        """Page contents in it."""
-        return len(self.chunk.data)
+    def empty(self) -> bool:
+        """Whether it says nothing."""
+        return not self.frame.head.runs and not self.frame.head.zero_runs
 
-    def without_zero_runs(self) -> BuiltChunk:
-        """The same chunk for a receiver whose pages are zero to begin with."""
-        self.chunk.ClearField("zero_runs")
-        return BuiltChunk(self.chunk, self.pages, 0)
+    def numbered(self, sequence: int) -> bytes:
+        """The message with its number, ready to be sent; once, as what its payload lay in is then used again."""
+        self.frame.head.sequence = sequence
+        message = encode_chunk(self.frame)
+        self.frame.data = b""
+        self._give_back()
+        return message
 
 
-def build_chunk(
-    ram: RamFile, table: PageTable, runs: Sequence[Run], *, round_number: int, compare_only: bool = False
-) -> BuiltChunk:
-    """Read the pages of ``runs``, note their digests and make a chunk of those that are not all zero."""
-    pages = sum(count for _, count in runs)
-    buffer = _scratch(pages * PAGE_SIZE)
-    ram.read_pages(runs, buffer)
-    split = table.scan_pages(runs, buffer)
-    data = bytes(split.data)
-    chunk = transfer_pb2.Chunk(
-        round=round_number,
-        runs=_to_messages(split.data_runs),
-        zero_runs=_to_messages(split.zero_runs),
-        encoding=transfer_pb2.ENCODING_NONE,
-        data_hash=xxh3_128_digest(data),
-        data=data,
-        compare_only=compare_only,
-    )
-    return BuiltChunk(chunk, pages, sum(count for _, count in split.zero_runs))
+class ChunkBuilder:
+    """Makes chunks of one region's pages, one at a time.
+
+    What it reads into is used again as soon as a chunk was numbered, so that only a few buffers are ever made.
+    """
+
+    def __init__(self, ram: RamFile, table: PageTable) -> None:
+        self._ram = ram
+        self._table = table
+        self._encoder = Encoder()
+        self._free: list[bytearray] = []
+
+    def build(
+        self,
+        runs: Sequence[Run],
+        *,
+        round_number: int,
+        method: Method = RAW,
+        zeros: bool = True,
+        compare_only: bool = False,
+    ) -> BuiltChunk:
+        """Read the pages of ``runs``, note their digests and make a chunk of those that are not all zero.
+
+        Args:
+            runs: the pages.
+            round_number: the round they are read in.
+            method: how to make it smaller, if that makes it smaller.
+            zeros: whether pages that are all zero are named; a receiver whose memory is new knows them.
+            compare_only: whether the receiver is to compare instead of write.
+        """
+        started = time.thread_time()
+        pages = sum(count for _, count in runs)
+        buffer = self._take(pages * PAGE_SIZE)
+        view = memoryview(buffer)[: pages * PAGE_SIZE]
+        self._ram.read_pages(runs, view)
+        split = self._table.scan_pages(runs, view)
+        head = transfer_pb2.Chunk(
+            round=round_number,
+            runs=_to_messages(split.data_runs),
+            zero_runs=_to_messages(split.zero_runs) if zeros else (),
+            encoding=NUMBERS[NONE],
+            data_hash=xxh3_128_digest(split.data),
+        )
+        data, size = split.data, len(split.data)
+        was_read_at, began = time.thread_time(), time.monotonic()
+        encoded = self._encode(method, data)
+        encode_s, encode_wall_s = time.thread_time() - was_read_at, time.monotonic() - began
+        if encoded and len(encoded) < size * _WORTH_IT:
+            head.encoding, data = NUMBERS[method.encoding], encoded
+        give_back: Callable[[], None] = partial(self._free.append, buffer)
+        if data is not view:  # it lies elsewhere by now
+            give_back()
+            give_back = _nothing
+        return BuiltChunk(
+            ChunkFrame(head, data, compare_only),
+            pages,
+            sum(count for _, count in split.zero_runs),
+            size,
+            Effort(method, size, len(encoded), was_read_at - started, encode_s, encode_wall_s),
+            give_back,
+        )
+
+    def _encode(self, method: Method, data: Buffer) -> bytes:
+        if method.encoding == NONE or not data:
+            return b""
+        return self._encoder.encode(method.encoding, method.level, data)
+
+    def _take(self, size: int) -> bytearray:
+        buffer = self._free.pop() if self._free else bytearray()
+        return buffer if len(buffer) >= size else bytearray(size)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What a checked chunk says."""
+
+    runs: list[Run]
+    zero_runs: list[Run]
+    data: Buffer
+    """Contents of the pages in ``runs``, decoded."""
 
 
 @dataclass(frozen=True)
@@ -79,31 +155,33 @@ class Intake:
 
     ram: RamFile
     table: PageTable
+    agreed: Collection[str] = (NONE,)
+    """Encodings that chunks may have."""
 
-    def check(self, chunk: transfer_pb2.Chunk) -> None:
-        """Refuse what must not be written.
+    def check(self, frame: ChunkFrame) -> Pages:
+        """Refuse what must not be written; decode the rest.
 
         Raises:
             ChunkRejectedError: it names pages outside the region, or does not fit its own runs.
             HashMismatchError: its data is not what was sent.
         """
-        if chunk.region != 0:
-            raise ChunkRejectedError(f"there is no region {chunk.region}", field="region")
-        if chunk.encoding != transfer_pb2.ENCODING_NONE:
-            raise ChunkRejectedError(f"encoding {chunk.encoding} was not agreed", field="encoding")
-        pages = self._check_runs(chunk.runs, "runs")
-        zero_pages = self._check_runs(chunk.zero_runs, "zero_runs")
+        head = frame.head
+        if head.region != 0:
+            raise ChunkRejectedError(f"there is no region {head.region}", field="region")
+        encoding = encoding_name(head.encoding, self.agreed)
+        runs, zero_runs = _to_runs(head.runs), _to_runs(head.zero_runs)
+        pages = self._check_runs(runs, "runs")
+        zero_pages = self._check_runs(zero_runs, "zero_runs")
         if pages + zero_pages > MAX_PAGES_PER_CHUNK:
             raise ChunkRejectedError(f"a chunk has at most {MAX_PAGES_PER_CHUNK} pages", field="runs")
-        if pages * PAGE_SIZE != len(chunk.data):
-            raise ChunkRejectedError(f"{pages} pages cannot have {len(chunk.data)} bytes", field="data")
-        if xxh3_128_digest(chunk.data) != chunk.data_hash:
+        data = decode(encoding, frame.data, pages * PAGE_SIZE)
+        if xxh3_128_digest(data) != head.data_hash:
             raise HashMismatchError("the chunk's data does not have the hash it came with", field="data_hash")
+        return Pages(runs, zero_runs, data)
 
-    def _check_runs(self, runs: Iterable[transfer_pb2.PageRun], name: str) -> int:
+    def _check_runs(self, runs: Iterable[Run], name: str) -> int:
         end, pages = 0, 0
-        for run in runs:
-            first, count = run.first_page, run.page_count
+        for first, count in runs:
             if count < 1 or first < end or first + count > self.table.page_count:
                 raise ChunkRejectedError(
                     f"{count} pages at page {first} are outside the region of {self.table.page_count} pages, "
@@ -113,29 +191,25 @@ class Intake:
             end, pages = first + count, pages + count
         return pages
 
-    def write(self, chunk: transfer_pb2.Chunk) -> None:
+    def write(self, pages: Pages) -> None:
         """Put a checked chunk into memory and note what memory then holds."""
-        runs, zero_runs = _to_runs(chunk.runs), _to_runs(chunk.zero_runs)
-        if runs:
-            self.ram.write_pages(runs, memoryview(chunk.data))
-            back = _scratch(len(chunk.data))
-            self.ram.read_pages(runs, back)
-            self.table.note_pages(runs, back)
-        if zero_runs:
+        if pages.runs:
+            self.ram.write_pages(pages.runs, memoryview(pages.data))
+            back = _scratch(len(pages.data))
+            self.ram.read_pages(pages.runs, back)
+            self.table.note_pages(pages.runs, back)
+        if pages.zero_runs:
             # Zeros are written, not punched: the memory stays reserved for the guest.
-            zeros = bytes(sum(count for _, count in zero_runs) * PAGE_SIZE)
-            self.ram.write_pages(zero_runs, memoryview(zeros))
-            self.table.note_zero(zero_runs)
+            zeros = bytes(sum(count for _, count in pages.zero_runs) * PAGE_SIZE)
+            self.ram.write_pages(pages.zero_runs, memoryview(zeros))
+            self.table.note_zero(pages.zero_runs)
 
-    def compare(self, chunk: transfer_pb2.Chunk) -> int:
+    def compare(self, pages: Pages) -> int:
         """How many pages of a checked chunk differ, byte for byte, from what memory holds."""
         different = 0
-        for runs, data in (
-            (_to_runs(chunk.runs), memoryview(chunk.data)),
-            (_to_runs(chunk.zero_runs), None),
-        ):
-            pages = sum(count for _, count in runs)
-            mine = _scratch(pages * PAGE_SIZE)
+        for runs, data in ((pages.runs, memoryview(pages.data)), (pages.zero_runs, None)):
+            count = sum(count for _, count in runs)
+            mine = _scratch(count * PAGE_SIZE)
             self.ram.read_pages(runs, mine)
             theirs = data if data is not None else memoryview(bytes(len(mine)))
             if mine == theirs:
@@ -143,6 +217,15 @@ class Intake:
             for at in range(0, len(mine), PAGE_SIZE):
                 different += mine[at : at + PAGE_SIZE] != theirs[at : at + PAGE_SIZE]
         return different
+
+
+def _nothing() -> None:
+    pass
+
+
+def data_pages(frame: ChunkFrame) -> int:
+    """How many pages a chunk has data of."""
+    return sum(run.page_count for run in frame.head.runs)
 
 
 def _to_messages(runs: Iterable[Run]) -> list[transfer_pb2.PageRun]:

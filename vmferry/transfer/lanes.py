@@ -1,9 +1,10 @@
 """The sending side of all lanes of one attempt.
 
 Promise: what is in flight is bounded by the window; a lane whose connection breaks is reopened and goes on after
-the last acknowledged frame, unseen by the caller; a stall longer than the limit, or a rejection by the
-destination, fails the whole transfer with the destination's own reason; :meth:`Lanes.drain` returns only when
-everything sent has been written at the destination, which is the barrier between rounds.
+the last acknowledged frame, unseen by the caller; a stall, or a lane without a connection, for longer than the
+limits, or a rejection by the destination, fails the whole transfer with the destination's own reason;
+:meth:`Lanes.drain` returns only when everything sent has been written at the destination, which is the barrier
+between rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
@@ -21,15 +22,21 @@ from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutErro
 from vmferry.rpc.status import from_rpc_error
 from vmferry.transfer.frames import BuiltChunk
 from vmferry.transfer.numbering import SendingLane, Totals
-from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
+from vmferry.transfer.pacer import Pacer
+from vmferry.transfer.patience import Connections, Limits, Patience
+from vmferry.transfer.wire import PieceFrame, encode_piece
+from vmferry.v1 import transfer_pb2
 
 DEVICE_STATE_PIECE_BYTES: Final = 1024 * 1024
 _FIRST_BACKOFF_S: Final = 0.05
 _LONGEST_BACKOFF_S: Final = 2.0
 _GOODBYE_S: Final = 1.0
+_TRANSFER: Final = "/vmferry.v1.DestinationService/Transfer"
+_LONGEST_CAUSE: Final = 200
+_SHORTEST_LOOK_S: Final = 0.02
 
-Frame = BuiltChunk | transfer_pb2.DeviceState | transfer_pb2.StreamPiece
-Call = grpc.aio.StreamStreamCall[transfer_pb2.TransferRequest, transfer_pb2.TransferResponse]
+Frame = BuiltChunk | PieceFrame | transfer_pb2.DeviceState
+Call = grpc.aio.StreamStreamCall[bytes, transfer_pb2.TransferResponse]
 
 
 @dataclass
@@ -40,6 +47,7 @@ class Traffic:
     data_bytes: int = 0
     zero_pages: int = 0
     reconnects: int = 0
+    """How often a lane was reopened."""
     repeated_bytes: int = 0
     """Bytes sent again after a lane was reopened."""
     different_pages: int = 0
@@ -59,8 +67,11 @@ class LaneSettings:
     frame_bytes: int
     """The largest frame that will be sent, about."""
     stall_timeout_s: float
-    on_event: Callable[[str, dict[str, str | int]], None]
-    """Told about reconnects."""
+    reconnect_timeout_s: float
+    on_event: Callable[[str, dict[str, str | int | float]], None]
+    """Told about connections that are lost and come back."""
+    pacer: Pacer = field(default_factory=Pacer)
+    """Keeps all lanes together within a rate."""
 
 
 class Lanes:
@@ -73,15 +84,16 @@ class Lanes:
         self._lanes = [_Lane(number, self, settings) for number in range(settings.count)]
         self._tasks: list[asyncio.Task[None]] = []
         self._outstanding = 0
-        self._progressed_at = 0.0
+        limits = Limits(settings.stall_timeout_s, settings.reconnect_timeout_s)
+        self._patience = Patience(settings.count, limits, asyncio.get_running_loop().time())
+        self._cause = PeerUnreachableError("the destination has not answered")
         self._changed = asyncio.Condition()
         self._failure: VmferryError | None = None
 
     async def open(self) -> None:
         """Connect all lanes; returns when each was welcomed."""
-        self._progress()
         self._tasks = [asyncio.create_task(self._guard(lane.run())) for lane in self._lanes]
-        self._tasks.append(asyncio.create_task(self._guard(self._watch_for_stall())))
+        self._tasks.append(asyncio.create_task(self._guard(self._watch_the_clocks())))
         await self._until(lambda: all(lane.welcomed for lane in self._lanes))
 
     async def send(self, frame: Frame) -> None:
@@ -98,8 +110,9 @@ class Lanes:
 
     async def send_device_state(self, data: bytes) -> None:
         """Send the device state in pieces."""
-        for offset in range(0, len(data), DEVICE_STATE_PIECE_BYTES):
-            piece = data[offset : offset + DEVICE_STATE_PIECE_BYTES]
+        piece_bytes = self._settings.pacer.largest_frame(DEVICE_STATE_PIECE_BYTES)
+        for offset in range(0, len(data), piece_bytes):
+            piece = data[offset : offset + piece_bytes]
             await self.send(transfer_pb2.DeviceState(offset=offset, total_bytes=len(data), data=piece))
 
     async def drain(self) -> None:
@@ -132,19 +145,44 @@ class Lanes:
         """For a lane with room: the next frame to number and send."""
         return await self._queue.get()
 
-    async def acknowledged(self, frames: int) -> None:
+    async def acknowledged(self, lane: int, frames: int) -> None:
         """A lane heard that so many more frames were taken in."""
         self._outstanding -= frames
-        self._progress()
+        self._patience.progressed(lane, _now())
         await self.notify()
+
+    def lost(self, lane: int, cause: PeerUnreachableError) -> None:
+        """A lane has no connection, and is being reopened."""
+        self._cause = cause
+        if not self._patience.lost(lane, _now()):
+            return
+        told = cause.message[:_LONGEST_CAUSE]
+        self._settings.on_event("lane lost", {"lane": lane, "cause": told})
+        if not self._patience.connected:
+            self._settings.on_event("connection lost", {"cause": told})
+
+    def back(self, lane: int, *, again: bool, idle: bool) -> None:
+        """A lane has a connection."""
+        now, since = _now(), self._patience.all_lost_since
+        lost_s = self._patience.back(lane, now)
+        if idle:
+            self._patience.progressed(lane, now)
+        if not again:
+            return
+        self.traffic.reconnects += 1
+        if since is not None:
+            self._settings.on_event("connection back", {"after_s": round(now - since, 3)})
+        self._settings.on_event("lane reopened", {"lane": lane, "after_s": round(lost_s, 3)})
+
+    @property
+    def connections(self) -> Connections:
+        """How the lanes are connected now."""
+        return self._patience.connections(_now())
 
     async def notify(self) -> None:
         """Wake whoever waits for something to change."""
         async with self._changed:
             self._changed.notify_all()
-
-    def _progress(self) -> None:
-        self._progressed_at = asyncio.get_running_loop().time()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -165,19 +203,27 @@ class Lanes:
             self._failure = self._failure or StreamBrokenError(f"a lane failed: {error!r}")
             await self.notify()
 
-    async def _watch_for_stall(self) -> None:
-        limit = self._settings.stall_timeout_s
-        loop = asyncio.get_running_loop()
+    async def _watch_the_clocks(self) -> None:
+        limits, patience = self._patience.limits, self._patience
         while True:
-            waiting = self._outstanding or not all(lane.welcomed for lane in self._lanes)
-            if not waiting:
-                self._progress()
-            idle = loop.time() - self._progressed_at
-            if idle > limit:
+            now = _now()
+            if not self._outstanding:
+                patience.idle(now)
+            if patience.stalled(now):
                 raise TimedOutError(
-                    f"no memory was acknowledged for {limit:g} s", limit="stall_timeout", seconds=f"{limit:g}"
+                    f"no memory was acknowledged for {limits.stall_s:g} s",
+                    limit="stall_timeout",
+                    seconds=f"{limits.stall_s:g}",
                 )
-            await asyncio.sleep(min(1.0, limit / 4))
+            left_s = patience.reconnect_left_s(now)
+            if left_s is not None and left_s < 0:
+                raise PeerUnreachableError(
+                    f"a lane could not be reopened for {limits.reconnect_s:g} s: {self._cause.message}",
+                    limit="reconnect_timeout",
+                    seconds=f"{limits.reconnect_s:g}",
+                )
+            # No limit, whoever set it, makes this busy.
+            await asyncio.sleep(max(_SHORTEST_LOOK_S, min(1.0, limits.stall_s / 4, limits.reconnect_s / 4)))
 
 
 class _Lane:
@@ -190,13 +236,12 @@ class _Lane:
         self.finishing = asyncio.Event()
         self._lanes = lanes
         self._settings = settings
-        self._numbering: SendingLane[transfer_pb2.TransferRequest] = SendingLane(
-            settings.window_bytes // settings.count
-        )
+        self._numbering: SendingLane[bytes] = SendingLane(settings.window_bytes // settings.count)
         self._digest = xxh3_128()
         self._room = asyncio.Event()
         self._session_welcomed = asyncio.Event()
         self._different_pages = 0
+        self._connection = 0
 
     @property
     def in_flight_bytes(self) -> int:
@@ -213,17 +258,22 @@ class _Lane:
             except PeerUnreachableError as error:
                 if self._numbering.acknowledged > before:
                     backoff = _FIRST_BACKOFF_S
-                self._lanes.traffic.reconnects += 1
-                self._settings.on_event("lane reopened", {"lane": self.number, "cause": error.message[:200]})
+                self._lanes.lost(self.number, error)
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, _LONGEST_BACKOFF_S)
 
     async def _session(self) -> None:
         """One connection's life; raises PeerUnreachableError when it may be tried again."""
         async with self._settings.open_channel() as channel:
-            stub = handoff_pb2_grpc.DestinationServiceStub(channel)
-            call: Call = stub.Transfer()  # type: ignore[call-arg]  # written to step by step, without an iterator
+            # Frames are kept as bytes, to be sent again as they are; so the call takes bytes.
+            method = channel.stream_stream(
+                _TRANSFER,
+                request_serializer=None,
+                response_deserializer=transfer_pb2.TransferResponse.FromString,
+            )
+            call: Call = method()  # type: ignore[call-arg]  # written to step by step, without an iterator
             self._session_welcomed = asyncio.Event()
+            self._connection += 1
             reader = asyncio.create_task(self._read(call))
             writer = asyncio.create_task(self._write(call))
             try:
@@ -245,13 +295,16 @@ class _Lane:
                 await call.done_writing()
                 await call.code()
 
-    def _opening(self) -> transfer_pb2.TransferRequest:
+    def _opening(self) -> bytes:
         settings = self._settings
         return transfer_pb2.TransferRequest(
             open=transfer_pb2.LaneOpen(
-                migration_id=settings.migration_id, transfer_token=settings.transfer_token, lane=self.number
+                migration_id=settings.migration_id,
+                transfer_token=settings.transfer_token,
+                lane=self.number,
+                connection=self._connection,
             )
-        )
+        ).SerializeToString()
 
     async def _read(self, call: Call) -> None:
         """Take acknowledgements in; returns when the lane has ended."""
@@ -269,6 +322,7 @@ class _Lane:
     async def _hear(self, response: transfer_pb2.TransferResponse) -> None:
         match response.WhichOneof("message"):
             case "welcome":
+                self._lanes.back(self.number, again=self.welcomed, idle=self._numbering.idle)
                 await self._acknowledge(response.welcome.acknowledged)
                 self.welcomed = True
                 self._session_welcomed.set()
@@ -291,7 +345,7 @@ class _Lane:
         self._numbering.acknowledge(sequence)
         self._room.set()
         if sequence > before:
-            await self._lanes.acknowledged(sequence - before)
+            await self._lanes.acknowledged(self.number, sequence - before)
 
     async def _write(self, call: Call) -> None:
         """Open the lane, send again what was not acknowledged, then new frames, then the end."""
@@ -299,7 +353,7 @@ class _Lane:
         # A reopened lane learns first how far the destination got, so nothing is sent twice needlessly.
         await self._session_welcomed.wait()
         for request in self._numbering.unacknowledged():
-            self._lanes.traffic.repeated_bytes += request.ByteSize()
+            self._lanes.traffic.repeated_bytes += len(request)
             await self._put(call, request)
         finishing = asyncio.create_task(self.finishing.wait())
         try:
@@ -315,7 +369,7 @@ class _Lane:
                     following.cancel()
         finally:
             finishing.cancel()
-        await self._put(call, transfer_pb2.TransferRequest(end=self._ending()))
+        await self._put(call, transfer_pb2.TransferRequest(end=self._ending()).SerializeToString())
         await asyncio.Event().wait()  # the reader ends the session
 
     async def _until_room(self) -> None:
@@ -323,34 +377,32 @@ class _Lane:
             self._room.clear()
             await self._room.wait()
 
-    async def _next_request(self) -> transfer_pb2.TransferRequest:
+    async def _next_request(self) -> bytes:
         # Numbered in the same step as it is taken: from then on a frame is kept until it is acknowledged, so a
         # connection that breaks in this very moment cannot lose it.
         return self._number(await self._lanes.next_frame())
 
-    def _number(self, frame: Frame) -> transfer_pb2.TransferRequest:
+    def _number(self, frame: Frame) -> bytes:
         sequence = self._numbering.next_sequence
         traffic = self._lanes.traffic
         if isinstance(frame, BuiltChunk):
-            frame.chunk.sequence = sequence
-            request = transfer_pb2.TransferRequest(chunk=frame.chunk)
             data_bytes = frame.data_bytes
-            self._digest.update(frame.chunk.data_hash)
-            traffic.zero_pages += 0 if frame.chunk.compare_only else frame.zero_pages
-        elif isinstance(frame, transfer_pb2.StreamPiece):
-            frame.sequence = sequence
-            request = transfer_pb2.TransferRequest(stream_piece=frame)
+            self._digest.update(frame.frame.head.data_hash)
+            traffic.zero_pages += 0 if frame.frame.mark else frame.zero_pages
+            message = frame.numbered(sequence)
+        elif isinstance(frame, PieceFrame):
             data_bytes = len(frame.data)
             self._digest.update(xxh3_128_digest(frame.data))
+            frame.head.sequence = sequence
+            message = encode_piece(frame)
         else:
-            frame.sequence = sequence
-            request = transfer_pb2.TransferRequest(device_state=frame)
             data_bytes = len(frame.data)
-        frame_bytes = request.ByteSize()
-        traffic.wire_bytes += frame_bytes
+            frame.sequence = sequence
+            message = transfer_pb2.TransferRequest(device_state=frame).SerializeToString()
+        traffic.wire_bytes += len(message)
         traffic.data_bytes += data_bytes
-        self._numbering.sent(request, frame_bytes=frame_bytes, data_bytes=data_bytes)
-        return request
+        self._numbering.sent(message, frame_bytes=len(message), data_bytes=data_bytes)
+        return message
 
     def _ending(self) -> transfer_pb2.LaneEnd:
         totals: Totals = self._numbering.totals
@@ -358,7 +410,8 @@ class _Lane:
             frames=totals.frames, data_bytes=totals.data_bytes, digest=self._digest.digest()
         )
 
-    async def _put(self, call: Call, request: transfer_pb2.TransferRequest) -> None:
+    async def _put(self, call: Call, request: bytes) -> None:
+        await self._settings.pacer.admit(len(request))
         try:
             with _translated():
                 await call.write(request)
@@ -381,3 +434,7 @@ class _Translation(contextlib.AbstractContextManager["_Translation"]):
 
 def _translated() -> _Translation:
     return _Translation()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median, stdev
 
-from vmferry.transfer.convergence import NOT_READY_S, Limits, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import NO_EFFORT, NOT_READY_S, Limits, RoundReport, Verdict, decide
 
 _LEAST_ERROR = 0.15
 """Relative error of anything that was looked at for a fraction of a second, however little it varied in it."""
@@ -142,9 +142,9 @@ class Observed:
 
 
 # For micro-VMs measured with both services on two cores that they share with the guests: starts of 0.16 to 0.35 s,
-# pauses of 15 to 45 ms, ends of 0.04 to 0.4 s by the size of the machine. For QEMU estimated from these, not
-# measured: its process takes longer to start, and has more state to save and load. Only the first migrations after
-# the start of a service rest on them; see learn().
+# pauses of 15 to 45 ms, ends of 0.04 to 0.4 s by the size of the machine. For QEMU estimated from these and not
+# measured: a process that takes longer to start, and more state to save and load. Only the first migrations after the
+# start of a service rest on them; see learn().
 DEFAULT_COSTS = {
     "microvm": FixedCosts(
         Figure(0.25, 0.15, 0.5), 0.004, Figure(0.028, 0.015, 0.05), Figure(0.10, 0.03, 0.4)
@@ -185,6 +185,8 @@ class Circumstances:
     """Standard error of the rate of sending."""
     sampled_s: float
     """How long the guest was looked at."""
+    link_bytes_per_s: float = 0.0
+    """What the link carries; pages arrive faster where they are compressed."""
 
 
 @dataclass(frozen=True)
@@ -279,12 +281,15 @@ class _Play:
         clock, rounds, waited = self.costs.start_s, 0, 0.0
         reserved_at = clock + found.memory_bytes / self.reserve
         sent = float(found.resident_bytes)
-        seconds = sent / self.send + found.blank_bytes / found.read + round_s
+        precopy = min(self.send, limits.precopy_bytes_per_s or self.send)
+        effort = NO_EFFORT
+        seconds = sent / precopy + found.blank_bytes / found.read + round_s
         history: list[RoundReport] = []
         while True:
             rounds, clock = rounds + 1, clock + seconds
             history.append(RoundReport(rounds, seconds, round(sent), round(self._written(seconds))))
-            verdict = decide(history, limits).verdict
+            decision = decide(history, limits, effort)
+            verdict, effort = decision.verdict, decision.effort
             if verdict is Verdict.GIVE_UP or (verdict is Verdict.SWITCH and clock >= reserved_at):
                 break
             waited = 0.0
@@ -293,12 +298,13 @@ class _Play:
                 waited = NOT_READY_S
                 clock += waited
             before, sent = sent, self._written(seconds + waited)
-            seconds = sent / self.send + round_s
+            seconds = sent / precopy + round_s
             if waited and abs(sent - before) < _ALIKE_BYTES:
                 skipped = max(0, int((reserved_at - clock) / (seconds + waited)))
                 rounds, clock = rounds + skipped, clock + skipped * (seconds + waited)
         # Between the decision and the pause both ends are asked whether they are ready; the guest writes on.
-        downtime = self.costs.pause_s + self._written(seconds + round_s) / self.send + self._comparison_s()
+        send = min(self.send, limits.pause_bytes_per_s or self.send)
+        downtime = self.costs.pause_s + self._written(seconds + round_s) / send + self._comparison_s(send)
         converges = verdict is Verdict.SWITCH
         total = clock + (downtime + self.costs.finish_s if converges else 0.0)
         return _Course(total, downtime, converges, rounds)
@@ -306,6 +312,6 @@ class _Play:
     def _written(self, seconds: float) -> float:
         return min(self.dirty.bytes_after(seconds), float(self.found.memory_bytes))
 
-    def _comparison_s(self) -> float:
+    def _comparison_s(self, send: float) -> float:
         holds = min(self.found.resident_bytes, self.compared_bytes)
-        return holds / self.send + (self.compared_bytes - holds) / self.found.read
+        return holds / send + (self.compared_bytes - holds) / self.found.read

@@ -13,6 +13,7 @@ from typing import Final
 from xxhash import xxh3_128
 
 from vmferry.transfer.convergence import RoundReport
+from vmferry.transfer.wire import Buffer
 
 MAX_PIECE_BYTES: Final = 2 * 1024 * 1024
 """The most that one frame carries of a stream."""
@@ -25,7 +26,7 @@ class StreamDigest:
         self.size_bytes = 0
         self._hash = xxh3_128()
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: Buffer) -> None:
         """Note what comes next."""
         self._hash.update(data)
         self.size_bytes += len(data)

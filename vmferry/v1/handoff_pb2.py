@@ -25,52 +25,57 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from vmferry.v1 import compatibility_pb2 as vmferry_dot_v1_dot_compatibility__pb2
 from vmferry.v1 import machine_pb2 as vmferry_dot_v1_dot_machine__pb2
+from vmferry.v1 import override_pb2 as vmferry_dot_v1_dot_override__pb2
 from vmferry.v1 import transfer_pb2 as vmferry_dot_v1_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/handoff.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\x1a\x19vmferry/v1/transfer.proto\"\xec\x01\n\nAttemptRef\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x12\n\nepoch_from\x18\x04 \x01(\x04\x12\x10\n\x08\x65poch_to\x18\x05 \x01(\x04\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x07 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x08 \x01(\t\x12\x1f\n\x17\x64\x65stination_incarnation\x18\t \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\n \x01(\t\"z\n\rAttemptStatus\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.vmferry.v1.AttemptState\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x02 \x01(\t\x12\x0f\n\x07refusal\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\xac\x01\n\x10NegotiateRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12\x19\n\x11protocol_versions\x18\x02 \x03(\r\x12\'\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x18.vmferry.v1.FileIdentity\x12-\n\x08networks\x18\x04 \x03(\x0b\x32\x1b.vmferry.v1.NetworkIdentity\"\xae\x01\n\x11NegotiateResponse\x12$\n\x05offer\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.HostOffer\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x02 \x01(\t\x12,\n\x05items\x18\x03 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12$\n\x05\x63puid\x18\x04 \x03(\x0b\x32\x15.vmferry.v1.CpuidWord\"2\n\x0eMeasureRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Chunk\"s\n\x0fMeasureResponse\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12*\n\x07\x65lapsed\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x18reserve_bytes_per_second\x18\x03 \x01(\x01\"0\n\x0cRegionLayout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xf9\x01\n\x0c\x42\x65ginRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12)\n\x07regions\x18\x04 \x03(\x0b\x32\x18.vmferry.v1.RegionLayout\x12\r\n\x05lanes\x18\x05 \x01(\r\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\'\n\x05\x66iles\x18\x08 \x03(\x0b\x32\x18.vmferry.v1.FileIdentity\"^\n\rBeginResponse\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x01 \x01(\t\x12\x16\n\x0etransfer_token\x18\x02 \x01(\x0c\x12\x14\n\x0cwindow_bytes\x18\x03 \x01(\x04\"V\n\x0bSealRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06rounds\x18\x03 \x01(\r\"I\n\x0cSealResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"D\n\tGoRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"7\n\nGoResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\"e\n\x11GetAttemptRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x11\n\tpreflight\x18\x02 \x01(\x08\x12\x14\n\x0c\x63lose_unseen\x18\x03 \x01(\x08\"\x93\x01\n\x12GetAttemptResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12preflight_problems\x18\x03 \x03(\t\x12\x1e\n\x05lanes\x18\x04 \x03(\x0b\x32\x0f.vmferry.v1.Ack\"G\n\x0c\x41\x62ortRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\rAbortResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus*\xcf\x01\n\x0c\x41ttemptState\x12\x1d\n\x19\x41TTEMPT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTEMPT_STATE_UNSEEN\x10\x01\x12\x1b\n\x17\x41TTEMPT_STATE_RECEIVING\x10\x02\x12\x1a\n\x16\x41TTEMPT_STATE_PREPARED\x10\x03\x12\x17\n\x13\x41TTEMPT_STATE_OWNED\x10\x04\x12\x19\n\x15\x41TTEMPT_STATE_RUNNING\x10\x05\x12\x19\n\x15\x41TTEMPT_STATE_REFUSED\x10\x06\x32\xa8\x04\n\x12\x44\x65stinationService\x12H\n\tNegotiate\x12\x1c.vmferry.v1.NegotiateRequest\x1a\x1d.vmferry.v1.NegotiateResponse\x12\x44\n\x07Measure\x12\x1a.vmferry.v1.MeasureRequest\x1a\x1b.vmferry.v1.MeasureResponse(\x01\x12<\n\x05\x42\x65gin\x12\x18.vmferry.v1.BeginRequest\x1a\x19.vmferry.v1.BeginResponse\x12I\n\x08Transfer\x12\x1b.vmferry.v1.TransferRequest\x1a\x1c.vmferry.v1.TransferResponse(\x01\x30\x01\x12\x39\n\x04Seal\x12\x17.vmferry.v1.SealRequest\x1a\x18.vmferry.v1.SealResponse\x12\x33\n\x02Go\x12\x15.vmferry.v1.GoRequest\x1a\x16.vmferry.v1.GoResponse\x12K\n\nGetAttempt\x12\x1d.vmferry.v1.GetAttemptRequest\x1a\x1e.vmferry.v1.GetAttemptResponse\x12<\n\x05\x41\x62ort\x12\x18.vmferry.v1.AbortRequest\x1a\x19.vmferry.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/handoff.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\x1a\x19vmferry/v1/override.proto\x1a\x19vmferry/v1/transfer.proto\"\xec\x01\n\nAttemptRef\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\x14\n\x0cmigration_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x04\x12\x12\n\nepoch_from\x18\x04 \x01(\x04\x12\x10\n\x08\x65poch_to\x18\x05 \x01(\x04\x12\x0e\n\x06source\x18\x06 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x07 \x01(\t\x12\x1a\n\x12source_incarnation\x18\x08 \x01(\t\x12\x1f\n\x17\x64\x65stination_incarnation\x18\t \x01(\t\x12\x1b\n\x13\x64\x65stination_address\x18\n \x01(\t\"z\n\rAttemptStatus\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.vmferry.v1.AttemptState\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x02 \x01(\t\x12\x0f\n\x07refusal\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"\xac\x01\n\x10NegotiateRequest\x12%\n\x04spec\x18\x01 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12\x19\n\x11protocol_versions\x18\x02 \x03(\r\x12\'\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x18.vmferry.v1.FileIdentity\x12-\n\x08networks\x18\x04 \x03(\x0b\x32\x1b.vmferry.v1.NetworkIdentity\"\xae\x01\n\x11NegotiateResponse\x12$\n\x05offer\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.HostOffer\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x02 \x01(\t\x12,\n\x05items\x18\x03 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12$\n\x05\x63puid\x18\x04 \x03(\x0b\x32\x15.vmferry.v1.CpuidWord\"2\n\x0eMeasureRequest\x12 \n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Chunk\"s\n\x0fMeasureResponse\x12\x12\n\ndata_bytes\x18\x01 \x01(\x04\x12*\n\x07\x65lapsed\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12 \n\x18reserve_bytes_per_second\x18\x03 \x01(\x01\"0\n\x0cRegionLayout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\xc2\x02\n\x0c\x42\x65ginRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12)\n\x07regions\x18\x04 \x03(\x0b\x32\x18.vmferry.v1.RegionLayout\x12\r\n\x05lanes\x18\x05 \x01(\r\x12\x18\n\x10protocol_version\x18\x06 \x01(\r\x12\x0c\n\x04path\x18\x07 \x01(\t\x12\'\n\x05\x66iles\x18\x08 \x03(\x0b\x32\x18.vmferry.v1.FileIdentity\x12\x11\n\tencodings\x18\t \x03(\t\x12\x34\n\x11reconnect_timeout\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x94\x01\n\rBeginResponse\x12\x1f\n\x17\x64\x65stination_incarnation\x18\x01 \x01(\t\x12\x16\n\x0etransfer_token\x18\x02 \x01(\x0c\x12\x14\n\x0cwindow_bytes\x18\x03 \x01(\x04\x12\x34\n\x11reconnect_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"V\n\x0bSealRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06rounds\x18\x03 \x01(\r\"I\n\x0cSealResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"D\n\tGoRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"7\n\nGoResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\"e\n\x11GetAttemptRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x11\n\tpreflight\x18\x02 \x01(\x08\x12\x14\n\x0c\x63lose_unseen\x18\x03 \x01(\x08\"\x93\x01\n\x12GetAttemptResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\x12\x16\n\x0ereserved_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12preflight_problems\x18\x03 \x03(\t\x12\x1e\n\x05lanes\x18\x04 \x03(\x0b\x32\x0f.vmferry.v1.Ack\"d\n\x0c\x41\x62ortRequest\x12\'\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x1b\n\x13superseded_by_epoch\x18\x03 \x01(\x04\":\n\rAbortResponse\x12)\n\x06status\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.AttemptStatus\"S\n\x12\x46orceAcceptRequest\x12&\n\x08override\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.Override\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"A\n\x13\x46orceAcceptResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.vmferry.v1.OverrideReport*\xed\x01\n\x0c\x41ttemptState\x12\x1d\n\x19\x41TTEMPT_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41TTEMPT_STATE_UNSEEN\x10\x01\x12\x1b\n\x17\x41TTEMPT_STATE_RECEIVING\x10\x02\x12\x1a\n\x16\x41TTEMPT_STATE_PREPARED\x10\x03\x12\x17\n\x13\x41TTEMPT_STATE_OWNED\x10\x04\x12\x19\n\x15\x41TTEMPT_STATE_RUNNING\x10\x05\x12\x19\n\x15\x41TTEMPT_STATE_REFUSED\x10\x06\x12\x1c\n\x18\x41TTEMPT_STATE_SUPERSEDED\x10\x07\x32\xf8\x04\n\x12\x44\x65stinationService\x12H\n\tNegotiate\x12\x1c.vmferry.v1.NegotiateRequest\x1a\x1d.vmferry.v1.NegotiateResponse\x12\x44\n\x07Measure\x12\x1a.vmferry.v1.MeasureRequest\x1a\x1b.vmferry.v1.MeasureResponse(\x01\x12<\n\x05\x42\x65gin\x12\x18.vmferry.v1.BeginRequest\x1a\x19.vmferry.v1.BeginResponse\x12I\n\x08Transfer\x12\x1b.vmferry.v1.TransferRequest\x1a\x1c.vmferry.v1.TransferResponse(\x01\x30\x01\x12\x39\n\x04Seal\x12\x17.vmferry.v1.SealRequest\x1a\x18.vmferry.v1.SealResponse\x12\x33\n\x02Go\x12\x15.vmferry.v1.GoRequest\x1a\x16.vmferry.v1.GoResponse\x12K\n\nGetAttempt\x12\x1d.vmferry.v1.GetAttemptRequest\x1a\x1e.vmferry.v1.GetAttemptResponse\x12<\n\x05\x41\x62ort\x12\x18.vmferry.v1.AbortRequest\x1a\x19.vmferry.v1.AbortResponse\x12N\n\x0b\x46orceAccept\x12\x1e.vmferry.v1.ForceAcceptRequest\x1a\x1f.vmferry.v1.ForceAcceptResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.handoff_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTEMPTSTATE']._serialized_start=2116
-  _globals['_ATTEMPTSTATE']._serialized_end=2323
-  _globals['_ATTEMPTREF']._serialized_start=158
-  _globals['_ATTEMPTREF']._serialized_end=394
-  _globals['_ATTEMPTSTATUS']._serialized_start=396
-  _globals['_ATTEMPTSTATUS']._serialized_end=518
-  _globals['_NEGOTIATEREQUEST']._serialized_start=521
-  _globals['_NEGOTIATEREQUEST']._serialized_end=693
-  _globals['_NEGOTIATERESPONSE']._serialized_start=696
-  _globals['_NEGOTIATERESPONSE']._serialized_end=870
-  _globals['_MEASUREREQUEST']._serialized_start=872
-  _globals['_MEASUREREQUEST']._serialized_end=922
-  _globals['_MEASURERESPONSE']._serialized_start=924
-  _globals['_MEASURERESPONSE']._serialized_end=1039
-  _globals['_REGIONLAYOUT']._serialized_start=1041
-  _globals['_REGIONLAYOUT']._serialized_end=1089
-  _globals['_BEGINREQUEST']._serialized_start=1092
-  _globals['_BEGINREQUEST']._serialized_end=1341
-  _globals['_BEGINRESPONSE']._serialized_start=1343
-  _globals['_BEGINRESPONSE']._serialized_end=1437
-  _globals['_SEALREQUEST']._serialized_start=1439
-  _globals['_SEALREQUEST']._serialized_end=1525
-  _globals['_SEALRESPONSE']._serialized_start=1527
-  _globals['_SEALRESPONSE']._serialized_end=1600
-  _globals['_GOREQUEST']._serialized_start=1602
-  _globals['_GOREQUEST']._serialized_end=1670
-  _globals['_GORESPONSE']._serialized_start=1672
-  _globals['_GORESPONSE']._serialized_end=1727
-  _globals['_GETATTEMPTREQUEST']._serialized_start=1729
-  _globals['_GETATTEMPTREQUEST']._serialized_end=1830
-  _globals['_GETATTEMPTRESPONSE']._serialized_start=1833
-  _globals['_GETATTEMPTRESPONSE']._serialized_end=1980
-  _globals['_ABORTREQUEST']._serialized_start=1982
-  _globals['_ABORTREQUEST']._serialized_end=2053
-  _globals['_ABORTRESPONSE']._serialized_start=2055
-  _globals['_ABORTRESPONSE']._serialized_end=2113
-  _globals['_DESTINATIONSERVICE']._serialized_start=2326
-  _globals['_DESTINATIONSERVICE']._serialized_end=2878
+  _globals['_ATTEMPTSTATE']._serialized_start=2452
+  _globals['_ATTEMPTSTATE']._serialized_end=2689
+  _globals['_ATTEMPTREF']._serialized_start=185
+  _globals['_ATTEMPTREF']._serialized_end=421
+  _globals['_ATTEMPTSTATUS']._serialized_start=423
+  _globals['_ATTEMPTSTATUS']._serialized_end=545
+  _globals['_NEGOTIATEREQUEST']._serialized_start=548
+  _globals['_NEGOTIATEREQUEST']._serialized_end=720
+  _globals['_NEGOTIATERESPONSE']._serialized_start=723
+  _globals['_NEGOTIATERESPONSE']._serialized_end=897
+  _globals['_MEASUREREQUEST']._serialized_start=899
+  _globals['_MEASUREREQUEST']._serialized_end=949
+  _globals['_MEASURERESPONSE']._serialized_start=951
+  _globals['_MEASURERESPONSE']._serialized_end=1066
+  _globals['_REGIONLAYOUT']._serialized_start=1068
+  _globals['_REGIONLAYOUT']._serialized_end=1116
+  _globals['_BEGINREQUEST']._serialized_start=1119
+  _globals['_BEGINREQUEST']._serialized_end=1441
+  _globals['_BEGINRESPONSE']._serialized_start=1444
+  _globals['_BEGINRESPONSE']._serialized_end=1592
+  _globals['_SEALREQUEST']._serialized_start=1594
+  _globals['_SEALREQUEST']._serialized_end=1680
+  _globals['_SEALRESPONSE']._serialized_start=1682
+  _globals['_SEALRESPONSE']._serialized_end=1755
+  _globals['_GOREQUEST']._serialized_start=1757
+  _globals['_GOREQUEST']._serialized_end=1825
+  _globals['_GORESPONSE']._serialized_start=1827
+  _globals['_GORESPONSE']._serialized_end=1882
+  _globals['_GETATTEMPTREQUEST']._serialized_start=1884
+  _globals['_GETATTEMPTREQUEST']._serialized_end=1985
+  _globals['_GETATTEMPTRESPONSE']._serialized_start=1988
+  _globals['_GETATTEMPTRESPONSE']._serialized_end=2135
+  _globals['_ABORTREQUEST']._serialized_start=2137
+  _globals['_ABORTREQUEST']._serialized_end=2237
+  _globals['_ABORTRESPONSE']._serialized_start=2239
+  _globals['_ABORTRESPONSE']._serialized_end=2297
+  _globals['_FORCEACCEPTREQUEST']._serialized_start=2299
+  _globals['_FORCEACCEPTREQUEST']._serialized_end=2382
+  _globals['_FORCEACCEPTRESPONSE']._serialized_start=2384
+  _globals['_FORCEACCEPTRESPONSE']._serialized_end=2449
+  _globals['_DESTINATIONSERVICE']._serialized_start=2692
+  _globals['_DESTINATIONSERVICE']._serialized_end=3324
 # @@protoc_insertion_point(module_scope)

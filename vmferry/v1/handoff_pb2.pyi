@@ -22,6 +22,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vmferry.v1 import compatibility_pb2 as _compatibility_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
+from vmferry.v1 import override_pb2 as _override_pb2
 from vmferry.v1 import transfer_pb2 as _transfer_pb2
 import builtins as _builtins
 import sys
@@ -54,6 +55,8 @@ class _AttemptStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttemptS
     """This host owns the machine and the guest has run here."""
     ATTEMPT_STATE_REFUSED: _AttemptState.ValueType  # 6
     """Closed for ever: this host will never run the machine by this attempt."""
+    ATTEMPT_STATE_SUPERSEDED: _AttemptState.ValueType  # 7
+    """This host owned the machine, met a later right, and has stopped its copy for an operator to end."""
 
 class AttemptState(_AttemptState, metaclass=_AttemptStateEnumTypeWrapper):
     """How an attempt stands at the destination, by its journal."""
@@ -72,6 +75,8 @@ ATTEMPT_STATE_RUNNING: AttemptState.ValueType  # 5
 """This host owns the machine and the guest has run here."""
 ATTEMPT_STATE_REFUSED: AttemptState.ValueType  # 6
 """Closed for ever: this host will never run the machine by this attempt."""
+ATTEMPT_STATE_SUPERSEDED: AttemptState.ValueType  # 7
+"""This host owned the machine, met a later right, and has stopped its copy for an operator to end."""
 Global___AttemptState: _TypeAlias = AttemptState  # noqa: Y015
 
 @_typing.final
@@ -344,6 +349,8 @@ class BeginRequest(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    ENCODINGS_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Serialized SignedTicket that allows it."""
     lanes: _builtins.int
@@ -368,6 +375,14 @@ class BeginRequest(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_compatibility_pb2.FileIdentity]:
         """The machine's files as the source sees them."""
 
+    @_builtins.property
+    def encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Encodings of page contents that the source may use, out of the offer; "none" is always one of them."""
+
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long the source wants to try a broken connection again; absent means not at all."""
+
     def __init__(
         self,
         *,
@@ -379,10 +394,12 @@ class BeginRequest(_message.Message):
         protocol_version: _builtins.int = ...,
         path: _builtins.str = ...,
         files: _abc.Iterable[_compatibility_pb2.FileIdentity] | None = ...,
+        encodings: _abc.Iterable[_builtins.str] | None = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reconnect_timeout", b"reconnect_timeout", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "encodings", b"encodings", "files", b"files", "lanes", b"lanes", "path", b"path", "protocol_version", b"protocol_version", "reconnect_timeout", b"reconnect_timeout", "regions", b"regions", "spec", b"spec", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,22 +414,28 @@ class BeginResponse(_message.Message):
     DESTINATION_INCARNATION_FIELD_NUMBER: _builtins.int
     TRANSFER_TOKEN_FIELD_NUMBER: _builtins.int
     WINDOW_BYTES_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     destination_incarnation: _builtins.str
     """Incarnation of the destination's journal."""
     transfer_token: _builtins.bytes
     """Secret that opens lanes of this attempt: 32 bytes."""
     window_bytes: _builtins.int
     """Bytes that may be unacknowledged over all lanes together."""
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long this host keeps the attempt for a source whose connections broke: what it asked for, or less."""
+
     def __init__(
         self,
         *,
         destination_incarnation: _builtins.str = ...,
         transfer_token: _builtins.bytes = ...,
         window_bytes: _builtins.int = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reconnect_timeout", b"reconnect_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "transfer_token", b"transfer_token", "window_bytes", b"window_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destination_incarnation", b"destination_incarnation", "reconnect_timeout", b"reconnect_timeout", "transfer_token", b"transfer_token", "window_bytes", b"window_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -610,8 +633,11 @@ class AbortRequest(_message.Message):
 
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_BY_EPOCH_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """Why, for the log."""
+    superseded_by_epoch: _builtins.int
+    """Number of the later right that an operator forced at the source when it closed the attempt; 0 if nobody did."""
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
         """The attempt."""
@@ -621,10 +647,11 @@ class AbortRequest(_message.Message):
         *,
         attempt: Global___AttemptRef | None = ...,
         reason: _builtins.str = ...,
+        superseded_by_epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "reason", b"reason", "superseded_by_epoch", b"superseded_by_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -653,3 +680,55 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class ForceAcceptRequest(_message.Message):
+    """An operator's word: the source cannot run the machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERRIDE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Only says what would happen and what it risks; changes nothing."""
+    @_builtins.property
+    def override(self) -> _override_pb2.Override:
+        """What is decided."""
+
+    def __init__(
+        self,
+        *,
+        override: _override_pb2.Override | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["override", b"override", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceAcceptRequest: _TypeAlias = ForceAcceptRequest  # noqa: Y015
+
+@_typing.final
+class ForceAcceptResponse(_message.Message):
+    """What was decided, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> _override_pb2.OverrideReport:
+        """What happened, or would."""
+
+    def __init__(
+        self,
+        *,
+        report: _override_pb2.OverrideReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceAcceptResponse: _TypeAlias = ForceAcceptResponse  # noqa: Y015

@@ -76,6 +76,11 @@ class DestinationServiceStub:
                 request_serializer=vmferry_dot_v1_dot_handoff__pb2.AbortRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_handoff__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.ForceAccept = channel.unary_unary(
+                '/vmferry.v1.DestinationService/ForceAccept',
+                request_serializer=vmferry_dot_v1_dot_handoff__pb2.ForceAcceptRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_handoff__pb2.ForceAcceptResponse.FromString,
+                _registered_method=True)
 
 
 class DestinationServiceServicer:
@@ -138,6 +143,13 @@ class DestinationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForceAccept(self, request, context):
+        """Gives this host the right to run a machine whose source is lost for ever, by an admin's word; idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DestinationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +192,11 @@ def add_DestinationServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=vmferry_dot_v1_dot_handoff__pb2.AbortRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_handoff__pb2.AbortResponse.SerializeToString,
+            ),
+            'ForceAccept': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForceAccept,
+                    request_deserializer=vmferry_dot_v1_dot_handoff__pb2.ForceAcceptRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_handoff__pb2.ForceAcceptResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -399,6 +416,33 @@ class DestinationService:
             '/vmferry.v1.DestinationService/Abort',
             vmferry_dot_v1_dot_handoff__pb2.AbortRequest.SerializeToString,
             vmferry_dot_v1_dot_handoff__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForceAccept(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.DestinationService/ForceAccept',
+            vmferry_dot_v1_dot_handoff__pb2.ForceAcceptRequest.SerializeToString,
+            vmferry_dot_v1_dot_handoff__pb2.ForceAcceptResponse.FromString,
             options,
             channel_credentials,
             insecure,

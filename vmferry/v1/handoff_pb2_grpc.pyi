@@ -61,6 +61,8 @@ class DestinationServiceStub:
     """Says from the journal how an attempt stands."""
     Abort: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.AbortRequest, _handoff_pb2.AbortResponse]
     """Closes an attempt that this host does not own yet; answered only when that is on disk."""
+    ForceAccept: _grpc.UnaryUnaryMultiCallable[_handoff_pb2.ForceAcceptRequest, _handoff_pb2.ForceAcceptResponse]
+    """Gives this host the right to run a machine whose source is lost for ever, by an admin's word; idempotent."""
 
 @_typing.type_check_only
 class DestinationServiceAsyncStub(DestinationServiceStub):
@@ -83,6 +85,8 @@ class DestinationServiceAsyncStub(DestinationServiceStub):
     """Says from the journal how an attempt stands."""
     Abort: _aio.UnaryUnaryMultiCallable[_handoff_pb2.AbortRequest, _handoff_pb2.AbortResponse]  # type: ignore[assignment]
     """Closes an attempt that this host does not own yet; answered only when that is on disk."""
+    ForceAccept: _aio.UnaryUnaryMultiCallable[_handoff_pb2.ForceAcceptRequest, _handoff_pb2.ForceAcceptResponse]  # type: ignore[assignment]
+    """Gives this host the right to run a machine whose source is lost for ever, by an admin's word; idempotent."""
 
 class DestinationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Takes machines in."""
@@ -150,5 +154,13 @@ class DestinationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_handoff_pb2.AbortResponse, _abc.Awaitable[_handoff_pb2.AbortResponse]]:
         """Closes an attempt that this host does not own yet; answered only when that is on disk."""
+
+    @_abc_1.abstractmethod
+    def ForceAccept(
+        self,
+        request: _handoff_pb2.ForceAcceptRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_handoff_pb2.ForceAcceptResponse, _abc.Awaitable[_handoff_pb2.ForceAcceptResponse]]:
+        """Gives this host the right to run a machine whose source is lost for ever, by an admin's word; idempotent."""
 
 def add_DestinationServiceServicer_to_server(servicer: DestinationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -55,6 +55,8 @@ class _RecordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordKind
     """Destination: the attempt is closed for ever; the tombstone."""
     RECORD_KIND_FORCED: _RecordKind.ValueType  # 14
     """Either: an operator gave this host the right to run, with evidence that the other copy cannot run."""
+    RECORD_KIND_SUPERSEDED: _RecordKind.ValueType  # 15
+    """Either: this host met a later right than its own; its copy was stopped and is never run again."""
 
 class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
     """What a record states."""
@@ -89,6 +91,8 @@ RECORD_KIND_REFUSED: RecordKind.ValueType  # 13
 """Destination: the attempt is closed for ever; the tombstone."""
 RECORD_KIND_FORCED: RecordKind.ValueType  # 14
 """Either: an operator gave this host the right to run, with evidence that the other copy cannot run."""
+RECORD_KIND_SUPERSEDED: RecordKind.ValueType  # 15
+"""Either: this host met a later right than its own; its copy was stopped and is never run again."""
 Global___RecordKind: _TypeAlias = RecordKind  # noqa: Y015
 
 @_typing.final
@@ -108,6 +112,7 @@ class JournalRecord(_message.Message):
     NOTE_FIELD_NUMBER: _builtins.int
     WRITE_TIME_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
+    WITH_MEMORY_FIELD_NUMBER: _builtins.int
     kind: Global___RecordKind.ValueType
     """What it states."""
     machine_id: _builtins.str
@@ -124,6 +129,8 @@ class JournalRecord(_message.Message):
     """Why, for the reader at night; for FORCED, what shows that the other copy cannot run."""
     operator: _builtins.str
     """Who decided, for FORCED: an admin's SPIFFE identity."""
+    with_memory: _builtins.bool
+    """Whether the guest was to go on from the memory at hand, for FORCED."""
     @_builtins.property
     def attempt(self) -> _handoff_pb2.AttemptRef:
         """The attempt it is about; absent for BORN and ENDED."""
@@ -150,10 +157,11 @@ class JournalRecord(_message.Message):
         note: _builtins.str = ...,
         write_time: _timestamp_pb2.Timestamp | None = ...,
         operator: _builtins.str = ...,
+        with_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "ticket_expire_time", b"ticket_expire_time", "write_time", b"write_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_id", b"boot_id", "digest", b"digest", "epoch", b"epoch", "kind", b"kind", "machine_id", b"machine_id", "note", b"note", "operator", b"operator", "ticket_expire_time", b"ticket_expire_time", "ticket_nonce", b"ticket_nonce", "write_time", b"write_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_id", b"boot_id", "digest", b"digest", "epoch", b"epoch", "kind", b"kind", "machine_id", b"machine_id", "note", b"note", "operator", b"operator", "ticket_expire_time", b"ticket_expire_time", "ticket_nonce", b"ticket_nonce", "with_memory", b"with_memory", "write_time", b"write_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

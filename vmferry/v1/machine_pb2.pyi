@@ -6,6 +6,7 @@ What a machine is, as schedulers and hosts speak of it."""
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -75,6 +76,8 @@ class _MachineRightEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MachineR
     """The machine is on its way in; another host owns it."""
     MACHINE_RIGHT_UNKNOWN: _MachineRight.ValueType  # 6
     """A journal is damaged: nothing is resumed automatically."""
+    MACHINE_RIGHT_SUPERSEDED: _MachineRight.ValueType  # 7
+    """Another host has a later right, by an operator's word; the copy here is stopped, kept, and to be ended by hand."""
 
 class MachineRight(_MachineRight, metaclass=_MachineRightEnumTypeWrapper):
     """What this host's journals say about the right to run the machine."""
@@ -93,6 +96,8 @@ MACHINE_RIGHT_ARRIVING: MachineRight.ValueType  # 5
 """The machine is on its way in; another host owns it."""
 MACHINE_RIGHT_UNKNOWN: MachineRight.ValueType  # 6
 """A journal is damaged: nothing is resumed automatically."""
+MACHINE_RIGHT_SUPERSEDED: MachineRight.ValueType  # 7
+"""Another host has a later right, by an operator's word; the copy here is stopped, kept, and to be ended by hand."""
 Global___MachineRight: _TypeAlias = MachineRight  # noqa: Y015
 
 @_typing.final
@@ -382,6 +387,42 @@ class QemuNic(_message.Message):
 Global___QemuNic: _TypeAlias = QemuNic  # noqa: Y015
 
 @_typing.final
+class Blockage(_message.Message):
+    """Why nobody may run a machine now, or why nobody does, although nothing is being done about it that ends soon."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    REMEDY_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Stable reason, such as "OUTCOME_UNKNOWN"; docs/handoff.md lists them."""
+    message: _builtins.str
+    """What is known, as a sentence."""
+    remedy: _builtins.str
+    """What to do."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Since when: the time of the journal record behind it, by this host's clock. Absent if no record tells."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        remedy: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "remedy", b"remedy", "since", b"since"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Blockage: _TypeAlias = Blockage  # noqa: Y015
+
+@_typing.final
 class Machine(_message.Message):
     """A machine on this host."""
 
@@ -395,6 +436,7 @@ class Machine(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    BLOCKAGE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name on this host."""
     uuid: _builtins.str
@@ -413,6 +455,10 @@ class Machine(_message.Message):
     def spec(self) -> Global___MachineSpec:
         """How it is built."""
 
+    @_builtins.property
+    def blockage(self) -> Global___Blockage:
+        """What blocks it; absent if nothing does."""
+
     def __init__(
         self,
         *,
@@ -424,10 +470,11 @@ class Machine(_message.Message):
         epoch: _builtins.int = ...,
         migration_id: _builtins.str = ...,
         pid: _builtins.int = ...,
+        blockage: Global___Blockage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blockage", b"blockage", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "migration_id", b"migration_id", "name", b"name", "pid", b"pid", "right", b"right", "spec", b"spec", "state", b"state", "uuid", b"uuid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blockage", b"blockage", "epoch", b"epoch", "migration_id", b"migration_id", "name", b"name", "pid", b"pid", "right", b"right", "spec", b"spec", "state", b"state", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vmferry.v1 import compatibility_pb2 as _compatibility_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
+from vmferry.v1 import override_pb2 as _override_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -119,6 +120,34 @@ VERIFY_MODE_BYTES: VerifyMode.ValueType  # 1
 """While the guest is paused all memory is sent again and compared byte for byte; costs downtime."""
 Global___VerifyMode: _TypeAlias = VerifyMode  # noqa: Y015
 
+class _OnNoConvergence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnNoConvergenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnNoConvergence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_NO_CONVERGENCE_UNSPECIFIED: _OnNoConvergence.ValueType  # 0
+    """The service's configuration."""
+    ON_NO_CONVERGENCE_ABORT: _OnNoConvergence.ValueType  # 1
+    """End the migration; the guest runs on here."""
+    ON_NO_CONVERGENCE_WAIT: _OnNoConvergence.ValueType  # 2
+    """Go on copying until the guest writes less, a limit is changed, or the total timeout is over."""
+    ON_NO_CONVERGENCE_SWITCH: _OnNoConvergence.ValueType  # 3
+    """Pause the guest for as long as it takes; the predicted pause is in the progress and in the trace."""
+
+class OnNoConvergence(_OnNoConvergence, metaclass=_OnNoConvergenceEnumTypeWrapper):
+    """What to do with a guest that writes faster than its memory can be sent, when nothing else is left to try."""
+
+ON_NO_CONVERGENCE_UNSPECIFIED: OnNoConvergence.ValueType  # 0
+"""The service's configuration."""
+ON_NO_CONVERGENCE_ABORT: OnNoConvergence.ValueType  # 1
+"""End the migration; the guest runs on here."""
+ON_NO_CONVERGENCE_WAIT: OnNoConvergence.ValueType  # 2
+"""Go on copying until the guest writes less, a limit is changed, or the total timeout is over."""
+ON_NO_CONVERGENCE_SWITCH: OnNoConvergence.ValueType  # 3
+"""Pause the guest for as long as it takes; the predicted pause is in the progress and in the trace."""
+Global___OnNoConvergence: _TypeAlias = OnNoConvergence  # noqa: Y015
+
 @_typing.final
 class Destination(_message.Message):
     """A host to go to."""
@@ -159,6 +188,13 @@ class MigrationOptions(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     TRACKER_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
+    COMPRESSION_FIELD_NUMBER: _builtins.int
+    MAX_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: _builtins.int
+    ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
+    MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -167,6 +203,18 @@ class MigrationOptions(_message.Message):
     """Insist on this tracker instead of the best one found."""
     path: _builtins.str
     """Insist on the way memory travels, "direct" or "stream", instead of the better one that works."""
+    compression: _builtins.str
+    """How page contents travel: "auto", which chooses for each chunk, or "none", "lz4" or "zstd". Empty: as the source
+    is configured.
+    """
+    max_bandwidth: _builtins.int
+    """Most bytes per second on the wire while the guest runs, over all lanes together; at least 262144."""
+    switchover_bandwidth: _builtins.int
+    """The same while the guest is paused; also what is counted on then, if max_bandwidth hides what the link could do."""
+    on_no_convergence: Global___OnNoConvergence.ValueType
+    """What to do when nothing else is left to try."""
+    max_throttle_percent: _builtins.int
+    """How far a guest that writes too fast may be slowed down: 1 to 95 per cent of its time; never, unless asked for."""
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """Longest pause the guest may see; pre-copy goes on until the rest fits."""
@@ -183,6 +231,14 @@ class MigrationOptions(_message.Message):
     def reserve_timeout(self) -> _duration_pb2.Duration:
         """Limit for the destination to take its memory and start its copy."""
 
+    @_builtins.property
+    def max_downtime(self) -> _duration_pb2.Duration:
+        """Longest pause that is acceptable: downtime_limit is raised towards it step by step while rounds do not converge."""
+
+    @_builtins.property
+    def reconnect_timeout(self) -> _duration_pb2.Duration:
+        """How long a broken connection to the destination is tried again before the hand-off; the guest runs meanwhile."""
+
     def __init__(
         self,
         *,
@@ -194,10 +250,17 @@ class MigrationOptions(_message.Message):
         verify: Global___VerifyMode.ValueType = ...,
         tracker: _builtins.str = ...,
         path: _builtins.str = ...,
+        compression: _builtins.str = ...,
+        max_bandwidth: _builtins.int = ...,
+        switchover_bandwidth: _builtins.int = ...,
+        max_downtime: _duration_pb2.Duration | None = ...,
+        on_no_convergence: Global___OnNoConvergence.ValueType = ...,
+        max_throttle_percent: _builtins.int = ...,
+        reconnect_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "lanes", b"lanes", "path", b"path", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "path", b"path", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -249,6 +312,13 @@ class MigrationProgress(_message.Message):
     EXPECTED_DOWNTIME_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     ZERO_PAGES_FIELD_NUMBER: _builtins.int
+    THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    ALLOWED_DOWNTIME_FIELD_NUMBER: _builtins.int
+    LANES_CONNECTED_FIELD_NUMBER: _builtins.int
+    DISCONNECTED_SINCE_FIELD_NUMBER: _builtins.int
+    RECONNECT_LEFT_FIELD_NUMBER: _builtins.int
+    RECONNECTS_FIELD_NUMBER: _builtins.int
+    REPEATED_BYTES_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     """Current round; the first copies all memory."""
     memory_bytes: _builtins.int
@@ -265,6 +335,14 @@ class MigrationProgress(_message.Message):
     """Measured rate at which the guest writes memory, bytes per second."""
     zero_pages: _builtins.int
     """Pages that were all zero and therefore not sent."""
+    throttle_percent: _builtins.int
+    """Share of its time that is taken from the guest so that it writes less, in per cent."""
+    lanes_connected: _builtins.int
+    """Lanes that have a connection now."""
+    reconnects: _builtins.int
+    """How often a lane was reopened after its connection had broken."""
+    repeated_bytes: _builtins.int
+    """Bytes that were sent again because a connection broke before they were acknowledged; not in wire_bytes."""
     @_builtins.property
     def expected_downtime(self) -> _duration_pb2.Duration:
         """The pause that a switch now would cause, as predicted."""
@@ -272,6 +350,18 @@ class MigrationProgress(_message.Message):
     @_builtins.property
     def eta(self) -> _duration_pb2.Duration:
         """Predicted time to the switch; absent while it does not converge."""
+
+    @_builtins.property
+    def allowed_downtime(self) -> _duration_pb2.Duration:
+        """The pause that is acceptable at the moment: downtime_limit, or what it was raised to."""
+
+    @_builtins.property
+    def disconnected_since(self) -> _timestamp_pb2.Timestamp:
+        """Since when no lane has a connection, by this host's clock; absent while one has."""
+
+    @_builtins.property
+    def reconnect_left(self) -> _duration_pb2.Duration:
+        """How much longer a connection is tried for; absent while a lane has one."""
 
     def __init__(
         self,
@@ -286,10 +376,17 @@ class MigrationProgress(_message.Message):
         expected_downtime: _duration_pb2.Duration | None = ...,
         eta: _duration_pb2.Duration | None = ...,
         zero_pages: _builtins.int = ...,
+        throttle_percent: _builtins.int = ...,
+        allowed_downtime: _duration_pb2.Duration | None = ...,
+        lanes_connected: _builtins.int = ...,
+        disconnected_since: _timestamp_pb2.Timestamp | None = ...,
+        reconnect_left: _duration_pb2.Duration | None = ...,
+        reconnects: _builtins.int = ...,
+        repeated_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["eta", b"eta", "expected_downtime", b"expected_downtime"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "disconnected_since", b"disconnected_since", "eta", b"eta", "expected_downtime", b"expected_downtime", "reconnect_left", b"reconnect_left"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "eta", b"eta", "expected_downtime", b"expected_downtime", "memory_bytes", b"memory_bytes", "remaining_bytes", b"remaining_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_downtime", b"allowed_downtime", "bytes_per_second", b"bytes_per_second", "dirty_bytes_per_second", b"dirty_bytes_per_second", "disconnected_since", b"disconnected_since", "eta", b"eta", "expected_downtime", b"expected_downtime", "lanes_connected", b"lanes_connected", "memory_bytes", b"memory_bytes", "reconnect_left", b"reconnect_left", "reconnects", b"reconnects", "remaining_bytes", b"remaining_bytes", "repeated_bytes", b"repeated_bytes", "round", b"round", "sent_bytes", b"sent_bytes", "throttle_percent", b"throttle_percent", "wire_bytes", b"wire_bytes", "zero_pages", b"zero_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -818,6 +915,97 @@ class CancelMigrationResponse(_message.Message):
 Global___CancelMigrationResponse: _TypeAlias = CancelMigrationResponse  # noqa: Y015
 
 @_typing.final
+class UpdateMigrationRequest(_message.Message):
+    """Changes a running migration; what is absent stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    MAX_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    SWITCHOVER_BANDWIDTH_FIELD_NUMBER: _builtins.int
+    DOWNTIME_LIMIT_FIELD_NUMBER: _builtins.int
+    MAX_DOWNTIME_FIELD_NUMBER: _builtins.int
+    TOTAL_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
+    MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Identity of the migration."""
+    max_bandwidth: _builtins.int
+    """As in MigrationOptions; 0 is the service's configuration."""
+    switchover_bandwidth: _builtins.int
+    """As in MigrationOptions; 0 is the service's configuration."""
+    on_no_convergence: Global___OnNoConvergence.ValueType
+    """As in MigrationOptions; unspecified leaves it as it is."""
+    max_throttle_percent: _builtins.int
+    """As in MigrationOptions."""
+    @_builtins.property
+    def downtime_limit(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions."""
+
+    @_builtins.property
+    def max_downtime(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions."""
+
+    @_builtins.property
+    def total_timeout(self) -> _duration_pb2.Duration:
+        """As in MigrationOptions; counted from the beginning of the migration."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        max_bandwidth: _builtins.int | None = ...,
+        switchover_bandwidth: _builtins.int | None = ...,
+        downtime_limit: _duration_pb2.Duration | None = ...,
+        max_downtime: _duration_pb2.Duration | None = ...,
+        total_timeout: _duration_pb2.Duration | None = ...,
+        on_no_convergence: Global___OnNoConvergence.ValueType = ...,
+        max_throttle_percent: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "id", b"id", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_bandwidth: _TypeAlias = _typing.Literal["max_bandwidth"]  # noqa: Y015
+    _WhichOneofArgType__max_bandwidth: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth"]  # noqa: Y015
+    _WhichOneofReturnType__max_throttle_percent: _TypeAlias = _typing.Literal["max_throttle_percent"]  # noqa: Y015
+    _WhichOneofArgType__max_throttle_percent: _TypeAlias = _typing.Literal["_max_throttle_percent", b"_max_throttle_percent"]  # noqa: Y015
+    _WhichOneofReturnType__switchover_bandwidth: _TypeAlias = _typing.Literal["switchover_bandwidth"]  # noqa: Y015
+    _WhichOneofArgType__switchover_bandwidth: _TypeAlias = _typing.Literal["_switchover_bandwidth", b"_switchover_bandwidth"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bandwidth) -> _WhichOneofReturnType__max_bandwidth | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_throttle_percent) -> _WhichOneofReturnType__max_throttle_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__switchover_bandwidth) -> _WhichOneofReturnType__switchover_bandwidth | None: ...
+
+Global___UpdateMigrationRequest: _TypeAlias = UpdateMigrationRequest  # noqa: Y015
+
+@_typing.final
+class UpdateMigrationResponse(_message.Message):
+    """The migration with its new options."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """The migration."""
+
+    def __init__(
+        self,
+        *,
+        migration: Global___Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateMigrationResponse: _TypeAlias = UpdateMigrationResponse  # noqa: Y015
+
+@_typing.final
 class ListMachinesRequest(_message.Message):
     """Asks for machines."""
 
@@ -916,3 +1104,55 @@ class GetMachineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetMachineResponse: _TypeAlias = GetMachineResponse  # noqa: Y015
+
+@_typing.final
+class ForceReclaimRequest(_message.Message):
+    """An operator's word: the destination cannot run the machine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OVERRIDE_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    validate_only: _builtins.bool
+    """Only says what would happen and what it risks; changes nothing."""
+    @_builtins.property
+    def override(self) -> _override_pb2.Override:
+        """What is decided."""
+
+    def __init__(
+        self,
+        *,
+        override: _override_pb2.Override | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["override", b"override"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["override", b"override", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceReclaimRequest: _TypeAlias = ForceReclaimRequest  # noqa: Y015
+
+@_typing.final
+class ForceReclaimResponse(_message.Message):
+    """What was decided, or would be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def report(self) -> _override_pb2.OverrideReport:
+        """What happened, or would."""
+
+    def __init__(
+        self,
+        *,
+        report: _override_pb2.OverrideReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForceReclaimResponse: _TypeAlias = ForceReclaimResponse  # noqa: Y015

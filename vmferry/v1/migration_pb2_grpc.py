@@ -65,6 +65,11 @@ class SourceServiceStub:
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationResponse.FromString,
                 _registered_method=True)
+        self.UpdateMigration = channel.unary_unary(
+                '/vmferry.v1.SourceService/UpdateMigration',
+                request_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
+                _registered_method=True)
         self.ListMachines = channel.unary_unary(
                 '/vmferry.v1.SourceService/ListMachines',
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.ListMachinesRequest.SerializeToString,
@@ -74,6 +79,11 @@ class SourceServiceStub:
                 '/vmferry.v1.SourceService/GetMachine',
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.FromString,
+                _registered_method=True)
+        self.ForceReclaim = channel.unary_unary(
+                '/vmferry.v1.SourceService/ForceReclaim',
+                request_serializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.FromString,
                 _registered_method=True)
 
 
@@ -123,6 +133,13 @@ class SourceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateMigration(self, request, context):
+        """Changes limits of a migration that has not paused its guest for the switch yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListMachines(self, request, context):
         """Lists the machines on this host.
         """
@@ -132,6 +149,13 @@ class SourceServiceServicer:
 
     def GetMachine(self, request, context):
         """Returns one machine by name or UUID.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForceReclaim(self, request, context):
+        """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,6 +194,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_migration__pb2.CancelMigrationResponse.SerializeToString,
             ),
+            'UpdateMigration': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateMigration,
+                    request_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.SerializeToString,
+            ),
             'ListMachines': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMachines,
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.ListMachinesRequest.FromString,
@@ -179,6 +208,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.GetMachine,
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.SerializeToString,
+            ),
+            'ForceReclaim': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForceReclaim,
+                    request_deserializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -355,6 +389,33 @@ class SourceService:
             _registered_method=True)
 
     @staticmethod
+    def UpdateMigration(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.SourceService/UpdateMigration',
+            vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
+            vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListMachines(request,
             target,
             options=(),
@@ -398,6 +459,33 @@ class SourceService:
             '/vmferry.v1.SourceService/GetMachine',
             vmferry_dot_v1_dot_migration__pb2.GetMachineRequest.SerializeToString,
             vmferry_dot_v1_dot_migration__pb2.GetMachineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForceReclaim(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.SourceService/ForceReclaim',
+            vmferry_dot_v1_dot_migration__pb2.ForceReclaimRequest.SerializeToString,
+            vmferry_dot_v1_dot_migration__pb2.ForceReclaimResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,10 +45,14 @@ class SourceServiceStub:
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
+    UpdateMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]
+    """Changes limits of a migration that has not paused its guest for the switch yet."""
     ListMachines: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]
     """Lists the machines on this host."""
     GetMachine: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]
     """Returns one machine by name or UUID."""
+    ForceReclaim: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ForceReclaimRequest, _migration_pb2.ForceReclaimResponse]
+    """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 @_typing.type_check_only
 class SourceServiceAsyncStub(SourceServiceStub):
@@ -67,10 +71,14 @@ class SourceServiceAsyncStub(SourceServiceStub):
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
+    UpdateMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]  # type: ignore[assignment]
+    """Changes limits of a migration that has not paused its guest for the switch yet."""
     ListMachines: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]  # type: ignore[assignment]
     """Lists the machines on this host."""
     GetMachine: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]  # type: ignore[assignment]
     """Returns one machine by name or UUID."""
+    ForceReclaim: _aio.UnaryUnaryMultiCallable[_migration_pb2.ForceReclaimRequest, _migration_pb2.ForceReclaimResponse]  # type: ignore[assignment]
+    """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Moves machines away from this host."""
@@ -124,6 +132,14 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Cancels a migration that has not begun its hand-off; the machine runs on here."""
 
     @_abc_1.abstractmethod
+    def UpdateMigration(
+        self,
+        request: _migration_pb2.UpdateMigrationRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.UpdateMigrationResponse, _abc.Awaitable[_migration_pb2.UpdateMigrationResponse]]:
+        """Changes limits of a migration that has not paused its guest for the switch yet."""
+
+    @_abc_1.abstractmethod
     def ListMachines(
         self,
         request: _migration_pb2.ListMachinesRequest,
@@ -138,5 +154,13 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.GetMachineResponse, _abc.Awaitable[_migration_pb2.GetMachineResponse]]:
         """Returns one machine by name or UUID."""
+
+    @_abc_1.abstractmethod
+    def ForceReclaim(
+        self,
+        request: _migration_pb2.ForceReclaimRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.ForceReclaimResponse, _abc.Awaitable[_migration_pb2.ForceReclaimResponse]]:
+        """Gives this host the right to run a machine whose destination is lost for ever, by an admin's word; idempotent."""
 
 def add_SourceServiceServicer_to_server(servicer: SourceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19vmferry/v1/transfer.proto\x12\nvmferry.v1\"1\n\x07PageRun\x12\x12\n\nfirst_page\x18\x01 \x01(\x04\x12\x12\n\npage_count\x18\x02 \x01(\x04\"F\n\x08LaneOpen\x12\x14\n\x0cmigration_id\x18\x01 \x01(\x0c\x12\x16\n\x0etransfer_token\x18\x02 \x01(\x0c\x12\x0c\n\x04lane\x18\x03 \x01(\r\"9\n\x0bLaneWelcome\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12\x14\n\x0cwindow_bytes\x18\x02 \x01(\x04\"\xe2\x01\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06region\x18\x03 \x01(\r\x12!\n\x04runs\x18\x04 \x03(\x0b\x32\x13.vmferry.v1.PageRun\x12&\n\tzero_runs\x18\x05 \x03(\x0b\x32\x13.vmferry.v1.PageRun\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.vmferry.v1.Encoding\x12\x11\n\tdata_hash\x18\x07 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x08 \x01(\x0c\x12\x14\n\x0c\x63ompare_only\x18\t \x01(\x08\"R\n\x0b\x44\x65viceState\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"K\n\x0bStreamPiece\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\"=\n\x07LaneEnd\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"4\n\x03\x41\x63k\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\x1b\n\tLaneEnded\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\"\xec\x01\n\x0fTransferRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.LaneOpenH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.vmferry.v1.ChunkH\x00\x12/\n\x0c\x64\x65vice_state\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.DeviceStateH\x00\x12\"\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x13.vmferry.v1.LaneEndH\x00\x12/\n\x0cstream_piece\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.StreamPieceH\x00\x42\t\n\x07message\"\x91\x01\n\x10TransferResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.vmferry.v1.LaneWelcomeH\x00\x12\x1e\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x0f.vmferry.v1.AckH\x00\x12&\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x15.vmferry.v1.LaneEndedH\x00\x42\t\n\x07message*7\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_NONE\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19vmferry/v1/transfer.proto\x12\nvmferry.v1\"1\n\x07PageRun\x12\x12\n\nfirst_page\x18\x01 \x01(\x04\x12\x12\n\npage_count\x18\x02 \x01(\x04\"Z\n\x08LaneOpen\x12\x14\n\x0cmigration_id\x18\x01 \x01(\x0c\x12\x16\n\x0etransfer_token\x18\x02 \x01(\x0c\x12\x0c\n\x04lane\x18\x03 \x01(\r\x12\x12\n\nconnection\x18\x04 \x01(\r\"9\n\x0bLaneWelcome\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12\x14\n\x0cwindow_bytes\x18\x02 \x01(\x04\"\xe2\x01\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05round\x18\x02 \x01(\r\x12\x0e\n\x06region\x18\x03 \x01(\r\x12!\n\x04runs\x18\x04 \x03(\x0b\x32\x13.vmferry.v1.PageRun\x12&\n\tzero_runs\x18\x05 \x03(\x0b\x32\x13.vmferry.v1.PageRun\x12&\n\x08\x65ncoding\x18\x06 \x01(\x0e\x32\x14.vmferry.v1.Encoding\x12\x11\n\tdata_hash\x18\x07 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x08 \x01(\x0c\x12\x14\n\x0c\x63ompare_only\x18\t \x01(\x08\"R\n\x0b\x44\x65viceState\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"K\n\x0bStreamPiece\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0c\n\x04last\x18\x04 \x01(\x08\"=\n\x07LaneEnd\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\x12\x12\n\ndata_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"4\n\x03\x41\x63k\x12\x14\n\x0c\x61\x63knowledged\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\x1b\n\tLaneEnded\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x04\"\xec\x01\n\x0fTransferRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.LaneOpenH\x00\x12\"\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x11.vmferry.v1.ChunkH\x00\x12/\n\x0c\x64\x65vice_state\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.DeviceStateH\x00\x12\"\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x13.vmferry.v1.LaneEndH\x00\x12/\n\x0cstream_piece\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.StreamPieceH\x00\x42\t\n\x07message\"\x91\x01\n\x10TransferResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.vmferry.v1.LaneWelcomeH\x00\x12\x1e\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x0f.vmferry.v1.AckH\x00\x12&\n\x05\x65nded\x18\x03 \x01(\x0b\x32\x15.vmferry.v1.LaneEndedH\x00\x42\t\n\x07message*\\\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x11\n\rENCODING_NONE\x10\x01\x12\x10\n\x0c\x45NCODING_LZ4\x10\x02\x12\x11\n\rENCODING_ZSTD\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.transfer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=1146
-  _globals['_ENCODING']._serialized_end=1201
+  _globals['_ENCODING']._serialized_start=1166
+  _globals['_ENCODING']._serialized_end=1258
   _globals['_PAGERUN']._serialized_start=41
   _globals['_PAGERUN']._serialized_end=90
   _globals['_LANEOPEN']._serialized_start=92
-  _globals['_LANEOPEN']._serialized_end=162
-  _globals['_LANEWELCOME']._serialized_start=164
-  _globals['_LANEWELCOME']._serialized_end=221
-  _globals['_CHUNK']._serialized_start=224
-  _globals['_CHUNK']._serialized_end=450
-  _globals['_DEVICESTATE']._serialized_start=452
-  _globals['_DEVICESTATE']._serialized_end=534
-  _globals['_STREAMPIECE']._serialized_start=536
-  _globals['_STREAMPIECE']._serialized_end=611
-  _globals['_LANEEND']._serialized_start=613
-  _globals['_LANEEND']._serialized_end=674
-  _globals['_ACK']._serialized_start=676
-  _globals['_ACK']._serialized_end=728
-  _globals['_LANEENDED']._serialized_start=730
-  _globals['_LANEENDED']._serialized_end=757
-  _globals['_TRANSFERREQUEST']._serialized_start=760
-  _globals['_TRANSFERREQUEST']._serialized_end=996
-  _globals['_TRANSFERRESPONSE']._serialized_start=999
-  _globals['_TRANSFERRESPONSE']._serialized_end=1144
+  _globals['_LANEOPEN']._serialized_end=182
+  _globals['_LANEWELCOME']._serialized_start=184
+  _globals['_LANEWELCOME']._serialized_end=241
+  _globals['_CHUNK']._serialized_start=244
+  _globals['_CHUNK']._serialized_end=470
+  _globals['_DEVICESTATE']._serialized_start=472
+  _globals['_DEVICESTATE']._serialized_end=554
+  _globals['_STREAMPIECE']._serialized_start=556
+  _globals['_STREAMPIECE']._serialized_end=631
+  _globals['_LANEEND']._serialized_start=633
+  _globals['_LANEEND']._serialized_end=694
+  _globals['_ACK']._serialized_start=696
+  _globals['_ACK']._serialized_end=748
+  _globals['_LANEENDED']._serialized_start=750
+  _globals['_LANEENDED']._serialized_end=777
+  _globals['_TRANSFERREQUEST']._serialized_start=780
+  _globals['_TRANSFERREQUEST']._serialized_end=1016
+  _globals['_TRANSFERRESPONSE']._serialized_start=1019
+  _globals['_TRANSFERRESPONSE']._serialized_end=1164
 # @@protoc_insertion_point(module_scope)

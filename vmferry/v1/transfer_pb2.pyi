@@ -34,6 +34,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """Never sent."""
     ENCODING_NONE: _Encoding.ValueType  # 1
     """Page contents as they are."""
+    ENCODING_LZ4: _Encoding.ValueType  # 2
+    """One LZ4 block without a frame around it."""
+    ENCODING_ZSTD: _Encoding.ValueType  # 3
+    """One Zstandard frame that states the size of its content."""
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How a chunk's data is encoded."""
@@ -42,6 +46,10 @@ ENCODING_UNSPECIFIED: Encoding.ValueType  # 0
 """Never sent."""
 ENCODING_NONE: Encoding.ValueType  # 1
 """Page contents as they are."""
+ENCODING_LZ4: Encoding.ValueType  # 2
+"""One LZ4 block without a frame around it."""
+ENCODING_ZSTD: Encoding.ValueType  # 3
+"""One Zstandard frame that states the size of its content."""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
@@ -79,22 +87,28 @@ class LaneOpen(_message.Message):
     MIGRATION_ID_FIELD_NUMBER: _builtins.int
     TRANSFER_TOKEN_FIELD_NUMBER: _builtins.int
     LANE_FIELD_NUMBER: _builtins.int
+    CONNECTION_FIELD_NUMBER: _builtins.int
     migration_id: _builtins.bytes
     """Identity of the migration: 16 bytes."""
     transfer_token: _builtins.bytes
     """Secret that Begin returned; binds the lane to the attempt."""
     lane: _builtins.int
     """Number of the lane, from 0."""
+    connection: _builtins.int
+    """Number of this connection of the lane, from 1 and growing, so that an opening that was delayed on its way cannot
+    take the lane from a newer one. 0: not told.
+    """
     def __init__(
         self,
         *,
         migration_id: _builtins.bytes = ...,
         transfer_token: _builtins.bytes = ...,
         lane: _builtins.int = ...,
+        connection: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lane", b"lane", "migration_id", b"migration_id", "transfer_token", b"transfer_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connection", b"connection", "lane", b"lane", "migration_id", b"migration_id", "transfer_token", b"transfer_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,11 +162,11 @@ class Chunk(_message.Message):
     region: _builtins.int
     """Index of the region in BeginRequest.regions."""
     encoding: Global___Encoding.ValueType
-    """How data is encoded."""
+    """How data is encoded: not at all, or in one of the encodings that Begin agreed on."""
     data_hash: _builtins.bytes
     """Hash (XXH3, 128 bits, big endian) over the decoded data."""
     data: _builtins.bytes
-    """Contents of the pages in runs."""
+    """Contents of the pages in runs, all of them in one piece."""
     compare_only: _builtins.bool
     """If set, nothing is written: the contents are compared with what the destination holds."""
     @_builtins.property
@@ -266,7 +280,7 @@ class LaneEnd(_message.Message):
     frames: _builtins.int
     """Number of frames sent on this lane since the attempt began."""
     data_bytes: _builtins.int
-    """Sum of data bytes in those frames."""
+    """Sum of data bytes in those frames, of chunks after decoding."""
     digest: _builtins.bytes
     """Hash (XXH3, 128 bits) over the data hashes of all chunks of this lane, in order. Stream pieces count with the
     hash of their data.

@@ -17,7 +17,7 @@ from tests.integration.qemu import firmware
 from tests.integration.services import Host, eventually
 from tests.support import require
 from vmferry.cli.machine import end_machine
-from vmferry.machines.qemu import guest
+from vmferry.machines.qemu import guest, probe
 from vmferry.machines.qemu.guest import verdict
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MachineSpec, new_mac, new_qemu_spec
@@ -25,6 +25,8 @@ from vmferry.machines.spec import MachineSpec, new_mac, new_qemu_spec
 QEMU = Path(QemuSpec.binary)
 BOOT_S = 60.0
 SPEAKS_S = 60.0
+OLD_CPU = "pentium3"
+"""All that the smallest guest needs; nested KVM does not always have more."""
 
 
 @dataclass
@@ -105,6 +107,15 @@ def ticker_spec(images: Path, *, machine: str = "q35", vcpus: int = 1, memory_mi
     """A description of the smallest guest that checks itself, which is up at once."""
     part = QemuSpec(accelerator="tcg", machine=machine, firmware=str(images / "ticker.rom"))
     return replace(new_qemu_spec("vm", memory_mib, vcpus, part), name=f"tic-{uuid.uuid4().hex[:8]}")
+
+
+def ticker_in_stream(images: Path, accelerator: str, *, memory_mib: int = 64) -> MachineSpec:
+    """The same, to be streamed: while it runs under ``kvm``, while it is paused under ``tcg``."""
+    if accelerator == "kvm":
+        problem = probe.accelerator_problem(str(QEMU), "kvm", OLD_CPU)
+        require(not problem, f"KVM runs no guest here: {problem}")
+    part = QemuSpec(accelerator=accelerator, cpu=OLD_CPU, firmware=str(images / "ticker.rom"))
+    return replace(new_qemu_spec("vm", memory_mib, 1, part), name=f"tic-{uuid.uuid4().hex[:8]}")
 
 
 async def boot(world: World, spec: MachineSpec, host: Host | None = None) -> LinuxGuest:

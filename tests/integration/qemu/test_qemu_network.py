@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.hosts import World, open_world
+from tests.integration.network import TAP, switched_hosts
 from tests.integration.qemu.conftest import SPEAKS_S, LinuxGuest, boot, linux_spec
-from tests.integration.qemu.network import GUEST, TAP, switched_hosts
 from tests.integration.services import Host, eventually
 from vmferry.machines.qemu import guest as linux
 from vmferry.machines.qemu.spec import NicSpec
@@ -96,14 +96,14 @@ async def calling(address: str, port: int) -> AsyncIterator[Caller]:
 
 async def test_a_connection_over_a_bridge_survives(images: Path, networked: Path) -> None:
     """Hosts with a tap and a bridge each: no byte of a TCP connection is lost or repeated while its guest crosses."""
-    with switched_hosts() as places:
+    with switched_hosts() as network:
         async with open_world(
-            places=places, image_roots=(images,), taps=(TAP,), downtime_limit_ms=1000
+            places=network.places, image_roots=(images,), taps=(TAP,), downtime_limit_ms=1000
         ) as world:
             nic = NicSpec(backend="tap", tap=TAP, mac=new_mac())
-            spec = networked_spec(images, networked, nic, ip=f"{GUEST}/24", echo=ECHO)
+            spec = networked_spec(images, networked, nic, ip=f"{network.guest}/24", echo=ECHO)
             guest = await boot(world, spec)
-            async with calling(GUEST, ECHO) as caller:
+            async with calling(network.guest, ECHO) as caller:
                 for here, there in ((world.a, world.b), (world.b, world.a)):
                     await caller.answers(20)
                     caller.times.clear()

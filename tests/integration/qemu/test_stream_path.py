@@ -9,21 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
-import uuid
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.integration.hosts import MIB, World
 from tests.integration.proxy import Proxy
-from tests.integration.qemu import firmware
-from tests.integration.qemu.conftest import QEMU, LinuxGuest, boot, linux_spec
+from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec, ticker_in_stream
 from tests.integration.services import DEADLINE_S, eventually, eventually_async
-from tests.support import require
-from vmferry.machines.qemu import probe
-from vmferry.machines.qemu.spec import QemuSpec
-from vmferry.machines.spec import MachineSpec, new_qemu_spec
+from vmferry.machines.spec import MachineSpec
 from vmferry.v1 import compatibility_pb2, machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -34,21 +28,12 @@ SLOW = 150 * KIB
 """So slow that the stream of the smallest guest takes some seconds."""
 MEMORY_MIB = 64
 STREAM = {"path": "stream", "downtime_limit": 30.0}
-OLD_CPU = "pentium3"
-"""All that the smallest guest needs; nested KVM does not always have more."""
 
 
 @pytest.fixture(params=["kvm", "tcg"])
 def ticker(request: pytest.FixtureRequest, images: Path) -> MachineSpec:
     """The smallest guest that checks itself, streamed while it runs and streamed while it is paused."""
-    accelerator = request.param
-    if accelerator == "kvm":
-        problem = probe.accelerator_problem(str(QEMU), "kvm", OLD_CPU)
-        require(not problem, f"KVM runs no guest here: {problem}")
-    rom = images / "ticker.rom"
-    rom.write_bytes(firmware.image())
-    part = QemuSpec(accelerator=accelerator, cpu=OLD_CPU, firmware=str(rom))
-    return replace(new_qemu_spec("vm", MEMORY_MIB, 1, part), name=f"tic-{uuid.uuid4().hex[:8]}")
+    return ticker_in_stream(images, request.param)
 
 
 async def in_the_middle(world: World, guest: LinuxGuest, link: Proxy) -> str:
@@ -202,6 +187,21 @@ async def test_a_guest_is_never_paused_for_longer_than_allowed(
     assert migration.reason.reason == "NOT_CONVERGING", migration.reason
     link.heal()
     await assert_well(world, guest)
+
+
+async def test_a_stream_keeps_to_its_limits(world: World, ticker: MachineSpec) -> None:
+    """It takes as long as its caps make it, and its hypervisor takes in how far it may hold the guest back."""
+    guest = await boot(world, ticker)
+    slowest = 256 * KIB
+    caps = {"max_bandwidth": slowest, "switchover_bandwidth": slowest, "max_throttle_percent": 60}
+    here, there = world.a, world.b
+    for limits in (caps, {}):
+        migration = await world.assert_crosses(guest, here, there, **STREAM, **limits)
+        assert migration.progress.wire_bytes > slowest // 4
+        if limits:
+            took_s = migration.total.ToMilliseconds() / 1000
+            assert migration.progress.wire_bytes <= took_s * slowest * 1.05
+        here, there = there, here
 
 
 async def test_what_a_stream_cannot_do_is_refused_by_name(world: World, ticker: MachineSpec) -> None:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -173,14 +173,28 @@ class Monitor:
         return ""
 
     def awaits_a_person(self, machine: str) -> bool:
-        """A crash tore the last record behind PREPARED and took the copy with it: it may have been OWNED."""
+        """A crash tore the last record behind PREPARED, or behind an open attempt, and took the copy with it.
+
+        At the destination it may have been OWNED; at the source it may have been ABORTED, and what waits at the
+        destination may be old.
+        """
         return any(
-            isinstance(self.rights(name, machine).incoming.current, destination.Prepared)
-            and machine not in host.guests
+            machine not in host.guests
             and machine in host.lost_guests
-            and host.ledger._view(machine, Role.DESTINATION, settled=False).torn_tail
+            and any(
+                host.ledger._view(machine, role, settled=False).torn_tail
+                for role in self._doubtful(name, machine)
+            )
             for name, host in self.hosts.items()
         )
+
+    def _doubtful(self, name: str, machine: str) -> Iterator[Role]:
+        """Journals in whose torn end something decisive may have been."""
+        rights = self.rights(name, machine)
+        if isinstance(rights.incoming.current, destination.Prepared):
+            yield Role.DESTINATION
+        if isinstance(rights.outgoing, (source.Begun, source.Sealed)):
+            yield Role.SOURCE
 
     def owner(self, machine: str) -> str:
         """Where a machine that has come to rest runs; empty if it was lost with its host."""

@@ -53,7 +53,9 @@ CONFIG: Final = HostConfig(
     state_dir=Path("/host"),
     reserve_timeout_s=4.0,
     stall_timeout_s=3.0,
+    reconnect_timeout_s=3.0,
     total_timeout_s=20.0,
+    total_timeout_per_gib_s=20.0,
     switch_timeout_s=2.0,
     rpc_timeout_s=1.5,
     handoff_retry_s=1.0,
@@ -133,6 +135,9 @@ class Peer(Destination):
     async def close(self) -> None:
         """Nothing is held."""
 
+    def _connect_anew(self) -> None:
+        """There is no certificate that could be a newer one."""
+
 
 class Stub:
     """What gRPC generates, for the simulated network."""
@@ -203,7 +208,8 @@ def make_host(name: str, ledger: HostLedger, directory: Any, journal_broken: Any
     """What a service of a host stands on."""
     own = identity_of(name)
     material = SimpleNamespace(identity=own, not_after=_FOREVER)
-    return Host(CONFIG, SimpleNamespace(load=lambda: material), own, ledger, directory, (), journal_broken)  # type: ignore[arg-type]
+    files: Any = SimpleNamespace(load=lambda: material, fingerprint=tuple)
+    return Host(CONFIG, files, own, ledger, directory, (), journal_broken)
 
 
 def start_request(machine: str, destination: str, migration_id: bytes) -> pb.StartMigrationRequest:
@@ -238,11 +244,13 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
         "source_svc.service.Forecasts": NoForecasts,
         "source_svc.outgoing.shown": no_files,
         "dest_svc.service.check_begin": any_begin,
+        "source_svc.departure.time": clock,
         "source_svc.outgoing.time": clock,
         "source_svc.migrations.time": clock,
         "source_svc.service.gc": SimpleNamespace(collect=lambda: None),
         "dest_svc.service.Receiver": Receiver,
         "dest_svc.service.time": clock,
+        "dest_svc.watching.time": clock,
         "vmferry.handoff.ledger.time": clock,
         "vmferry.handoff.journal.SLOTS_PER_EXTENT": extent_slots,
         "vmferry.handoff.journal._EXTENT_BYTES": extent_slots * SLOT_BYTES,

@@ -25,6 +25,7 @@ from vmferry.machines.launcher import stop_machine
 from vmferry.machines.spec import MachineSpec
 from vmferry.together import together
 from vmferry.transfer.numbering import Arrival, ReceivingLane, SendingLane, Totals
+from vmferry.transfer.patience import Connections
 from vmferry.transfer.seal import seal_digest
 
 LANES: Final = 2
@@ -55,11 +56,13 @@ class Copy:
     def __init__(self, machine: Machine, destination: Any, migration: Any, settings: Any) -> None:
         self.round_number = 0
         self.last_round_bytes = 0
+        self.expected_downtime_s = 0.0
         self._machine = machine
         self._stub = destination._stub
         self._stall_s = settings.stall_timeout_s
         self._lanes: list[_SendingEnd] = []
         self._device_state = b""
+        self.connections = Connections(LANES, whole=True, all_lost_s=None, reconnect_left_s=0.0, broken_s=0.0)
 
     async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
         """Connect the lanes."""
@@ -171,12 +174,21 @@ class Receiver:
     """The destination's side; takes the place of ``dest_svc.receiver.Receiver``."""
 
     def __init__(
-        self, attempt: Attempt, spec: MachineSpec, directory: Directory, config: object, lanes: int, path: str
+        self,
+        attempt: Attempt,
+        spec: MachineSpec,
+        directory: Directory,
+        config: object,
+        lanes: int,
+        path: str,
+        *,
+        encodings: object,
     ) -> None:
         self.attempt = attempt
         self.spec = spec
         self.transfer_token = secrets.token_bytes(4)
         self.progressed_at = asyncio.get_running_loop().time()
+        self.reconnect_timeout_s = 0.0
         self.machine: Machine | None = None
         self.reserved_bytes = self.outstanding_bytes = self.memory_bytes = 0
         self._directory = directory

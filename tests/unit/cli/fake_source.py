@@ -159,6 +159,11 @@ class FakeSource(SourceServiceServicer):
             _abort(context, PointOfNoReturnError("the hand-off has begun"))
         return migration_pb2.CancelMigrationResponse(migration=self.migrations[0])
 
+    def UpdateMigration(self, request: Any, context: Any) -> Any:
+        self._find_migration(request.id, context)
+        self.requests.append(request)
+        return migration_pb2.UpdateMigrationResponse(migration=self.migrations[0])
+
     def _find(self, name: str, context: Any) -> None:
         if name not in ("web-1", MACHINE_ID):
             _abort(context, MachineNotFoundError(f"no machine {name!r} on this host", field="machine"))

@@ -8,6 +8,7 @@ import pytest
 
 from tests.unit.cli.fake_source import HOST_A, HOST_B, MIB, TRACE_ID, migration
 from vmferry.cli.demo_report import Crossing, Report
+from vmferry.cli.demo_work import Sign, Watched
 from vmferry.errors import ExitCode, HashMismatchError, NotConvergingError, OutcomeUnknownError
 from vmferry.v1 import migration_pb2
 
@@ -42,6 +43,18 @@ def test_figures_of_several_crossings_are_the_median_of_the_measured_ones() -> N
 
     assert document["downtime_ms"] == 30
     assert document["guest_gap_ms"] == 90
+
+
+def test_the_worst_slowdown_is_told() -> None:
+    """By what the guest counted before and meanwhile; a crossing of which it is not known does not count."""
+    watched = Watched(Sign(10.0, 1000), Sign(11.0, 2000))
+    assert watched.slowdown_percent(Sign(13.0, 3000)) == 50.0
+    assert watched.slowdown_percent(Sign(13.0, 4200)) == -10.0
+    found = _report(
+        _crossing(slowdown=-10.0), _crossing(slowdown=50.0), _crossing(), _crossing(verified=True)
+    )
+    assert found.document()["guest_slowdown_percent"] == 50.0
+    assert _report(_crossing()).document()["guest_slowdown_percent"] is None
 
 
 @pytest.mark.parametrize(
@@ -107,6 +120,7 @@ def _crossing(
     different: int = 0,
     downtime_ms: float | None = None,
     gap_ms: float = 1.0,
+    slowdown: float | None = None,
 ) -> Crossing:
     made = migration(outcome=COMPLETED)
     if verified and compared is not None:
@@ -114,4 +128,4 @@ def _crossing(
         made.verification.different_pages = different
     if downtime_ms is not None:
         made.downtime.FromMicroseconds(int(downtime_ms * 1000))
-    return Crossing(made, "a to b", verified=verified, guest_gap_ms=gap_ms)
+    return Crossing(made, "a to b", verified=verified, guest_gap_ms=gap_ms, guest_slowdown_percent=slowdown)

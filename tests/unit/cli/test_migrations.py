@@ -66,12 +66,14 @@ def test_migrate_sends_a_ticket_for_exactly_this_crossing(call: Run, source: Fak
     """The ticket names machine, source and destination; options not given are left to the service."""
     source.script = [migration(outcome=COMPLETED)]
 
-    assert call(*MOVE, "--downtime-limit-ms", 1250, "--lanes", 2).code == ExitCode.OK
+    limits = ("--downtime-limit-ms", 1250, "--reconnect-timeout", 2.5)
+    assert call(*MOVE, *limits, "--lanes", 2).code == ExitCode.OK
 
     (ticket,) = source.tickets
     assert (ticket.machine_id, ticket.source.uri, ticket.destination.uri) == (MACHINE_ID, HOST_A, HOST_B)
     options = source.requests[-1].options
     assert options.downtime_limit.ToMilliseconds() == 1250
+    assert options.reconnect_timeout.ToMilliseconds() == 2500
     assert options.lanes == 2
     assert options.verify == migration_pb2.VERIFY_MODE_UNSPECIFIED
     assert not options.tracker
@@ -185,10 +187,11 @@ def test_watch_ends_with_the_outcomes_exit_code(
         assert reason.instance_remedy in ran.err
 
 
-def test_watch_gives_up_on_an_outcome_that_stays_unknown(
-    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [("watch", MIGRATION_ID), MOVE], ids=["watch", "migrate"])
+def test_an_outcome_that_stays_unknown_is_called_so(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    """Exit code 6 and the document that says unknown; never a guess in either direction."""
+    """Exit code 6 and the document that says unknown, whoever waits; never a guess in either direction."""
     _be_impatient(monkeypatch)
     unknown = OutcomeUnknownError("no answer to Go")
     source.script = [
@@ -196,10 +199,23 @@ def test_watch_gives_up_on_an_outcome_that_stays_unknown(
         migration(phase=HANDING_OFF, outcome=UNKNOWN, reason=unknown),
     ]
 
-    ran = call("watch", MIGRATION_ID, "--json")
+    ran = call(*command, "--json")
 
     assert ran.code == ExitCode.UNKNOWN
     assert json.loads(ran.out)["outcome"] == "MIGRATION_OUTCOME_UNKNOWN"
+
+
+def test_an_unknown_outcome_names_what_to_type(
+    call: Run, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it at night is told which command shows both hosts."""
+    _be_impatient(monkeypatch)
+    source.script = [migration(phase=HANDING_OFF, outcome=UNKNOWN, reason=OutcomeUnknownError("no answer"))]
+
+    ran = call("watch", MIGRATION_ID)
+
+    assert ran.code == ExitCode.UNKNOWN
+    assert "vmferry recover web-1" in ran.err
 
 
 def test_watch_waits_for_an_unknown_outcome_to_resolve(call: Run, source: FakeSource) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_source import HOST_A, MIGRATION_ID, FakeSource, migration
 from vmferry.cli.output import as_document, size
-from vmferry.cli.progress import LiveView
+from vmferry.cli.progress import LineView, LiveView
 from vmferry.v1 import machine_pb2, migration_pb2
 
 LONG = st.integers(min_value=0, max_value=2**53)
@@ -92,6 +92,19 @@ def test_the_live_view_shows_everything_an_operator_asks_for() -> None:
         "━",
     ):
         assert words in shown
+
+
+def test_a_lost_connection_is_shown_with_the_time_that_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log file there is a line when the hosts' connection is lost, and one when it is back."""
+    lost = migration()
+    lost.progress.disconnected_since.GetCurrentTime()
+    lost.progress.reconnect_left.FromMilliseconds(43_000)
+    with LineView() as view:
+        for one in (migration(), lost, migration()):
+            view.show(one)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "web-1: precopying, round 1: connection lost, trying again for 43 s, sent 24.0 MiB" in second
+    assert "lost" not in first + third
 
 
 def test_a_pipe_gets_no_escape_codes(call: Run, source: FakeSource) -> None:

@@ -42,6 +42,7 @@ from vmferry.handoff.destination import (
     Refused,
     Stalled,
     StatusAsked,
+    Superseded,
     Verified,
     answer,
     decide,
@@ -81,6 +82,7 @@ STATES: Final = {
     "owned": folded(ACCEPTED, PREPARED, OWNED),
     "ran": folded(ACCEPTED, PREPARED, OWNED, record(RecordKind.RAN, MINE)),
     "refused": folded(ACCEPTED, record(RecordKind.REFUSED, MINE)),
+    "superseded": folded(ACCEPTED, PREPARED, OWNED, record(RecordKind.SUPERSEDED, MINE)),
 }
 
 
@@ -92,6 +94,11 @@ def begin(about: Attempt, *, holds: bool = False, nonce: bytes | None = None) ->
 def force(*, operator: str = ADMIN, memory: bool = True, copy: bool = True) -> ForceAccept:
     """An operator wants the guest to run here."""
     return ForceAccept(operator, "power is off", copy_intact=copy, with_memory=memory)
+
+
+def overrule(*, epoch: int = 2, leaving: bool = False) -> CloseAsked:
+    """The source closed the attempt, and says that an operator gave it a later right."""
+    return CloseAsked(MINE, "reason", superseded_by=3, epoch=epoch, leaving=leaving)
 
 
 EVENTS: Final[dict[str, DestinationEvent]] = {
@@ -117,6 +124,11 @@ EVENTS: Final[dict[str, DestinationEvent]] = {
     "close newer": CloseAsked(NEWER, "reason"),
     "close, later owner": CloseAsked(LATER_OWNER, "reason"),
     "close, other source": CloseAsked(OTHER_SOURCE, "reason"),
+    "close by a later right": overrule(),
+    "close by a later right, sent on": overrule(leaving=True),
+    "close by a later right, not ours": overrule(epoch=0),
+    "close by an earlier right": overrule(epoch=4),
+    "close older by a later right": replace(overrule(), attempt=OLDER),
     "copy lost": CopyLost("reason", tail_certain=True),
     "copy lost, torn end": CopyLost("reason", tail_certain=False),
     "stalled": Stalled(),
@@ -160,6 +172,7 @@ IN_ALL: Final[dict[str, str | type[VmferryError]]] = {
     "go older": "(UNSEEN)",
     "go newer": "(UNSEEN)",
     "close older": "(REFUSED)",
+    "close older by a later right": "(REFUSED)",
     "status older": "(REFUSED)",
     "ran": "",
     "copy lost": "",
@@ -174,6 +187,11 @@ IN_ALL: Final[dict[str, str | type[VmferryError]]] = {
 }
 ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
     "empty": {
+        "close by a later right": TOMBSTONE,
+        "close by a later right, sent on": TOMBSTONE,
+        "close by a later right, not ours": TOMBSTONE,
+        "close by an earlier right": TOMBSTONE,
+        "close older by a later right": TOMBSTONE,
         "begin": TAKE,
         "begin, held": MachineExistsError,
         "begin older": TAKE,
@@ -193,6 +211,10 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         },
     },
     "receiving": {
+        "close by a later right": REFUSE,
+        "close by a later right, sent on": REFUSE,
+        "close by a later right, not ours": REFUSE,
+        "close by an earlier right": REFUSE,
         "begin": "(RECEIVING)",
         "begin, held": "(RECEIVING)",
         "begin newer": REPLACE,
@@ -214,6 +236,10 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "status newer": CLOSE_BOTH,
     },
     "prepared": {
+        "close by a later right": REFUSE,
+        "close by a later right, sent on": REFUSE,
+        "close by a later right, not ours": REFUSE,
+        "close by an earlier right": REFUSE,
         "begin": WrongPhaseError,
         "begin newer": REPLACE,
         "begin, other source": MachineBusyError,
@@ -236,6 +262,10 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "status newer": CLOSE_BOTH,
     },
     "owned": {
+        "close by a later right": "SUPERSEDED* halt (SUPERSEDED)",
+        "close by a later right, sent on": MachineBusyError,
+        "close by a later right, not ours": "(OWNED)",
+        "close by an earlier right": "(OWNED)",
         "begin": WrongPhaseError,
         "begin newer": StaleAttemptError,
         "begin newer, used ticket": StaleAttemptError,
@@ -254,6 +284,10 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "status newer": "(REFUSED)",
     },
     "ran": {
+        "close by a later right": "SUPERSEDED* halt (SUPERSEDED)",
+        "close by a later right, sent on": MachineBusyError,
+        "close by a later right, not ours": "(RUNNING)",
+        "close by an earlier right": "(RUNNING)",
         "begin": WrongPhaseError,
         "begin newer": StaleAttemptError,
         "begin newer, used ticket": StaleAttemptError,
@@ -270,7 +304,37 @@ ROWS: Final[dict[str, dict[str, str | type[VmferryError]]]] = {
         "status": "(RUNNING)",
         "status newer": "(REFUSED)",
     },
+    "superseded": {
+        **dict.fromkeys(
+            (
+                "close",
+                "close by a later right",
+                "close by a later right, sent on",
+                "close by a later right, not ours",
+                "close by an earlier right",
+            ),
+            "halt (SUPERSEDED)",
+        ),
+        "begin": WrongPhaseError,
+        "begin newer": StaleAttemptError,
+        "begin newer, used ticket": StaleAttemptError,
+        "begin, other source": StaleAttemptError,
+        "begin, later owner": TAKE,
+        "verified": "(SUPERSEDED)",
+        "go": "(SUPERSEDED)",
+        "go, other digest": "(SUPERSEDED)",
+        "go, no copy": "(SUPERSEDED)",
+        "close newer": "(REFUSED)",
+        "close, later owner": TOMBSTONE,
+        "close, other source": "(REFUSED)",
+        "status": "(SUPERSEDED)",
+        "status newer": "(REFUSED)",
+    },
     "refused": {
+        "close by a later right": "(REFUSED)",
+        "close by a later right, sent on": "(REFUSED)",
+        "close by a later right, not ours": "(REFUSED)",
+        "close by an earlier right": "(REFUSED)",
         "begin": WrongPhaseError,
         "begin newer": TAKE,
         "begin, other source": TAKE,
@@ -322,6 +386,8 @@ LEGAL: Final[dict[tuple[str, RecordKind], Current]] = {
     ("refused", RecordKind.FORCED): Owned(MINE, b""),
     ("prepared", RecordKind.REFUSED): Refused(MINE),
     ("owned", RecordKind.RAN): Owned(MINE, DIGEST, ran=True),
+    ("owned", RecordKind.SUPERSEDED): Superseded(MINE),
+    ("ran", RecordKind.SUPERSEDED): Superseded(MINE),
     ("empty", RecordKind.ACCEPTED): Receiving(MINE),
     ("empty", RecordKind.REFUSED): Empty(),
 }
@@ -348,6 +414,8 @@ def test_which_record_may_follow_in_each_state(state: str, kind: RecordKind) -> 
         ("owned", AGAIN, True),
         ("ran", NEWER, False),
         ("ran", AGAIN, True),
+        ("superseded", NEWER, False),
+        ("superseded", AGAIN, True),
         ("receiving", NEWER, False),
         ("prepared", NEWER, False),
     ],

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.handoff.samples import MACHINE, OTHER_MACHINE, attempt, record
 from vmferry.errors import JournalDamagedError, MachineNotOwnedError
 from vmferry.handoff import destination, source
-from vmferry.handoff.gate import ResumePermit, mint
+from vmferry.handoff.gate import ResumePermit, mint, mint_held_back
 from vmferry.handoff.rights import Epochs, Rights, Standing
 from vmferry.handoff.states import Record, RecordKind
 
@@ -29,7 +29,8 @@ def rights(*written: Record, damaged: bool = False) -> Rights:
     outgoing: source.SourceState = source.Quiet()
     incoming = destination.DestinationState()
     for entry in written:
-        if entry.kind.value in range(RecordKind.BEGUN.value, RecordKind.ACCEPTED.value):
+        from_source = range(RecordKind.BEGUN.value, RecordKind.ACCEPTED.value)
+        if entry.kind.value in from_source or entry == SUPERSEDED_HERE:
             outgoing = source.evolve(outgoing, entry)
         elif entry.kind.value >= RecordKind.ACCEPTED.value:
             incoming = destination.evolve(incoming, entry)
@@ -45,6 +46,8 @@ BEGUN: Final = of(AWAY, K.BEGUN)
 SEALED: Final = of(AWAY, K.BEGUN, K.SEALED)
 HANDED_OFF: Final = of(AWAY, K.BEGUN, K.SEALED, K.HANDED_OFF)
 ARRIVED: Final = of(BACK, K.ACCEPTED, K.PREPARED, K.OWNED)
+SUPERSEDED: Final = dataclasses.replace(of(BACK, K.SUPERSEDED)[0], epoch=3)
+SUPERSEDED_HERE: Final = dataclasses.replace(of(AWAY, K.SUPERSEDED)[0], epoch=1)
 CASES: Final[dict[str, tuple[list[Record], Standing, int | None]]] = {
     "nothing": ([], Standing.NEVER_SEEN, None),
     "born": ([BORN], Standing.OWNED, 1),
@@ -62,6 +65,13 @@ CASES: Final[dict[str, tuple[list[Record], Standing, int | None]]] = {
     "went and came back": ([BORN, *HANDED_OFF, *of(AWAY, K.DONE), *ARRIVED], Standing.OWNED, 3),
     "came back, ended": (
         [BORN, *HANDED_OFF, *of(AWAY, K.DONE), *ARRIVED, dataclasses.replace(ENDED, epoch=3)],
+        Standing.GONE,
+        None,
+    ),
+    "superseded there": ([*ARRIVED, SUPERSEDED], Standing.SUPERSEDED, None),
+    "superseded here": ([BORN, *SEALED, *of(AWAY, K.ABORTED), SUPERSEDED_HERE], Standing.SUPERSEDED, None),
+    "superseded, and what was left ended": (
+        [*ARRIVED, SUPERSEDED, dataclasses.replace(ENDED, epoch=3)],
         Standing.GONE,
         None,
     ),
@@ -87,6 +97,20 @@ def test_a_permit_is_minted_only_for_an_owner_with_nothing_open(name: str) -> No
     else:
         permit = mint(MACHINE, now)
         assert (permit.machine_id, permit.epoch) == (MACHINE, epoch)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_guest_that_is_held_back_goes_on_only_while_it_is_copied(name: str) -> None:
+    """Of all courses of records only an attempt of which nothing is sealed gives that permit; damage never does."""
+    written = CASES[name][0]
+    if name == "begun":
+        permit = mint_held_back(MACHINE, rights(*written))
+        assert (permit.machine_id, permit.epoch) == (MACHINE, 1)
+    else:
+        with pytest.raises(MachineNotOwnedError):
+            mint_held_back(MACHINE, rights(*written))
+    with pytest.raises(MachineNotOwnedError):
+        mint_held_back(MACHINE, rights(*written, damaged=True))
 
 
 @pytest.mark.parametrize("name", CASES)

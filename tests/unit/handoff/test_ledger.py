@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -243,11 +244,42 @@ def test_what_cannot_follow_is_not_written(ledger: HostLedger) -> None:
     """A record that the state does not allow is refused before it reaches the file."""
     ledger.birth(MACHINE)
     with closing(ledger.open_source(MACHINE)) as log:
-        for kind in set(K) - {K.BEGUN}:
+        for kind in set(K) - {K.BEGUN, K.SUPERSEDED}:
             with pytest.raises(InvalidTransitionError):
                 log.append(Append(record(kind, AWAY)))
         assert log.state == source.Quiet()
     assert ledger.permit(MACHINE)
+
+
+def test_goodbyes_are_owed_for_what_was_closed_by_the_present_right_or_an_operator(
+    ledger: HostLedger,
+) -> None:
+    """Closed attempts are told of; those that were completed are not, nor those of a right of long ago."""
+    ledger.birth(MACHINE)
+    aborted, forced, done = (attempt(number) for number in (1, 2, 3))
+    write(ledger, aborted, K.BEGUN, K.ABORTED)
+    assert ledger.goodbyes(MACHINE) == (aborted,)
+    write(ledger, forced, K.BEGUN, K.SEALED, K.HANDED_OFF)
+    with closing(ledger.open_source(MACHINE)) as log:
+        log.append(Append(replace(record(K.FORCED, forced), epoch=5)))
+    assert ledger.goodbyes(MACHINE) == (forced,)
+    assert [one.attempt for one in ledger.forced(MACHINE, Role.SOURCE)] == [forced]
+    write(ledger, done, K.BEGUN, K.SEALED, K.HANDED_OFF, K.DONE)
+    assert ledger.goodbyes(MACHINE) == (forced,)
+
+
+def test_a_superseded_copy_is_ended_by_its_operator_alone(ledger: HostLedger) -> None:
+    """It may not run, nothing else ends it, and afterwards the machine is gone from here."""
+    write(ledger, BACK, K.ACCEPTED, K.PREPARED, K.OWNED)
+    with closing(ledger.open_destination(MACHINE)) as log:
+        log.append(Append(replace(record(K.SUPERSEDED, BACK), epoch=BACK.epoch_to)))
+    assert ledger.rights(MACHINE).standing is Standing.SUPERSEDED
+    with pytest.raises(MachineNotOwnedError):
+        ledger.permit(MACHINE)
+    ledger.end(MACHINE)
+    assert ledger.rights(MACHINE).standing is Standing.GONE
+    with pytest.raises(MachineNotOwnedError):
+        ledger.end(MACHINE)
 
 
 # Damage

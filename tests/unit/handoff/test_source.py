@@ -37,6 +37,7 @@ from vmferry.handoff.source import (
     Sealed,
     SourceEvent,
     SourceState,
+    TakenThere,
     Unheard,
     WaitedEnough,
     decide,
@@ -134,6 +135,8 @@ EVENTS: Final[dict[str, SourceEvent]] = {
     "forced, moved on": force(moved_on=True),
     "forced, nobody": force(operator=""),
     "forced, no evidence": force(evidence=""),
+    "taken there": TakenThere(MINE, 3),
+    "taken there, not ours": TakenThere(MINE, 0),
 }
 
 
@@ -178,6 +181,8 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "forced, moved on": "phase",
             "forced, nobody": "argument",
             "forced, no evidence": "argument",
+            "taken there": "",
+            "taken there, not ours": "",
             "came back": "",
             "came back from a third": "",
             "an older attempt came": "",
@@ -187,6 +192,8 @@ TABLE: Final[dict[tuple[str, str], str]] = {
         }.items()
     },
     **{("quiet", event): "phase" for event in ("forced", "forced, no memory", "forced, moved on")},
+    # Both took the right, and there it was not given up when it was told of ours.
+    ("quiet", "taken there"): "SUPERSEDED* halt",
     **{
         (state, f"waited enough{which}"): ""
         for state in ("quiet", "handed-off")
@@ -216,17 +223,20 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "heard PREPARED, no memory, torn end": "wait",
             **{
                 f"heard {word}{memory}, torn end": "wait" if memory else ""
-                for word in ("UNSEEN", "RECEIVING", "OWNED", "RUNNING")
+                for word in ("UNSEEN", "RECEIVING", "OWNED", "RUNNING", "SUPERSEDED")
                 for memory in ("", ", no memory")
             },
             **{
                 f"heard {word}, no memory": "wait"
-                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
+                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING", "SUPERSEDED")
             },
-            **{f"heard {word}": "" for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")},
+            **{
+                f"heard {word}": ""
+                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING", "SUPERSEDED")
+            },
             **{
                 f"heard {word}, other journal": ""
-                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING")
+                for word in ("UNSEEN", "RECEIVING", "PREPARED", "OWNED", "RUNNING", "SUPERSEDED")
             },
         }.items()
     },
@@ -252,6 +262,7 @@ TABLE: Final[dict[tuple[str, str], str]] = {
             "PREPARED": "->Go",
             "OWNED": "wait",
             "RUNNING": "DONE* release",
+            "SUPERSEDED": "wait",
         }.items()
         for memory in ("", ", no memory", ", torn end", ", no memory, torn end")
     },
@@ -292,6 +303,7 @@ LEGAL: Final[dict[tuple[str, RecordKind], SourceState]] = {
     ("handed-off", RecordKind.DONE): Quiet(1),
     ("handed-off", RecordKind.RECLAIMED): Quiet(1),
     **{(state, RecordKind.FORCED): Quiet(1) for state in ("begun", "sealed", "handed-off")},
+    ("quiet", RecordKind.SUPERSEDED): Quiet(),
 }
 
 

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
+from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, MetricsData
 
 from vmferry.telemetry import metrics
 
@@ -45,3 +45,35 @@ def test_prediction_errors_are_two_histograms_by_kind() -> None:
     assert point.count == 2
     assert point.sum == pytest.approx(3.2)
     assert min(point.explicit_bounds) < 1 < max(point.explicit_bounds)
+
+
+def test_blocked_machines_are_measured_when_somebody_exports() -> None:
+    """Each reader's turn asks everybody who counts; who cannot say now says nothing, who has ended is not asked."""
+    reader = InMemoryMetricReader()
+    provider = MeterProvider([reader], shutdown_on_exit=False)
+    try:
+        with patch("opentelemetry.metrics.get_meter", provider.get_meter):
+            importlib.reload(metrics)
+        end = metrics.observe_blocked(lambda: {"OUTCOME_UNKNOWN": 2, "NOT_RESUMED": 0})
+        metrics.observe_blocked(lambda: None)
+        first = reader.get_metrics_data()
+        end()
+        end()
+        second = reader.get_metrics_data()
+    finally:
+        importlib.reload(metrics)
+        provider.shutdown()
+    assert blocked(first) == {"OUTCOME_UNKNOWN": 2, "NOT_RESUMED": 0}
+    assert blocked(second) == {}
+
+
+def blocked(data: MetricsData | None) -> dict[object, object]:
+    """The counts by reason."""
+    return {
+        dict(point.attributes or {})["vmferry.reason"]: getattr(point, "value", None)
+        for resource in (data.resource_metrics if data else ())
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == "vmferry.machines.blocked"
+        for point in metric.data.data_points
+    }

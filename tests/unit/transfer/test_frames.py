@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +16,8 @@ from vmferry.errors import ChunkRejectedError, HashMismatchError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
-from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, Intake, build_chunk
+from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, BuiltChunk, ChunkBuilder, Intake
+from vmferry.transfer.wire import ChunkFrame, chunk_frame
 from vmferry.v1.transfer_pb2 import ENCODING_NONE, Chunk, PageRun
 
 PAGES = 64
@@ -43,15 +45,23 @@ def content(ram: RamFile) -> bytes:
     return ram.path.read_bytes()
 
 
-def chunk(*runs: tuple[int, int], zero: tuple[tuple[int, int], ...] = (), data: bytes | None = None) -> Chunk:
+def chunk(
+    *runs: tuple[int, int], zero: tuple[tuple[int, int], ...] = (), data: bytes | None = None
+) -> ChunkFrame:
     payload = b"x" * PAGE_SIZE * sum(count for _, count in runs) if data is None else data
-    return Chunk(
-        runs=[PageRun(first_page=first, page_count=count) for first, count in runs],
-        zero_runs=[PageRun(first_page=first, page_count=count) for first, count in zero],
-        encoding=ENCODING_NONE,
-        data=payload,
-        data_hash=xxh3_128_digest(payload),
+    return chunk_frame(
+        Chunk(
+            runs=[PageRun(first_page=first, page_count=count) for first, count in runs],
+            zero_runs=[PageRun(first_page=first, page_count=count) for first, count in zero],
+            encoding=ENCODING_NONE,
+            data=payload,
+            data_hash=xxh3_128_digest(payload),
+        )
     )
+
+
+def build_chunk(ram: RamFile, table: PageTable, runs: list[tuple[int, int]], **changes: Any) -> BuiltChunk:
+    return ChunkBuilder(ram, table).build(runs, **changes)
 
 
 @given(
@@ -69,8 +79,7 @@ def test_memory_and_digest_are_the_same_after_any_rounds(
         fill(source, written)
         for runs in PageRuns((page, 1) for page in sorted(written)).batches(batch):
             built = build_chunk(source, sent, runs, round_number=number)
-            intake.check(built.chunk)
-            intake.write(built.chunk)
+            intake.write(intake.check(built.frame))
             assert built.pages == sum(count for _, count in runs)
     assert content(source) == content(intake.ram)
     assert sent.root() == intake.table.root()
@@ -80,8 +89,8 @@ def test_zero_pages_travel_without_data(source: RamFile) -> None:
     """A page that is all zero is named, not sent."""
     fill(source, {1: 7, 3: 9})
     built = build_chunk(source, PageTable(PAGES), [(0, 4)], round_number=2)
-    assert [(run.first_page, run.page_count) for run in built.chunk.runs] == [(1, 1), (3, 1)]
-    assert [(run.first_page, run.page_count) for run in built.chunk.zero_runs] == [(0, 1), (2, 1)]
+    assert [(run.first_page, run.page_count) for run in built.frame.head.runs] == [(1, 1), (3, 1)]
+    assert [(run.first_page, run.page_count) for run in built.frame.head.zero_runs] == [(0, 1), (2, 1)]
     assert (built.data_bytes, built.zero_pages) == (2 * PAGE_SIZE, 2)
 
 
@@ -89,7 +98,7 @@ def test_the_digest_is_that_of_memory_not_of_the_message(source: RamFile, intake
     """A byte that changes in memory after it was written shows when the table is made anew from memory."""
     fill(source, {0: 3})
     built = build_chunk(source, PageTable(PAGES), [(0, 1)], round_number=1)
-    intake.write(built.chunk)
+    intake.write(intake.check(built.frame))
     noted = intake.table.get(0)
     assert noted == xxh3_128_digest(content(intake.ram)[:PAGE_SIZE])
 
@@ -109,7 +118,7 @@ def test_the_digest_is_that_of_memory_not_of_the_message(source: RamFile, intake
         pytest.param(chunk(zero=((PAGES, 1),), data=b""), "zero_runs", id="zero pages behind the end"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_field(intake: Intake, bad: Chunk, field: str) -> None:
+def test_what_does_not_fit_is_refused_by_field(intake: Intake, bad: ChunkFrame, field: str) -> None:
     """Pages outside the region, or that contradict the data, are refused before memory is touched."""
     before = content(intake.ram)
     with pytest.raises(ChunkRejectedError) as refused:
@@ -130,7 +139,7 @@ def test_other_regions_and_encodings_are_refused(intake: Intake) -> None:
     """What was not agreed is not guessed."""
     for name, value in (("region", 1), ("encoding", 9)):
         bad = chunk((0, 1))
-        setattr(bad, name, value)
+        setattr(bad.head, name, value)
         with pytest.raises(ChunkRejectedError) as refused:
             intake.check(bad)
         assert refused.value.field == name
@@ -139,7 +148,7 @@ def test_other_regions_and_encodings_are_refused(intake: Intake) -> None:
 def test_changed_data_is_noticed(intake: Intake) -> None:
     """One flipped bit on the way is an integrity error."""
     bad = chunk((0, 1))
-    bad.data = b"y" + bad.data[1:]
+    bad.data = b"y" + bytes(bad.data)[1:]
     with pytest.raises(HashMismatchError):
         intake.check(bad)
 
@@ -149,8 +158,8 @@ def test_the_comparison_counts_every_differing_page(source: RamFile, intake: Int
     """Compared byte for byte, each page that differs counts once, zero pages too, and nothing is written."""
     fill(source, {0: 5, 1: 6, 2: 0, 3: 0})
     table = PageTable(PAGES)
-    intake.write(build_chunk(source, table, [(0, 4)], round_number=1).chunk)
-    compared = build_chunk(source, table, [(0, 4)], round_number=2, compare_only=True).chunk
+    intake.write(intake.check(build_chunk(source, table, [(0, 4)], round_number=1).frame))
+    compared = intake.check(build_chunk(source, table, [(0, 4)], round_number=2, compare_only=True).frame)
     assert intake.compare(compared) == 0
     damaged = bytearray(content(intake.ram)[spoiled * PAGE_SIZE : (spoiled + 1) * PAGE_SIZE])
     damaged[4095] ^= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,14 +12,16 @@ import grpc
 import pytest
 
 from dest_svc.intake import DeviceStateBuffer, Lane, take_frame
-from vmferry.errors import HashMismatchError, TimedOutError
+from vmferry.errors import HashMismatchError, PeerUnreachableError, StaleAttemptError, TimedOutError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.status import to_grpc_status
-from vmferry.transfer.frames import Intake, build_chunk
+from vmferry.transfer.frames import ChunkBuilder, Intake
 from vmferry.transfer.lanes import Lanes, LaneSettings
-from vmferry.v1 import handoff_pb2_grpc, transfer_pb2
+from vmferry.transfer.wire import Received, chunk_frame, decode_request
+from vmferry.v1 import handoff_pb2, handoff_pb2_grpc, transfer_pb2
 
 PAGES = 512
 LANES = 3
@@ -35,24 +37,45 @@ class Receiver(handoff_pb2_grpc.DestinationServiceServicer):
         self.break_after: list[int] = []
         self.reject: Exception | None = None
         self.hang = False
+        self.away: set[int] = set()
+        """Lanes that nobody answers."""
         self._intake = intake
+        self._server: grpc.aio.Server | None = None
+        self.port = 0
+
+    async def listen(self, port: int = 0) -> None:
+        """Serve at a port, or any free one."""
+        self._server = grpc.aio.server(interceptors=[Rejecting()], options=[("grpc.so_reuseport", 0)])
+        handoff_pb2_grpc.add_DestinationServiceServicer_to_server(self, self._server)
+        name = handoff_pb2.DESCRIPTOR.services_by_name["DestinationService"].full_name
+        read_requests_with(self._server, name, self.Transfer, decode_request)
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        await self._server.start()
+
+    async def hang_up(self) -> None:
+        """Send everybody away, and listen no more."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(None)
 
     async def Transfer(  # noqa: N802 - named by the contract
-        self, request_iterator: AsyncIterator[transfer_pb2.TransferRequest], context: grpc.aio.ServicerContext
+        self, request_iterator: AsyncIterator[Received], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[transfer_pb2.TransferResponse]:
         opening = await anext(aiter(request_iterator))
+        if opening.open.lane in self.away:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody answers")
         self.connections += 1
         left = self.break_after.pop() if self.break_after else -1
-        serve = self.lanes[opening.open.lane].serve(request_iterator, self._take)
+        serve = self.lanes[opening.open.lane].serve(request_iterator, self._take, opening.open.connection)
         async for response in serve:
             yield response
             if self.hang:
                 await asyncio.Event().wait()
             left -= 1
-            if left == 0:
+            if left == 0 or opening.open.lane in self.away:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "the link was cut")
 
-    async def _take(self, request: transfer_pb2.TransferRequest) -> int:
+    async def _take(self, request: Received) -> int:
         if self.reject is not None:
             raise self.reject
         return await asyncio.to_thread(take_frame, self._intake, self.device_state, request)
@@ -78,7 +101,7 @@ class Rejecting(grpc.aio.ServerInterceptor):
 
 @asynccontextmanager
 async def two_ends(
-    folder: Path, *, stall_timeout_s: float = 20.0
+    folder: Path, *, stall_timeout_s: float = 20.0, reconnect_timeout_s: float = 20.0
 ) -> AsyncIterator[tuple[RamFile, Intake, Receiver, Lanes, list[str]]]:
     """Source memory, destination memory, the receiver between them, lanes, and the events they told."""
     events: list[str] = []
@@ -88,20 +111,18 @@ async def two_ends(
     ):
         intake = Intake(other, PageTable(PAGES))
         receiver = Receiver(intake)
-        server = grpc.aio.server(interceptors=[Rejecting()])
-        handoff_pb2_grpc.add_DestinationServiceServicer_to_server(receiver, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        await receiver.listen()
         options = [("grpc.use_local_subchannel_pool", 1)]
         lanes = Lanes(
             LaneSettings(
                 migration_id=b"m" * 16,
                 transfer_token=b"t" * 32,
-                open_channel=lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}", options),
+                open_channel=lambda: grpc.aio.insecure_channel(f"127.0.0.1:{receiver.port}", options),
                 count=LANES,
                 window_bytes=LANES * 64 * 1024,
                 frame_bytes=16 * PAGE_SIZE,
                 stall_timeout_s=stall_timeout_s,
+                reconnect_timeout_s=reconnect_timeout_s,
                 on_event=lambda name, _facts: events.append(name),
             )
         )
@@ -109,12 +130,20 @@ async def two_ends(
             yield ram, intake, receiver, lanes, events
         finally:
             await lanes.close()
-            await server.stop(None)
+            await receiver.hang_up()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Poll until a condition holds."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - conditions of several objects, none of which tells
+            await asyncio.sleep(0.005)
 
 
 async def send_all(ram: RamFile, lanes: Lanes, table: PageTable) -> None:
+    builder = ChunkBuilder(ram, table)
     for runs in PageRuns.whole(PAGES).batches(16):
-        await lanes.send(build_chunk(ram, table, runs, round_number=1))
+        await lanes.send(builder.build(runs, round_number=1))
     await lanes.drain()
 
 
@@ -154,7 +183,8 @@ async def test_broken_connections_are_not_noticed_by_the_sender(tmp_path: Path) 
         await lanes.finish()
         assert intake.ram.path.read_bytes() == ram.path.read_bytes()
         assert sum(lane.frames for lane in receiver.lanes) == PAGES // 16
-        assert 1 <= lanes.traffic.reconnects == len(events) == receiver.connections - LANES
+        assert 1 <= lanes.traffic.reconnects == receiver.connections - LANES
+        assert events.count("lane lost") == events.count("lane reopened") == lanes.traffic.reconnects
 
 
 async def test_a_rejection_ends_the_transfer_with_its_reason(tmp_path: Path) -> None:
@@ -175,3 +205,93 @@ async def test_a_stall_is_noticed_and_named(tmp_path: Path) -> None:
         with pytest.raises(TimedOutError) as stalled:
             await send_all(ram, lanes, PageTable(PAGES))
         assert stalled.value.metadata["limit"] == "stall_timeout"
+
+
+async def test_a_destination_that_is_away_is_waited_for(tmp_path: Path) -> None:
+    """For longer than a stall may last; then all goes on, and no more than the window is sent twice."""
+    async with two_ends(tmp_path, stall_timeout_s=0.5) as (ram, intake, receiver, lanes, events):
+        scribble(ram, 2)
+        await lanes.open()
+        sending = asyncio.create_task(send_all(ram, lanes, PageTable(PAGES)))
+        await until(lambda: sum(lane.frames for lane in receiver.lanes) > 4)
+        await receiver.hang_up()
+        await until(lambda: lanes.connections.standing == 0)
+        arrived = sum(lane.frames for lane in receiver.lanes)
+        assert not sending.done()
+        await until(lambda: (lanes.connections.all_lost_s or 0.0) > 1.5)
+        assert lanes.connections.reconnect_left_s < 20.0 - 1.5
+        assert sum(lane.frames for lane in receiver.lanes) == arrived
+        await receiver.listen(receiver.port)
+        await sending
+        await lanes.finish()
+        assert intake.ram.path.read_bytes() == ram.path.read_bytes()
+        assert lanes.traffic.reconnects == LANES
+        assert lanes.traffic.repeated_bytes <= LANES * 64 * 1024 + LANES * 1024
+        assert [events.count(name) for name in ("connection lost", "connection back", "lane lost")] == [
+            1,
+            1,
+            3,
+        ]
+        assert lanes.connections.broken_s > 1.5
+
+
+async def test_a_destination_that_stays_away_is_named(tmp_path: Path) -> None:
+    """The limit and the last cause are told."""
+    async with two_ends(tmp_path, reconnect_timeout_s=0.8) as (ram, _intake, receiver, lanes, _events):
+        await lanes.open()
+        await receiver.hang_up()
+        with pytest.raises(PeerUnreachableError, match=r"for 0.8 s: .*127\.0\.0\.1") as failed:
+            await send_all(ram, lanes, PageTable(PAGES))
+        assert failed.value.metadata["limit"] == "reconnect_timeout"
+
+
+async def test_a_lane_that_is_away_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    """All but what the lost lane had taken arrives while it is away; it brings the rest when it is back."""
+    async with two_ends(tmp_path, stall_timeout_s=0.5) as (ram, intake, receiver, lanes, _events):
+        scribble(ram, 3)
+        await lanes.open()
+        receiver.away = {1}
+        sending = asyncio.create_task(send_all(ram, lanes, PageTable(PAGES)))
+        frame_bytes = 16 * PAGE_SIZE
+        await until(lambda: sum(lane.frames for lane in receiver.lanes) >= PAGES // 16 - 1)
+        assert lanes.connections.standing == LANES - 1
+        assert lanes.connections.all_lost_s is None
+        await until(
+            lambda: lanes.in_flight_bytes <= frame_bytes + 1024
+        )  # the last acknowledgements are heard
+        await until(lambda: lanes.connections.broken_s > 1.0)
+        assert not sending.done()
+        receiver.away.clear()
+        await sending
+        await lanes.finish()
+        assert intake.ram.path.read_bytes() == ram.path.read_bytes()
+
+
+async def test_an_opening_that_comes_late_does_not_take_the_lane() -> None:
+    """An older connection's opening is refused and the newer one goes on; a source that does not count may reopen."""
+
+    async def nothing() -> AsyncIterator[Received]:
+        await asyncio.Event().wait()
+        yield transfer_pb2.TransferRequest()
+
+    async def take(_request: Received) -> int:
+        return 0
+
+    lane = Lane(1 << 20)
+    requests: asyncio.Queue[Received] = asyncio.Queue()
+
+    async def of_queue() -> AsyncIterator[Received]:
+        while True:
+            yield await requests.get()
+
+    newer = lane.serve(of_queue(), take, 2)
+    assert (await anext(newer)).WhichOneof("message") == "welcome"
+    for late in (1, 2):
+        with pytest.raises(StaleAttemptError):
+            await anext(lane.serve(nothing(), take, late))
+    await requests.put(chunk_frame(transfer_pb2.Chunk(sequence=1)))
+    assert (await anext(newer)).ack.acknowledged == 1
+    assert (await anext(lane.serve(nothing(), take))).welcome.acknowledged == 1
+    await requests.put(chunk_frame(transfer_pb2.Chunk(sequence=2)))
+    with pytest.raises(StaleAttemptError):
+        await anext(newer)

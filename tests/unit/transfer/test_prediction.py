@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vmferry.transfer import convergence, prediction
-from vmferry.transfer.convergence import Decision, Limits, RoundReport, Verdict
+from vmferry.transfer.convergence import Decision, Effort, Limits, RoundReport, Verdict
 from vmferry.transfer.prediction import (
     DEFAULT_COSTS,
     Circumstances,
@@ -154,8 +154,8 @@ def test_it_gives_up_exactly_when_the_policy_does(found: Circumstances, allowed:
     """The policy itself is asked after every round, and its last word is the prediction's."""
     said: list[Verdict] = []
 
-    def listening(history: list[RoundReport], told: Limits) -> Decision:
-        decision = convergence.decide(history, told)
+    def listening(history: list[RoundReport], told: Limits, effort: Effort) -> Decision:
+        decision = convergence.decide(history, told, effort)
         said.append(decision.verdict)
         return decision
 

@@ -1,4 +1,4 @@
-"""Assemble the guest programs: ``python -m vmferry.machines.microvm.guests.build [--check]``.
+"""Assemble all guest programs: ``python -m vmferry.machines.microvm.guests.build [--check]``.
 
 With ``--check`` nothing is written; the exit code is 1 if a committed image is not what its source gives.
 Needs GNU ``as`` and ``objcopy``.
@@ -12,14 +12,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from vmferry.machines.microvm.guests import PROGRAMS, SOURCES, Program
+from vmferry.machines.microvm.guests import PROGRAMS, SOURCES
+from vmferry.machines.qemu.guest import LOAD
+
+IMAGES = (*(program.image_path for program in PROGRAMS.values()), LOAD)
 
 
-def assemble(program: Program) -> bytes:
-    """The image of ``program``, made from its source."""
+def assemble(image_path: Path) -> bytes:
+    """What the image at a path is to be, made from the source beside it."""
     with tempfile.TemporaryDirectory() as scratch:
         compiled, image = Path(scratch, "program.o"), Path(scratch, "program.bin")
-        source = SOURCES / f"{program.name}.S"
+        source = image_path.with_suffix(".S")
         # --fatal-warnings: an assembler that has to guess is wrong here.
         _run("as", "--64", "--fatal-warnings", "-I", str(SOURCES), "-o", str(compiled), str(source))
         _run("objcopy", "-O", "binary", "-j", ".text", str(compiled), str(image))
@@ -28,24 +31,20 @@ def assemble(program: Program) -> bytes:
 
 def main() -> int:
     """Build or check all programs; the exit code."""
-    parser = argparse.ArgumentParser(description="Assemble the guest programs of the micro-VM.")
+    parser = argparse.ArgumentParser(description="Assemble the guest programs.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if an image is out of date")
     check = parser.parse_args().check
-    outdated = [
-        program
-        for program in PROGRAMS.values()
-        if not _up_to_date(program, assemble(program), write=not check)
-    ]
-    for program in outdated if check else ():
-        sys.stderr.write(f"{program.image_path} is not what {program.name}.S gives: build it again\n")
+    outdated = [path for path in IMAGES if not _up_to_date(path, assemble(path), write=not check)]
+    for path in outdated if check else ():
+        sys.stderr.write(f"{path} is not what {path.stem}.S gives: build it again\n")
     return 1 if check and outdated else 0
 
 
-def _up_to_date(program: Program, image: bytes, *, write: bool) -> bool:
-    if program.image_path.exists() and program.image_path.read_bytes() == image:
+def _up_to_date(path: Path, image: bytes, *, write: bool) -> bool:
+    if path.exists() and path.read_bytes() == image:
         return True
     if write:
-        program.image_path.write_bytes(image)
+        path.write_bytes(image)
     return False
 
 

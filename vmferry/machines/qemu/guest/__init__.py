@@ -1,5 +1,7 @@
 """A Linux guest that checks itself: an initial file system made of a busybox and ``init.sh``.
 
+For benchmarks there is ``load.S``, a program that is all of a guest's own; what it does is said there.
+
 Promise: :func:`archive` is pure, and the same files give the same bytes; only what Linux itself brings is needed, no
 tool that packs archives. What the guest says is read by ``verdict``.
 """
@@ -7,6 +9,7 @@ tool that packs archives. What the guest says is read by ``verdict``.
 from __future__ import annotations
 
 import gzip
+import itertools
 import lzma
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,8 @@ from vmferry.errors import InvalidArgumentError
 
 APPEND: Final = "console=ttyS0 quiet loglevel=3 panic=-1"
 BUSYBOX: Final = Path("/bin/busybox")
+LOAD: Final = Path(__file__).with_name("load.bin")
+"""The only program of the guest that benchmarks move."""
 
 DISK_MODULES: Final = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 """What a guest with a virtio disk needs, unless it is built into its kernel."""
@@ -44,17 +49,20 @@ class Entry:
 
 def archive(entries: Iterable[Entry]) -> bytes:
     """A cpio archive in the format ``newc``, which the kernel unpacks as its first file system."""
-    out = bytearray()
-    for number, entry in enumerate([*entries, Entry(_TRAILER, 0)], start=1):
+    return b"".join(pieces(entries))
+
+
+def pieces(entries: Iterable[Entry]) -> Iterator[bytes]:
+    """The same in pieces, for what is too large to be held twice."""
+    for number, entry in enumerate(itertools.chain(entries, [Entry(_TRAILER, 0)]), start=1):
         name = entry.name.encode() + b"\0"
         major, minor = entry.device
         # inode, mode, uid, gid, links, mtime, size, device major and minor, rdev major and minor, name size, check
         numbers = (number, entry.mode, 0, 0, 1, 0, len(entry.data), 0, 0, major, minor, len(name), 0)
-        out += b"070701" + b"".join(b"%08X" % value for value in numbers) + name
-        out += bytes(-len(out) % 4)
-        out += entry.data
-        out += bytes(-len(out) % 4)
-    return bytes(out)
+        header = b"070701" + b"".join(b"%08X" % value for value in numbers) + name
+        yield header + bytes(-len(header) % 4)
+        yield entry.data
+        yield bytes(-len(entry.data) % 4)
 
 
 def initramfs(busybox: Path = BUSYBOX, modules: Iterable[Path] = ()) -> bytes:

@@ -1,0 +1,232 @@
+"""What is chosen when: by tables of links, contents and processors, as they are and as they change."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmferry.negotiation.encodings import AUTO, ENCODINGS, LZ4, NONE, ZSTD
+from vmferry.transfer.compression import (
+    METHODS,
+    RAW,
+    Effort,
+    Experience,
+    Link,
+    Method,
+    Situation,
+    choose,
+    expected_rate,
+    methods,
+    rate,
+)
+
+MIB = 1024 * 1024
+QUICK_LZ4, ZSTD_1, ZSTD_3, ZSTD_6 = METHODS[1:]
+GBIT, MBIT_100, LOOPBACK = 118e6, 11.8e6, 1.4e9
+SPEEDS = {QUICK_LZ4: 1.5e9, ZSTD_1: 710e6, ZSTD_3: 330e6, ZSTD_6: 110e6}
+"""Bytes per second of a core."""
+
+
+def effort(method: Method, ratio: float, slower: float = 1.0) -> Effort:
+    encode_s = MIB / SPEEDS[method] * slower
+    return Effort(method, MIB, int(MIB / ratio), 0.4e-9 * MIB, encode_s, 2 * encode_s)
+
+
+def experience(ratio: float, *tried: Method, slower: float = 1.0) -> Experience:
+    """What is known after chunks that zstd-1 makes so many times smaller."""
+    known = Experience()
+    for method in tried or (ZSTD_1,):
+        known.add(effort(method, ratio, slower))
+    return known
+
+
+def situation(link: float, *, cores: float = 2.0, readers: int = 2) -> Situation:
+    return Situation(link, readers, cores, send_s_per_byte=0.8e-9)
+
+
+@pytest.mark.parametrize(
+    ("link", "ratio", "cores", "expected"),
+    [
+        pytest.param(LOOPBACK, 5.7, 1.1, {RAW}, id="loopback, where the processors are busy"),
+        pytest.param(LOOPBACK, 1.0, 2.0, {RAW}, id="loopback, nothing to gain"),
+        pytest.param(GBIT, 5.7, 2.0, {ZSTD_1}, id="1 Gbit/s"),
+        pytest.param(GBIT, 2.5, 2.0, {ZSTD_1, ZSTD_3}, id="1 Gbit/s, libraries"),
+        pytest.param(GBIT, 1.02, 2.0, {RAW}, id="1 Gbit/s, contents that do not compress"),
+        pytest.param(GBIT, 5.7, 0.12, {RAW, QUICK_LZ4}, id="1 Gbit/s, no processor to spare"),
+        pytest.param(MBIT_100, 5.7, 2.0, {ZSTD_3, ZSTD_6}, id="100 Mbit/s"),
+        pytest.param(MBIT_100, 1.05, 2.0, {RAW}, id="100 Mbit/s, contents that do not compress"),
+        pytest.param(1e6, 3.0, 2.0, {ZSTD_6}, id="8 Mbit/s"),
+    ],
+)
+def test_what_pays_is_chosen(link: float, ratio: float, cores: float, expected: set[Method]) -> None:
+    """Fast links and busy processors send raw pages, slow links compress as much as they can."""
+    known = experience(ratio)
+    for current in METHODS:
+        assert choose(METHODS, known, situation(link, cores=cores), current) in expected
+
+
+@pytest.mark.parametrize("wish", [LZ4, ZSTD])
+def test_what_is_insisted_on_is_used(wish: str) -> None:
+    """Also where it does not pay; of zstd, the level is still chosen."""
+    allowed = methods(ENCODINGS, wish)
+    for link in (LOOPBACK, GBIT, MBIT_100):
+        assert choose(allowed, experience(1.0), situation(link), allowed[0]).encoding == wish
+
+
+@pytest.mark.parametrize(
+    ("agreed", "wish", "found"),
+    [
+        (ENCODINGS, AUTO, METHODS),
+        (ENCODINGS, "", METHODS),
+        (ENCODINGS, NONE, (RAW,)),
+        (ENCODINGS, LZ4, (QUICK_LZ4,)),
+        ((LZ4, NONE), AUTO, (RAW, QUICK_LZ4)),
+        ((NONE,), AUTO, (RAW,)),
+        ((NONE,), ZSTD, (RAW,)),
+        ((), AUTO, (RAW,)),
+    ],
+)
+def test_only_what_was_agreed_is_allowed(
+    agreed: tuple[str, ...], wish: str, found: tuple[Method, ...]
+) -> None:
+    """A destination that speaks no encoding gets raw pages."""
+    assert methods(agreed, wish) == found
+
+
+@given(
+    link=st.floats(1e5, 1e10),
+    ratio=st.floats(1.0, 50.0),
+    cores=st.floats(0.0, 64.0),
+    current=st.sampled_from(METHODS),
+    slower=st.floats(0.2, 10.0),
+)
+def test_a_choice_is_never_much_worse_than_the_best(
+    link: float, ratio: float, cores: float, current: Method, slower: float
+) -> None:
+    """Whatever was measured, and whatever was used before."""
+    known, now = experience(ratio, slower=slower), situation(link, cores=cores)
+    chosen = choose(METHODS, known, now, current)
+    best = max(rate(method, known, now) for method in METHODS)
+    assert rate(chosen, known, now) * 1.2 >= best * 0.999
+
+
+@given(link=st.floats(1e5, 1e10), ratio=st.floats(1.0, 50.0), current=st.sampled_from(METHODS))
+def test_a_choice_stands_while_nothing_changes(link: float, ratio: float, current: Method) -> None:
+    """It does not go to and fro."""
+    known, now = experience(ratio), situation(link)
+    chosen = choose(METHODS, known, now, current)
+    assert choose(METHODS, known, now, chosen) == chosen
+
+
+def test_methods_that_nobody_tried_are_guessed_from_those_that_were() -> None:
+    """Contents and processors that one method knows are known to all."""
+    known = experience(5.7, ZSTD_1, slower=2.0)
+    assert known.ratio(QUICK_LZ4) == pytest.approx(3.8, rel=0.05)
+    assert known.ratio(ZSTD_6) > known.ratio(ZSTD_3) > 5.7
+    assert known.encode_s_per_byte(ZSTD_3) > known.encode_s_per_byte(ZSTD_1) == pytest.approx(2 / 710e6)
+    assert (known.ratio(RAW), known.encode_s_per_byte(RAW)) == (1.0, 0.0)
+
+
+def test_contents_that_change_are_noticed() -> None:
+    """After a few chunks that do not compress, nobody expects that they do; chunks too small to tell say nothing."""
+    known = experience(8.0)
+    for _ in range(30):
+        known.add(effort(ZSTD_1, 1.0))
+    assert known.ratio(ZSTD_1) < 1.1
+    known.add(Effort(ZSTD_1, 4096, 40, 1e-5, 1e-5, 2e-5))
+    assert known.ratio(ZSTD_1) < 1.1
+
+
+def test_what_others_use_of_the_processor_is_known_by_what_is_left() -> None:
+    """Chunks that take twice as long as their work mean half a core for everyone."""
+    known = experience(3.0)
+    for _ in range(100):
+        known.add(effort(ZSTD_1, 3.0))
+    assert known.share == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_link_is_as_fast_as_it_was_while_it_was_full() -> None:
+    """Measured while lanes were waited for; otherwise it is at least as fast, and slowly believed to be faster."""
+    link = Link()
+    link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
+    assert link.bytes_per_s == pytest.approx(GBIT)
+    link.add(seconds=0.1, wire_bytes=GBIT / 100, blocked=0.0)
+    assert GBIT < link.bytes_per_s < 1.1 * GBIT
+    link.add(seconds=0.1, wire_bytes=LOOPBACK / 10, blocked=0.0)
+    assert link.bytes_per_s == pytest.approx(LOOPBACK)
+
+
+def test_a_link_that_slows_down_is_answered_in_mid_flight() -> None:
+    """Raw pages on a fast link become compressed ones within half a second of it becoming slow, and raw again."""
+    link, known, method = Link(LOOPBACK), experience(5.7), RAW
+    assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), method) == RAW
+    for _ in range(5):
+        link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
+    method = choose(METHODS, known, situation(link.bytes_per_s), method)
+    assert method.encoding == ZSTD
+    for _ in range(5):
+        link.add(seconds=0.1, wire_bytes=LOOPBACK / 10, blocked=0.0)
+    assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), method) == RAW
+
+
+def test_a_link_that_might_have_become_faster_is_tried_now_and_then() -> None:
+    """A link that compressed chunks do not fill is believed to be faster bit by bit, until raw pages show it."""
+    link, known = Link(), experience(5.7)
+    link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
+    seconds = 0.0
+    while choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), ZSTD_1) != RAW:
+        link.add(seconds=0.5, wire_bytes=GBIT / 4, blocked=0.0)
+        seconds += 0.5
+    assert 3.0 < seconds < 60.0
+
+
+RATIOS = {RAW: 0.0, QUICK_LZ4: 0.55, ZSTD_1: 1.0, ZSTD_3: 1.22, ZSTD_6: 1.33}
+"""Of what zstd-1 gains."""
+
+
+def arriving(method: Method, link: float, ratio: float, slower: float) -> tuple[float, float, float]:
+    """What two readers bring over a link: pages and wire bytes per second, and how long readers wait for lanes."""
+    gained = 1 + (ratio - 1) * RATIOS[method]
+    made = 2 / (0.4e-9 + (slower / SPEEDS[method] if method != RAW else 0.0))
+    pages = min(made, link * gained)
+    return pages, pages / gained, 1 - pages / made
+
+
+@pytest.mark.parametrize("link", [1e6, MBIT_100, GBIT, 3 * GBIT, 10 * GBIT])
+@pytest.mark.parametrize("ratio", [1.0, 1.3, 2.5, 5.7])
+@pytest.mark.parametrize("slower", [0.7, 3.0])
+@pytest.mark.parametrize("guess", [0.0, 0.1, 5.0])
+def test_what_is_chosen_again_and_again_is_about_the_best(
+    link: float, ratio: float, slower: float, guess: float
+) -> None:
+    """Over twenty seconds, whatever the link was believed to be: nine tenths of what the best method brings.
+
+    Or of what raw pages bring, where compressing would bring little more.
+    """
+    believed, known, method = Link(link * guess), Experience(), METHODS[-1]
+    total, looks = 0.0, 0
+    for look in range(100):
+        pages, wire, blocked = arriving(method, link, ratio, slower)
+        if look >= 5:
+            total, looks = total + pages, looks + 1
+        tried = ZSTD_1 if method == RAW else method
+        encode_s = MIB * slower / SPEEDS[tried]
+        gained = 1 + (ratio - 1) * RATIOS[tried]
+        for _ in range(4):
+            known.add(Effort(tried, MIB, int(MIB / gained), 0.4e-9 * MIB, encode_s, encode_s))
+        believed.add(seconds=0.2, wire_bytes=wire * 0.2, blocked=blocked)
+        method = choose(METHODS, known, situation(believed.bytes_per_s, cores=4.0), method)
+    rates = {method: arriving(method, link, ratio, slower)[0] for method in METHODS}
+    best = max(rates.values())
+    assert total / looks >= 0.9 * (rates[RAW] if rates[RAW] * 1.2 > best else best)
+
+
+def test_a_prediction_expects_what_would_be_chosen() -> None:
+    """Pages arrive as fast as the link where they travel raw, and faster where compressing pays."""
+    for ratio, link, gain in ((1.0, GBIT, 1.0), (5.7, LOOPBACK, 1.0), (5.7, GBIT, 5.0), (5.7, MBIT_100, 5.7)):
+        known = experience(ratio)
+        rate_of_pages = expected_rate(METHODS, known, situation(link, cores=1.1 if link == LOOPBACK else 2.0))
+        assert rate_of_pages >= gain * link
+        assert gain > 1 or rate_of_pages == link
+        assert expected_rate((RAW,), known, situation(link)) == link

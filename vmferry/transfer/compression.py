@@ -1,0 +1,231 @@
+"""Which way of compressing a chunk pays: a pure policy over what was measured. No clock, no I/O.
+
+Promise: the same measurements give the same choice. What does not pay by a clear margin is not done: a fast link, a
+busy processor or contents that do not compress mean raw pages, within one look; a slow link means compression as
+strong as the processor can keep up with. A choice is changed only for a gain that is worth a change.
+
+For each method the rate at which page contents would arrive is the least of three: what the readers can make of it,
+what the processor allows, and what the link carries of what is left of it. The best rate wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from vmferry.negotiation.encodings import AUTO, LZ4, NONE, ZSTD
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of making chunks smaller."""
+
+    encoding: str
+    level: int = 0
+    """Of zstd; other encodings have none."""
+
+    def __str__(self) -> str:
+        return f"{self.encoding}-{self.level}" if self.level else self.encoding
+
+
+RAW: Final = Method(NONE)
+METHODS: Final = (RAW, Method(LZ4), Method(ZSTD, 1), Method(ZSTD, 3), Method(ZSTD, 6))
+"""All there are, the quickest first."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What was done with one chunk."""
+
+    method: Method
+    data_bytes: int
+    encoded_bytes: int
+    """What the method made of it; 0 if it made nothing."""
+    read_s: float
+    """Seconds of a core for reading and hashing."""
+    encode_s: float
+    """Seconds of a core for the method."""
+    encode_wall_s: float
+    """How long that took."""
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """What a method does as long as nobody has seen it: bytes per second of a core, and share of zstd-1's gain."""
+
+    bytes_per_s: float
+    gain: float
+
+
+_GUESSES: Final[Mapping[Method, _Guess]] = {
+    METHODS[1]: _Guess(1.2e9, 0.6),
+    METHODS[2]: _Guess(600e6, 1.0),
+    METHODS[3]: _Guess(350e6, 1.2),
+    METHODS[4]: _Guess(110e6, 1.3),
+}
+_GUESSED_LEFT: Final = 0.5
+_FORGETTING: Final = 0.9
+"""What an earlier chunk still counts when the next one has come."""
+_CONTENTS_FORGETTING: Final = 0.85
+"""The same for what contents compress to, which changes sooner than what a processor can do."""
+_SHARE_FORGETTING: Final = 0.95
+_LEAST_BYTES: Final = 64 * 1024
+"""Chunks smaller than this say little."""
+
+
+@dataclass
+class _Sums:
+    """Fading sums over chunks of one method."""
+
+    data_bytes: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, effort: Effort) -> None:
+        self.data_bytes = self.data_bytes * _FORGETTING + effort.data_bytes
+        self.seconds = self.seconds * _FORGETTING + effort.encode_s
+
+
+@dataclass
+class Experience:
+    """What compressing has cost and gained so far, and what follows for methods that were not tried."""
+
+    read_s_per_byte: float = 0.4e-9
+    """Seconds of a core to read and hash a byte."""
+    share: float = 1.0
+    """What part of a core one gets who could use a whole one: the rest is used by others."""
+    _left: float = 0.0
+    """What zstd-1 leaves of a byte, by chunks of all methods: what is known of the contents; 0 if nothing is."""
+    _seen: dict[Method, _Sums] = field(default_factory=dict)
+    _last: Method | None = None
+
+    def add(self, effort: Effort) -> None:
+        """Note what was done with a chunk."""
+        if effort.data_bytes < _LEAST_BYTES:
+            return
+        read_s = effort.read_s / effort.data_bytes
+        self.read_s_per_byte = _FORGETTING * self.read_s_per_byte + (1 - _FORGETTING) * read_s
+        if effort.encoded_bytes:
+            self._seen.setdefault(effort.method, _Sums()).add(effort)
+            self._last = effort.method
+            gain = max(0.0, effort.data_bytes / effort.encoded_bytes - 1) / _GUESSES[effort.method].gain
+            left = 1 / (1 + gain)
+            known = self._left or left
+            self._left = _CONTENTS_FORGETTING * known + (1 - _CONTENTS_FORGETTING) * left
+            # Only of this: reading and hashing also wait for Python's lock, which more processors would not help.
+            share = min(1.0, effort.encode_s / max(effort.encode_wall_s, 1e-9))
+            self.share = _SHARE_FORGETTING * self.share + (1 - _SHARE_FORGETTING) * share
+
+    def ratio(self, method: Method) -> float:
+        """How many times smaller a method makes these contents."""
+        if method == RAW:
+            return 1.0
+        gain = 1 / (self._left or _GUESSED_LEFT) - 1
+        return 1 + gain * _GUESSES[method].gain
+
+    def encode_s_per_byte(self, method: Method) -> float:
+        """Seconds of a core that a method takes for a byte."""
+        if method == RAW:
+            return 0.0
+        if sums := self._seen.get(method):
+            return sums.seconds / sums.data_bytes
+        slower = 1.0
+        if self._last is not None:
+            sums = self._seen[self._last]
+            slower = sums.seconds / sums.data_bytes * _GUESSES[self._last].bytes_per_s
+        return slower / _GUESSES[method].bytes_per_s
+
+
+_FIRST_GUESS_BYTES_PER_S: Final = 125e6
+_GROWTH_PER_S: Final = 0.15
+"""A link that is not filled may be faster than it was; believed so slowly that trying it out costs little."""
+_FIRST_GROWTH_PER_S: Final = 1.0
+"""The same before it was ever seen to be full."""
+_BLOCKED: Final = 0.25
+"""Share of their time that readers wait for lanes when the link is what limits."""
+
+
+class Link:
+    """How fast the lanes are, by what went over them while they were the bottleneck."""
+
+    def __init__(self, bytes_per_s: float = 0.0) -> None:
+        """Start with what a short measurement found, if there was one."""
+        self.bytes_per_s = bytes_per_s or _FIRST_GUESS_BYTES_PER_S
+        self._seen_full = False
+
+    def add(self, *, seconds: float, wire_bytes: float, blocked: float) -> None:
+        """Note a stretch of time.
+
+        Args:
+            seconds: its length.
+            wire_bytes: what was acknowledged in it, as it was sent.
+            blocked: share of it that readers waited for lanes to take a chunk.
+        """
+        rate = wire_bytes / seconds
+        if blocked >= _BLOCKED:
+            self.bytes_per_s = (self.bytes_per_s + rate) / 2 if self._seen_full else rate
+            self._seen_full = True
+        else:
+            growth = _GROWTH_PER_S if self._seen_full else _FIRST_GROWTH_PER_S
+            self.bytes_per_s = max(self.bytes_per_s * (1 + growth * seconds), rate)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a choice depends on, besides the contents."""
+
+    link_bytes_per_s: float
+    readers: int
+    """Chunks that are read and compressed at a time."""
+    cores: float
+    """Cores that the service gets if it wants them."""
+    send_s_per_byte: float = 0.7e-9
+    """Seconds of a core to send a byte, encryption and all."""
+
+
+def methods(agreed: Iterable[str], wish: str = AUTO) -> tuple[Method, ...]:
+    """The methods that both hosts know and the caller wants; never none."""
+    wanted = set(agreed) if wish in ("", AUTO) else {wish} & set(agreed)
+    return tuple(method for method in METHODS if method.encoding in wanted) or (RAW,)
+
+
+def rate(method: Method, experience: Experience, situation: Situation) -> float:
+    """Bytes of page contents per second that would arrive."""
+    ratio = experience.ratio(method)
+    make_s = experience.read_s_per_byte + experience.encode_s_per_byte(method)
+    return min(
+        situation.readers / make_s,
+        max(situation.cores, 0.1) / (make_s + situation.send_s_per_byte / ratio),
+        situation.link_bytes_per_s * ratio,
+    )
+
+
+_WORTH_COMPRESSING: Final = 1.2
+_WORTH_MORE: Final = 1.03
+_WORTH_A_CHANGE: Final = 1.04
+
+
+def choose(
+    allowed: Sequence[Method], experience: Experience, situation: Situation, current: Method
+) -> Method:
+    """The method for what comes next.
+
+    The quickest of those that are about as good as the best; raw pages unless compressing is clearly better.
+    """
+    rates = {method: rate(method, experience, situation) for method in allowed}
+    best = max(rates.values())
+    for method in allowed:
+        enough = _WORTH_COMPRESSING if method == RAW else _WORTH_MORE
+        if rates[method] * enough >= best:
+            break
+    # A quicker one spares the processor something, a slower one has to show for it.
+    is_slower = METHODS.index(method) > METHODS.index(current)
+    if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
+        return current
+    return method
+
+
+def expected_rate(allowed: Sequence[Method], experience: Experience, situation: Situation) -> float:
+    """Bytes of page contents per second to be expected, where raw pages were measured to go at the link's rate."""
+    method = choose(allowed, experience, situation, allowed[0])
+    return situation.link_bytes_per_s if method == RAW else rate(method, experience, situation)
