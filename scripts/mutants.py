@@ -39,7 +39,7 @@ import pytest
 from mutations import EQUIVALENT, ROOT, Mutant
 
 REMEMBERED: Final = ROOT / "scripts/mutants.toml"
-_COPIED: Final = ("vmferry", "source_svc", "dest_svc", "tests", "models", "pyproject.toml")
+_COPIED: Final = ("vmferry", "source_svc", "dest_svc", "tests", "models", "docs", "pyproject.toml")
 _TIME_LIMIT_S: Final = 900
 _SLOW_IMPORTS: Final = (
     "cryptography.x509",
@@ -63,6 +63,7 @@ SUITES: Final = {
 """What runs, in this order."""
 NEAREST: Final = {
     "source": "test_source.py test_source_rules.py",
+    "arriving": "test_destination.py test_destination_rules.py",
     "destination": "test_destination.py test_destination_rules.py",
     "journal": "test_journal.py test_journal_disk.py",
     "register": "test_register.py",

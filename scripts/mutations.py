@@ -18,6 +18,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 CORE: Final = (
     "states",
     "source",
+    "arriving",
     "destination",
     "rights",
     "gate",
@@ -34,6 +35,9 @@ EQUIVALENT: Final[dict[str, str]] = {
     "source._force_reclaim: "
     "lazily _append(RecordKind.FORCED, attempt, epoch=attempt.epoch_from + 2, note=event.evidence)": (
         "only its record is used, in an action that is durable"
+    ),
+    "destination._overruled: drop isinstance(now, Empty)": (
+        "a right that was taken here is of an attempt that was seen, which a checker of types cannot know"
     ),
     "rights.Rights.proved_gone_by: drop isinstance(self.outgoing, source.HandedOff)": (
         "awaits_word has looked already, which a checker of types cannot know"

@@ -207,7 +207,6 @@ def parts(sizes: Sizes) -> list[Part]:
     """The evidence; what takes longest comes first, so that the processors come to their ends together."""
     campaign = ("-m", "tests.simulation.campaign")
     one_core = ("--jobs", "1", "--json")
-    real = [f"tests/integration/{name}.py" for name in ("test_failpoints", "test_cut_links")]
     return [
         Part("mutants", ("scripts/mutants.py", "--sample", str(sizes.mutants), *one_core), _mutants),
         Part(
@@ -215,7 +214,8 @@ def parts(sizes: Sizes) -> list[Part]:
             (*campaign, "two-faults", "--stride", str(sizes.every_nth_first_of_two), *one_core),
             _schedules,
         ),
-        tests("real processes", *(name for name in real if (ROOT / name).exists()), figures=_scenarios),
+        tests("real processes", "tests/integration/test_failpoints.py", figures=_scenarios),
+        tests("cut links", "tests/integration/test_cut_links.py", figures=_scenarios),
         Part(
             "one fault",
             (*campaign, "one-fault", "--stride", str(sizes.every_nth_fault), *one_core),
