@@ -30,7 +30,15 @@ from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.together import together
 from vmferry.transfer.compression import RAW, Method
-from vmferry.transfer.convergence import NO_EFFORT, NOT_READY_S, WAITING_S, RoundReport, Verdict, decide
+from vmferry.transfer.convergence import (
+    FIXED_DOWNTIME_S,
+    NO_EFFORT,
+    NOT_READY_S,
+    WAITING_S,
+    RoundReport,
+    Verdict,
+    decide,
+)
 from vmferry.transfer.frames import ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
@@ -74,8 +82,8 @@ class Copy:
         self.round_number = 0
         self.last_round_bytes = 0
         """Pages of the last round, which the guest waited for."""
-        self.expected_downtime_s = 0.0
-        """The pause that was predicted when it was decided to switch."""
+        self.last_round_s = 0.0
+        """What the last round was predicted to take, when it was decided to switch; switch_timeout is for the rest."""
         self._machine = machine
         self._destination = destination
         self._migration = migration
@@ -158,7 +166,7 @@ class Copy:
             if decision.verdict is Verdict.GIVE_UP:
                 raise hopeless(self.round_number, decision)
             if decision.verdict is Verdict.SWITCH:
-                self.expected_downtime_s = decision.expected_downtime_s
+                self.last_round_s = max(0.0, decision.expected_downtime_s - FIXED_DOWNTIME_S)
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence

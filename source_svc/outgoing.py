@@ -282,7 +282,7 @@ class Outgoing(Followed):
             limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
         if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
             limit_s += self._terms.limits.longest_downtime_s
-        limit_s += self._copy.expected_downtime_s * UNEXPECTED
+        limit_s += self._copy.last_round_s * UNEXPECTED
         async with time_limit("switch_timeout", limit_s):
             self._may_be_paused = True
             async with phase("pause"):

@@ -56,7 +56,7 @@ class Readiness:
 
     async def both(self) -> bool:
         """Whether both sides could finish now."""
-        switch_s = self._switch_timeout_s + self._copy.expected_downtime_s * UNEXPECTED
+        switch_s = self._switch_timeout_s + self._copy.last_round_s * UNEXPECTED
         until = datetime.now(UTC) + timedelta(seconds=switch_s) + _CERTIFICATE_MARGIN
         if self._material.get().not_after < until:
             raise WrongPhaseError(

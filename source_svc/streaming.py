@@ -30,6 +30,7 @@ from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSource
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
 from vmferry.transfer.convergence import (
+    FIXED_DOWNTIME_S,
     NO_EFFORT,
     Decision,
     Effort,
@@ -71,8 +72,8 @@ class StreamedCopy:
         self, machine: QmpMachine, destination: Destination, migration: Migration, settings: CopySettings
     ) -> None:
         self.round_number = 0
-        self.expected_downtime_s = 0.0
-        """The pause that was predicted when it was decided to switch."""
+        self.last_round_s = 0.0
+        """What the last round was predicted to take, when it was decided to switch; switch_timeout is for the rest."""
         self._effort = NO_EFFORT
         self._live = machine.spec.streams_live
         self._machine = machine
@@ -138,7 +139,7 @@ class StreamedCopy:
             if decision.verdict is Verdict.GIVE_UP:
                 raise hopeless(self.round_number, decision)
             if decision.verdict is Verdict.SWITCH:
-                self.expected_downtime_s = decision.expected_downtime_s
+                self.last_round_s = max(0.0, decision.expected_downtime_s - FIXED_DOWNTIME_S)
                 if await may_switch():
                     return
                 history.pop()  # rounds that only wait for the destination say nothing about convergence

@@ -46,7 +46,7 @@ MODULES = (
 )
 """What a guest needs for its balloon, in the order in which one needs another."""
 SLOW = 8 * MIB
-SEEN_S = 30.0
+SEEN_S = 60.0
 
 
 def qemu_spec(spec: MachineSpec, **part: Any) -> MachineSpec:

@@ -56,7 +56,7 @@ class Copy:
     def __init__(self, machine: Machine, destination: Any, migration: Any, settings: Any) -> None:
         self.round_number = 0
         self.last_round_bytes = 0
-        self.expected_downtime_s = 0.0
+        self.last_round_s = 0.0
         self._machine = machine
         self._stub = destination._stub
         self._stall_s = settings.stall_timeout_s
