@@ -42,6 +42,12 @@ EQUIVALENT: Final[dict[str, str]] = {
     "rights.Rights.proved_gone_by: drop isinstance(self.outgoing, source.HandedOff)": (
         "awaits_word has looked already, which a checker of types cannot know"
     ),
+    "rights.Rights.superseded: drop not self.owner": (
+        "a right that was superseded counts as left, so no host that has a later one fits the rest"
+    ),
+    "ledger.HostLedger.goodbyes: drop record.attempt is not None": (
+        "every record of a source is about an attempt, which a checker of types cannot know"
+    ),
     "register.Register.note: first <= second as <": "of two equal marks either may be overwritten",
 }
 """Mutants that nothing can notice, by name, with the reason."""

@@ -45,10 +45,12 @@ class Sizes:
     storms: int
     mutants: int
     """0: all of them."""
+    real: tuple[str, ...]
+    """Which scenarios, as options of pytest."""
 
 
-FULL: Final = Sizes((), 1, 8, 500, 0)
-QUICK: Final = Sizes(("--quick",), 5, 64, 100, 30)
+FULL: Final = Sizes((), 1, 8, 500, 0, ())
+QUICK: Final = Sizes(("--quick",), 5, 64, 100, 30, ("-k", "handed-off or owned"))
 
 
 @dataclass
@@ -214,8 +216,8 @@ def parts(sizes: Sizes) -> list[Part]:
             (*campaign, "two-faults", "--stride", str(sizes.every_nth_first_of_two), *one_core),
             _schedules,
         ),
-        tests("real processes", "tests/integration/test_failpoints.py", figures=_scenarios),
-        tests("cut links", "tests/integration/test_cut_links.py", figures=_scenarios),
+        tests("cut links", "tests/integration/test_cut_links.py", *sizes.real, figures=_scenarios),
+        tests("real processes", "tests/integration/test_failpoints.py", *sizes.real, figures=_scenarios),
         Part(
             "one fault",
             (*campaign, "one-fault", "--stride", str(sizes.every_nth_fault), *one_core),

@@ -134,3 +134,21 @@ def test_a_forced_accept_is_the_right_that_was_to_be_handed_over(tmp_path: Path)
                 log.append(action)
         assert destination.answer(log.state, BACK).state is AttemptState.OWNED
     assert ledger.permit(MACHINE).epoch == BACK.epoch_to
+
+
+def test_a_guest_runs_on_only_where_the_right_is(ledger: HostLedger) -> None:
+    """An open attempt alone lets no guest go on while it is copied."""
+    begun = replace(ledger.rights(MACHINE), outgoing=source.Begun(AWAY))
+    assert not begun.owner
+    assert not begun.runs_on
+    assert replace(begun, epochs=replace(begun.epochs, granted=9)).runs_on
+
+
+def test_only_a_right_that_was_taken_later_shows_that_it_came_back(ledger: HostLedger) -> None:
+    """What is on its way here proves nothing yet, nor does the way on which the machine came before it left."""
+    assert not ledger.rights(MACHINE).came_back_after(AWAY)
+    write(ledger, BACK, K.ACCEPTED, K.PREPARED)
+    assert not ledger.rights(MACHINE).came_back_after(AWAY)
+    write(ledger, BACK, K.OWNED)
+    assert ledger.rights(MACHINE).came_back_after(AWAY)
+    assert not ledger.rights(MACHINE).came_back_after(FROM_A_THIRD)
