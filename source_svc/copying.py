@@ -83,7 +83,7 @@ class Copy:
         self.last_round_bytes = 0
         """Pages of the last round, which the guest waited for."""
         self.last_round_s = 0.0
-        """What the last round was predicted to take, when it was decided to switch; switch_timeout is for the rest."""
+        """What the last round was predicted to take when it was decided to switch; switch_timeout is for the rest."""
         self._machine = machine
         self._destination = destination
         self._migration = migration

@@ -73,7 +73,7 @@ class StreamedCopy:
     ) -> None:
         self.round_number = 0
         self.last_round_s = 0.0
-        """What the last round was predicted to take, when it was decided to switch; switch_timeout is for the rest."""
+        """What the last round was predicted to take when it was decided to switch; switch_timeout is for the rest."""
         self._effort = NO_EFFORT
         self._live = machine.spec.streams_live
         self._machine = machine
