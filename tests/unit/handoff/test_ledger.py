@@ -268,6 +268,17 @@ def test_goodbyes_are_owed_for_what_was_closed_by_the_present_right_or_an_operat
     assert ledger.goodbyes(MACHINE) == (forced,)
 
 
+def test_a_goodbye_is_owed_for_a_hand_off_that_came_back(ledger: HostLedger) -> None:
+    """The right came back with a higher number, and the destination may not know that it was given back."""
+    ledger.birth(MACHINE)
+    back = attempt(1)
+    write(ledger, back, K.BEGUN, K.SEALED, K.HANDED_OFF)
+    with closing(ledger.open_source(MACHINE)) as log:
+        log.append(Append(replace(record(K.RECLAIMED, back), epoch=back.epoch_from + 2)))
+    assert ledger.rights(MACHINE).epochs.granted == back.epoch_from + 2
+    assert ledger.goodbyes(MACHINE) == (back,)
+
+
 def test_a_superseded_copy_is_ended_by_its_operator_alone(ledger: HostLedger) -> None:
     """It may not run, nothing else ends it, and afterwards the machine is gone from here."""
     write(ledger, BACK, K.ACCEPTED, K.PREPARED, K.OWNED)
