@@ -34,6 +34,7 @@ from source_svc.recovery import (
 from source_svc.settling import SourcePart
 from vmferry.errors import (
     InvalidArgumentError,
+    JournalDamagedError,
     MachineBusyError,
     MachineDeadError,
     MachineFailedError,
@@ -122,6 +123,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
                 await self._keep_unknown(machine_id, error)
+                if isinstance(error, JournalDamagedError) and isinstance(error.__cause__, OSError):
+                    # Not the journal but its disk: nobody would look after the machine until the next start.
+                    self._host.journal_broken(error)
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
