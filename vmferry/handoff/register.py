@@ -10,7 +10,7 @@ very file is, so that a copy of it is not believed. Each other entry holds its m
 overwritten.
 
 Promise: a mark that is given is of a slot that was on disk in this directory; what cannot be read raises
-:class:`JournalDamagedError`. Nothing here ever makes a journal believed that would not be without it.
+:class:`JournalDamagedError`. Nothing here ever makes a journal believed that would not be without it. Any thread may ask.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import struct
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class Register:
         self._disk = disk
         self._offsets: dict[str, int] = {}
         self._scanned = ENTRY_BYTES
+        self._scanning = threading.Lock()
+        """Two threads that take in the same entries would each move on behind them, and so past the next ones."""
         with damaging("use", self._path):
             if not disk.exists(self._path):
                 _make(self._path, disk, earlier_incarnation(directory, disk) or str(uuid.uuid4()))
@@ -140,13 +143,14 @@ class Register:
 
         A bad one with others behind it is none: its writer failed, or it rotted, and its journal is not believed.
         """
-        while data := file.read(self._scanned, ENTRY_BYTES):
-            found = [_decode(data[:_COPY_BYTES]), _decode(data[_COPY_BYTES:])]
-            names = {mark[0] for mark in found if mark is not None}
-            if not names and not file.read(self._scanned + ENTRY_BYTES, 1):
-                return  # another process may be about to write it
-            self._offsets.update(dict.fromkeys(names, self._scanned))
-            self._scanned += ENTRY_BYTES
+        with self._scanning:
+            while data := file.read(self._scanned, ENTRY_BYTES):
+                found = [_decode(data[:_COPY_BYTES]), _decode(data[_COPY_BYTES:])]
+                names = {mark[0] for mark in found if mark is not None}
+                if not names and not file.read(self._scanned + ENTRY_BYTES, 1):
+                    return  # another process may be about to write it
+                self._offsets.update(dict.fromkeys(names, self._scanned))
+                self._scanned += ENTRY_BYTES
 
     def _marks(self, file: File, name: str) -> tuple[Mark, Mark]:
         offset = self._offsets[name]

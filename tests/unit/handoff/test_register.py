@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +17,7 @@ import pytest
 from tests.unit.handoff.samples import MACHINE, OTHER_MACHINE, attempt, record
 from vmferry.errors import JournalDamagedError, MachineExistsError
 from vmferry.handoff import register
-from vmferry.handoff.disk import DISK, HostDisk, Lock
+from vmferry.handoff.disk import DISK, File, HostDisk, HostFile, Lock
 from vmferry.handoff.journal import SLOT_BYTES, Journal
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.register import ENTRY_BYTES, Mark, Register
@@ -519,3 +520,28 @@ def test_who_adds_an_entry_waits_for_its_turn(small: Register, tmp_path: Path) -
 
     Register(tmp_path, Asked()).add(f"{MACHINE}/operator", mark(1))
     assert asked == [True]
+
+
+def test_two_threads_that_look_at_once_lose_no_entry(small: Register, tmp_path: Path) -> None:
+    """One that is overtaken while it takes in an entry remembers it where it is, and sees the next one as well."""
+    threads: list[threading.Thread] = []
+
+    class Overtaken(HostFile):
+        def read(self, offset: int = 0, length: int = -1) -> bytes:
+            data = super().read(offset, length)
+            if offset == ENTRY_BYTES and not threads:
+                threads.append(threading.Thread(target=both.names))
+                threads[0].start()
+                threads[0].join(timeout=0.5)  # it ends by then, unless it rightly waits for this one
+            return data
+
+    class Watched(HostDisk):
+        def open(self, path: Path, *, writable: bool = False) -> File:
+            return Overtaken(os.open(path, os.O_RDWR if writable else os.O_RDONLY))
+
+    both = Register(tmp_path, Watched())
+    names = both.names()
+    threads[0].join()
+    assert names == both.names() == small.names()
+    assert both.mark(NAME) == mark(4)
+    assert both.mark(f"{OTHER_MACHINE}/source") == mark(7)
