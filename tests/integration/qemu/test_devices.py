@@ -145,16 +145,21 @@ async def test_the_serial_port_leads_to_a_socket_wherever_the_guest_is(world: Wo
 
 
 async def converse(host: Host, guest: LinuxGuest, words: str) -> None:
-    """Read a sign of life at the guest's serial port, type something, and see it echoed by the guest."""
+    """Read a sign of life at the guest's serial port, type something, and see it echoed by the guest.
+
+    The guest writes there, too, and may do so in the middle of the echo: then it is typed once more.
+    """
     path = host.record(guest.id).paths.serial_socket
     assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0
     reader, writer = await asyncio.open_unix_connection(path)
     try:
         async with asyncio.timeout(SEEN_S):
             await reader.readuntil(b"tick n=")
-            writer.write(words.encode() + b"\r")
-            await writer.drain()
-            await reader.readuntil(words.encode())
+            heard = b""
+            while words.encode() not in heard:
+                writer.write(words.encode() + b"\r")
+                await writer.drain()
+                heard = await reader.readuntil(b"tick n=") + await reader.readuntil(b"tick n=")
     finally:
         writer.close()
         await writer.wait_closed()
