@@ -10,7 +10,8 @@ very file is, so that a copy of it is not believed. Each other entry holds its m
 overwritten.
 
 Promise: a mark that is given is of a slot that was on disk in this directory; what cannot be read raises
-:class:`JournalDamagedError`. Nothing here ever makes a journal believed that would not be without it. Any thread may ask.
+:class:`JournalDamagedError`. Nothing here ever makes a journal believed that would not be without it.
+Any thread may ask.
 """
 
 from __future__ import annotations
