@@ -43,15 +43,16 @@ MIDDLE = {
     "vmferry.telemetry",
     "vmferry.security",
 }
-OUTER = {"vmferry.cli", "vmferry.bench", *SERVICES}
+OUTER = {"vmferry.cli", "vmferry.bench", "vmferry.client", *SERVICES}
 
 MAY_NOT_IMPORT = {
     **dict.fromkeys(INNER, MIDDLE | OUTER),
     **dict.fromkeys(MIDDLE, OUTER),
+    "vmferry.client": SERVICES | {"vmferry.cli", "vmferry.bench"},
     "vmferry.cli": SERVICES,
     "vmferry.bench": SERVICES,
-    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench"},
-    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench"},
+    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench", "vmferry.client"},
+    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench", "vmferry.client"},
 }
 
 PURE = (

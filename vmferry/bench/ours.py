@@ -13,13 +13,13 @@ from google.protobuf.duration_pb2 import Duration
 
 from vmferry.bench.guest import Wishes
 from vmferry.bench.moving import Moved, Mover
-from vmferry.cli import migrate
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_hosts import Shore, TwoHosts
 from vmferry.cli.machine import directory_of, end_machine, run_machine
 from vmferry.cli.output import milliseconds
 from vmferry.cli.progress import outcome_name
 from vmferry.cli.watch import follow
+from vmferry.client.places import Target
 from vmferry.errors import VmferryError
 from vmferry.machines.directory import MachineRecord
 from vmferry.machines.paths import MachinePaths
@@ -89,15 +89,10 @@ class Ours(Mover):
         options.CopyFrom(self._options)
         if not options.HasField("total_timeout"):
             options.total_timeout.CopyFrom(Duration(seconds=int(limit_s)))
-        order = migrate.Order(
-            machine=self._spec.uuid,
-            destination=pb.Destination(host=self._there.host.identity.uri, address=self._there.dest.address),
-            options=options,
-            request_id=migrate.new_request_id(),
-        )
+        target = Target(self._there.host.identity.uri, self._there.dest.address)
         address, host = self._here.source.address, self._here.host.identity.uri
         async with open_source(address, host, self._world.admin_tls) as source:
-            started = await migrate.start(source, order)
+            started = await source.start(self._spec.uuid, target, options=options)
             migration = await follow(source, started.id, _Silent(), last=started)
         if migration.outcome != pb.MIGRATION_OUTCOME_COMPLETED:
             reason = migration.reason

@@ -10,53 +10,32 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Final, TypeVar
+from typing import Annotated, Any, Concatenate, Final
 
 import grpc.aio
 import typer
 
-from vmferry.errors import InvalidArgumentError, PeerIdentityError, VmferryError
+from vmferry.client.places import check_address, host_identity
+from vmferry.client.source import CALL_TIMEOUT_S, SourceClient
+from vmferry.errors import PeerIdentityError, VmferryError
 from vmferry.rpc.status import from_rpc_error
-from vmferry.rpc.tracing import ClientTracingInterceptors
-from vmferry.security.identity import Identity, Kind
-from vmferry.security.tls import TlsFiles, is_identity_mismatch, open_channel
-from vmferry.v1.migration_pb2_grpc import SourceServiceStub
+from vmferry.security.identity import Identity
+from vmferry.security.tls import is_identity_mismatch
 
-if TYPE_CHECKING:  # the stub's type exists for checkers only
-    from vmferry.v1.migration_pb2_grpc import SourceServiceAsyncStub
+__all__ = [
+    "CALL_TIMEOUT_S",
+    "Source",
+    "TlsOption",
+    "call_error",
+    "calls_source",
+    "check_address",
+    "host_identity",
+]
 
-CALL_TIMEOUT_S: Final = 30.0
-"""Limit of one call; the source may have to ask another host before it can answer."""
-
-_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-_MAX_PORT: Final = 65_535
-
-Request = TypeVar("Request")
-Response = TypeVar("Response")
-
-
-@dataclass(frozen=True)
-class Source:
-    """An open connection to a source service."""
-
-    stub: SourceServiceAsyncStub
-    host: Identity
-    """Who answers there; TLS has made sure."""
-    tls_dir: Path
-    """The caller's own certificates and, if it may sign tickets, its ticket key."""
-
-    async def call(
-        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request
-    ) -> Response:
-        """Make one call; what it meets is raised as an error of the catalogue."""
-        try:
-            return await method(request, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise call_error(error, self.host) from error
+Source = SourceClient
+"""An open connection to a source service."""
 
 
 @contextlib.asynccontextmanager
@@ -68,10 +47,9 @@ async def open_source(address: str, host: str, tls_dir: Path) -> AsyncIterator[S
         ConfigError: the certificates are missing or unusable.
     """
     check_address(address, field="--source")
-    expected = host_identity(host, field="--source-host")
-    material = TlsFiles(tls_dir).load()
-    async with open_channel(address, expected, material, interceptors=ClientTracingInterceptors()) as channel:
-        yield Source(SourceServiceStub(channel), expected, tls_dir)
+    host_identity(host, field="--source-host")
+    async with SourceClient.open(address, host, tls_dir, explain=call_error) as opened:
+        yield opened
 
 
 def calls_source(
@@ -92,32 +70,6 @@ def calls_source(
     command.__signature__ = inspect.Signature([*keyword, *_OPTIONS])  # type: ignore[attr-defined] # read by typer
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*keyword, *_OPTIONS]}
     return command
-
-
-def check_address(text: str, *, field: str) -> str:
-    """Return ``text`` if it is HOST:PORT.
-
-    Raises:
-        InvalidArgumentError: it is anything else.
-    """
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not 1 <= int(match[2]) <= _MAX_PORT:
-        raise InvalidArgumentError(f"{text!r} is not of the form HOST:PORT", field=field)
-    return text
-
-
-def host_identity(uri: str, *, field: str) -> Identity:
-    """Read the identity of a host.
-
-    Raises:
-        InvalidArgumentError: it is malformed, or not a host's.
-    """
-    identity = Identity.parse(uri, field=field)
-    if identity.kind is not Kind.VMHOST:
-        raise InvalidArgumentError(
-            f"{uri} is not a host: it must be spiffe://DOMAIN/vmhost/NAME", field=field
-        )
-    return identity
 
 
 def call_error(error: grpc.aio.AioRpcError, host: Identity, *, side: str = "source") -> VmferryError:

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Final, TypeVar
 
 import typer
 
-from vmferry.cli import migrate
 from vmferry.cli.bounds import Bounds
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
@@ -29,6 +28,7 @@ from vmferry.cli.migrate import LanesOption, PathOption, Verify, Way, migration_
 from vmferry.cli.output import JsonOption, console, print_document, say, size
 from vmferry.cli.progress import outcome_name, progress_view
 from vmferry.cli.watch import follow
+from vmferry.client.places import Target
 from vmferry.errors import InvalidArgumentError
 from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.guest import append, initramfs, newest_kernel
@@ -36,7 +36,6 @@ from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MAX_VCPUS, MICROVM, QEMU, new_mac, new_qemu_spec, new_spec
 from vmferry.telemetry.timeline import load_spans, render_timeline
 from vmferry.telemetry.tracing import configure, phase
-from vmferry.v1.migration_pb2 import Destination
 
 MIN_STAY_S: Final = 1.0
 """How long the guest runs where it arrived before it is asked how it is."""
@@ -245,16 +244,11 @@ async def _cross(
     # A stream cannot be compared byte for byte, so the crossing that compares is left to take the direct way.
     way = wishes.path if verify is Verify.DIGEST else None
     options = migration_options(Bounds(_pause_ms(wishes, way)), wishes.lanes, verify, None, way)
-    order = migrate.Order(
-        machine=guest.spec.uuid,
-        destination=Destination(host=there.host.identity.uri, address=there.dest.address),
-        options=options,
-        request_id=migrate.new_request_id(),
-    )
+    target = Target(there.host.identity.uri, there.dest.address)
     watched = await watch_before(guest, here.host)
     async with open_source(here.source.address, here.host.identity.uri, world.admin_tls) as source:
         with phase("schedule"), progress_view() as view:
-            started = await migrate.start(source, order)
+            started = await source.start(guest.spec.uuid, target, options=options)
             migration = await follow(source, started.id, view, last=started)
     crossing = Crossing(migration, f"{here.host.name} to {there.host.name}", verified=verify is Verify.BYTES)
     if crossing.completed:

@@ -13,7 +13,6 @@ import os
 import socket
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -28,37 +27,28 @@ from vmferry.cli.bounds import (
     SwitchoverOption,
     ThrottleOption,
 )
-from vmferry.cli.connection import Source, calls_source, check_address, host_identity
+from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.findings import report_lines
 from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
+from vmferry.client.places import Target
+from vmferry.client.source import new_request_id
 from vmferry.errors import (
     IncompatibleError,
     InvalidArgumentError,
-    PeerUnreachableError,
-    ServiceStoppingError,
-    TimedOutError,
 )
-from vmferry.security.identity import Identity
-from vmferry.security.tickets import TicketSigner
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1 import migration_pb2
-from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     CancelMigrationRequest,
-    Destination,
-    GetMachineRequest,
     Migration,
     MigrationOptions,
     PlanMigrationRequest,
-    StartMigrationRequest,
 )
 
 MIN_LANES: Final = 2
 MAX_LANES: Final = 16
-START_ATTEMPTS: Final = 4
-_RETRY_S: Final = 0.5
 _COLLECTORS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _MIB: Final = 1024 * 1024
 
@@ -92,16 +82,6 @@ class Compression(enum.StrEnum):
     NONE = "none"
     LZ4 = "lz4"
     ZSTD = "zstd"
-
-
-@dataclass(frozen=True)
-class Order:
-    """What to move, where to, and how."""
-
-    machine: str
-    destination: Destination
-    options: MigrationOptions
-    request_id: str
 
 
 MachineArgument = Annotated[str, typer.Argument(metavar="MACHINE", help="Name or UUID.")]
@@ -181,7 +161,7 @@ async def plan(
     )
     request = PlanMigrationRequest(
         machine=machine,
-        destination=destination(to_host, to_address),
+        destination=destination(to_host, to_address).message(),
         options=migration_options(bounds, lanes, verify, tracker, path, compression),
         without_prediction=not prediction,
     )
@@ -235,14 +215,10 @@ async def migrate(
     options = migration_options(bounds, lanes, verify, tracker, path, compression)
     if reconnect_timeout is not None:
         options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
-    order = Order(
-        machine=machine,
-        destination=destination(to_host, to_address),
-        options=options,
-        request_id=_request_id(request_id) if request_id else new_request_id(),
-    )
+    target = destination(to_host, to_address)
+    request_id = _request_id(request_id) if request_id else new_request_id()
     with scheduling(trace_dir):
-        migration = await start(source, order)
+        migration = await source.start(machine, target, options=options, request_id=request_id)
         if not wait:
             _print_started(migration, json=json)
             return
@@ -281,44 +257,15 @@ def scheduling(trace_dir: Path | None) -> Iterator[None]:
         write_out()
 
 
-async def start(source: Source, order: Order) -> Migration:
-    """Start a migration with a fresh ticket; repeated with the same request while the answer is lost.
-
-    Raises:
-        VmferryError: it was not started, or (PeerUnreachableError) that is not known.
-    """
-    found = await source.call(source.stub.GetMachine, GetMachineRequest(machine=order.machine))
-    request = StartMigrationRequest(
-        machine=found.machine.uuid,
-        destination=order.destination,
-        request_id=order.request_id,
-        ticket=_ticket(source, found.machine, order.destination.host),
-        options=order.options,
-    )
-    for attempt in range(START_ATTEMPTS):
-        if attempt:
-            await asyncio.sleep(_RETRY_S)
-        try:
-            return (await source.call(source.stub.StartMigration, request)).migration
-        except (PeerUnreachableError, ServiceStoppingError, TimedOutError) as error:
-            lost = error
-    raise PeerUnreachableError(
-        f"the source does not answer, and may have started the migration or not: {lost}",
-        remedy=f"Call again with --request-id {order.request_id}: it never starts a second one.",
-        request_id=order.request_id,
-    )
-
-
-def destination(to_host: str, to_address: str) -> Destination:
+def destination(to_host: str, to_address: str) -> Target:
     """Check the two options that say where a machine goes.
 
     Raises:
         InvalidArgumentError: naming the option at fault.
     """
-    return Destination(
-        host=host_identity(to_host, field="--to-host").uri,
-        address=check_address(to_address, field="--to-address"),
-    )
+    target = Target(to_host, to_address)
+    target.message(host_field="--to-host", address_field="--to-address")
+    return target
 
 
 def migration_options(
@@ -339,26 +286,11 @@ def migration_options(
     return options
 
 
-def new_request_id() -> str:
-    """What names a request that has not been made before."""
-    return str(uuid.uuid4())
-
-
 def _request_id(text: str) -> str:
     try:
         return str(uuid.UUID(text))
     except ValueError:
         raise InvalidArgumentError(f"{text!r} is not a UUID", field="--request-id") from None
-
-
-def _ticket(source: Source, machine: Machine, to_host: str) -> bytes:
-    return TicketSigner.load(source.tls_dir).issue(
-        machine_id=machine.uuid,
-        source=source.host,
-        destination=Identity.parse(to_host),
-        max_memory_bytes=machine.spec.memory_mib * _MIB,
-        max_vcpus=machine.spec.vcpus,
-    )
 
 
 def _print_started(migration: Migration, *, json: bool) -> None:

@@ -14,11 +14,8 @@ from vmferry.cli.prediction import outcome_lines
 from vmferry.cli.progress import facts, outcome_name, phase_name
 from vmferry.cli.watch import MigrationArgument
 from vmferry.errors import InvalidArgumentError
-from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     GetMigrationRequest,
-    ListMachinesRequest,
-    ListMigrationsRequest,
     Migration,
     MigrationPhase,
 )
@@ -49,9 +46,9 @@ async def list_(
             raise InvalidArgumentError(
                 "--machines goes with neither --machine nor --open", field="--machines"
             )
-        print_machines(await _all_machines(source), json=json)
+        print_machines(await source.list_machines(), json=json)
         return
-    migrations = await _all_migrations(source, machine, open_only=open_only)
+    migrations = await source.history(machine=machine, open_only=open_only)
     if json:
         print_document({"migrations": [as_document(migration) for migration in migrations]})
         return
@@ -67,28 +64,6 @@ async def list_(
         for migration in migrations
     ]
     print_table(("ID", "MACHINE", "PHASE", "OUTCOME", "DESTINATION", "STARTED"), rows, empty="no migrations")
-
-
-async def _all_migrations(source: Source, machine: str, *, open_only: bool) -> list[Migration]:
-    found: list[Migration] = []
-    request = ListMigrationsRequest(machine=machine, open_only=open_only)
-    while True:
-        answer = await source.call(source.stub.ListMigrations, request)
-        found.extend(answer.migrations)
-        if not answer.next_page_token:
-            return found
-        request.page_token = answer.next_page_token
-
-
-async def _all_machines(source: Source) -> list[Machine]:
-    found: list[Machine] = []
-    request = ListMachinesRequest()
-    while True:
-        answer = await source.call(source.stub.ListMachines, request)
-        found.extend(answer.machines)
-        if not answer.next_page_token:
-            return found
-        request.page_token = answer.next_page_token
 
 
 def _details(migration: Migration) -> list[str]:

@@ -6,36 +6,20 @@ again, and changes nothing about the migration.
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+import contextlib
 from typing import Annotated, Final
 
-import grpc.aio
 import typer
 
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say, size
 from vmferry.cli.progress import ProgressView, outcome_name, progress_view
-from vmferry.errors import ExitCode, PeerUnreachableError, ServiceStoppingError, catalogue
-from vmferry.rpc.status import from_rpc_error
+from vmferry.client.watching import Patience
+from vmferry.errors import ExitCode, catalogue
 from vmferry.v1 import migration_pb2
-from vmferry.v1.migration_pb2 import Migration, WatchMigrationRequest
+from vmferry.v1.migration_pb2 import Migration
 
 MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="Id of the migration.")]
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a follower waits for what may never come."""
-
-    reconnect_s: float = 60.0
-    """For a source that went silent to answer again."""
-    unknown_s: float = 15.0
-    """For an outcome that is unknown to become known."""
-    end_s: float = 1.0
-    """For the source to close the stream of a migration that has ended; cutting it off would look like a failure."""
-    retry_s: float = 0.5
-    """Between two attempts to reach the source."""
 
 
 PATIENCE: Final = Patience()
@@ -68,44 +52,18 @@ async def follow(
         PeerUnreachableError: the source does not answer (any more).
         MigrationNotFoundError: it knows no such migration.
     """
-    now = asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(None) as limit:
-            while True:
-                try:
-                    async for response in source.stub.WatchMigration(WatchMigrationRequest(id=migration_id)):
-                        last = response.migration
-                        view.show(last)
-                        patience_s = _patience_s(last)
-                        if patience_s is None or limit.when() is None:
-                            limit.reschedule(None if patience_s is None else now() + patience_s)
-                except grpc.aio.AioRpcError as error:
-                    _require_retry(error, last)
-                if last is not None and _ended(last):
-                    return last
-                if limit.when() is None:
-                    limit.reschedule(now() + PATIENCE.reconnect_s)
-                    view.note("the connection to the source is lost; trying again")
-                await asyncio.sleep(PATIENCE.retry_s)
-    except TimeoutError:
-        assert last is not None
-        if _patience_s(last) is not None:
-            return last
-        raise PeerUnreachableError(
-            f"the source did not answer for {PATIENCE.reconnect_s:g} s; the migration may go on without this command",
-            remedy=f"When the source answers again: vmferry watch {migration_id}",
-        ) from None
-
-
-def _ended(migration: Migration) -> bool:
-    return migration.phase == migration_pb2.MIGRATION_PHASE_ENDED
-
-
-def _patience_s(migration: Migration) -> float | None:
-    """How long to wait for more after this state, which may be the last one; None for as long as it takes."""
-    if _ended(migration):
-        return PATIENCE.end_s
-    return PATIENCE.unknown_s if migration.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN else None
+    states = source.watch(
+        migration_id,
+        last=last,
+        patience=PATIENCE,
+        on_lost=lambda: view.note("the connection to the source is lost; trying again"),
+    )
+    async with contextlib.aclosing(states):
+        async for seen in states:
+            last = seen
+            view.show(last)
+    assert last is not None
+    return last
 
 
 def finish(migration: Migration, *, json: bool) -> None:
@@ -152,9 +110,3 @@ def _print_summary(migration: Migration) -> None:
         say(f"  remedy: {migration.reason.remedy}")
     if migration.outcome == migration_pb2.MIGRATION_OUTCOME_UNKNOWN:
         say(f"  both hosts: vmferry recover {migration.machine}")
-
-
-def _require_retry(error: grpc.aio.AioRpcError, last: Migration | None) -> None:
-    found = from_rpc_error(error)
-    if last is None or not isinstance(found, (PeerUnreachableError, ServiceStoppingError)):
-        raise found from error

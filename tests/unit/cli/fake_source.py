@@ -107,7 +107,10 @@ class FakeSource(SourceServiceServicer):
         metadata = dict(context.invocation_metadata())
         self.traceparents.append(metadata.get("traceparent", ""))
         if request.request_id not in known:
-            ticket = open_ticket(request.ticket, ca_pem=self._ca_pem, now=datetime.now(UTC))
+            try:
+                ticket = open_ticket(request.ticket, ca_pem=self._ca_pem, now=datetime.now(UTC))
+            except VmferryError as error:
+                _abort(context, error)
             ticket.check(
                 machine_id=MACHINE_ID,
                 source=Identity.parse(HOST_A),

@@ -1,0 +1,357 @@
+"""One host's source service, as a scheduler calls it.
+
+Promise: it is mutually authenticated and goes to the host that was named or to none; whatever goes wrong is an error
+of vmferry's catalogue; a call is repeated only where a second one cannot do what the first has not: questions, and
+what carries a request id or sets an absolute value. A machine is never moved twice because an answer was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+import grpc.aio
+
+from vmferry.client.places import Target, check_address, host_identity
+from vmferry.client.watching import AWAY, PATIENCE, Patience, Watched, watch
+from vmferry.errors import PeerIdentityError, PeerUnreachableError, TimedOutError, VmferryError
+from vmferry.rpc.status import from_rpc_error
+from vmferry.rpc.tracing import ClientTracingInterceptors
+from vmferry.security.identity import Identity
+from vmferry.security.material import TlsMaterial
+from vmferry.security.renewal import CurrentMaterial
+from vmferry.security.tickets import TicketSigner
+from vmferry.security.tls import TlsFiles, is_identity_mismatch, open_channel
+from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1.compatibility_pb2 import CompatibilityReport
+from vmferry.v1.machine_pb2 import Machine
+from vmferry.v1.migration_pb2_grpc import SourceServiceStub
+
+if TYPE_CHECKING:  # the stub's type exists for checkers only
+    from vmferry.v1.migration_pb2_grpc import SourceServiceAsyncStub
+
+CALL_TIMEOUT_S: Final = 30.0
+"""Limit of one call; the source may have to ask another host before it can answer."""
+_MIB: Final = 1024 * 1024
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Explain = Callable[[grpc.aio.AioRpcError, Identity], VmferryError]
+
+
+@dataclass(frozen=True)
+class Tries:
+    """How often a call that may be repeated is made while nobody answers."""
+
+    attempts: int = 4
+    pause_s: float = 0.5
+
+
+def call_error(error: grpc.aio.AioRpcError, host: Identity) -> VmferryError:
+    """What a failed call to a service of this host means to its caller."""
+    if is_identity_mismatch(error):
+        return PeerIdentityError(
+            f"the service that answers is not {host}",
+            field="host",
+            remedy="Compare address and host with the service's certificate (vmferry certs show).",
+        )
+    return from_rpc_error(error)
+
+
+def new_request_id() -> str:
+    """What names a request that has not been made before."""
+    return str(uuid.uuid4())
+
+
+@dataclass
+class SourceClient:
+    """An open connection to a source service; made by :meth:`open`."""
+
+    address: str
+    host: Identity
+    """Who answers there; TLS makes sure."""
+    tls_dir: Path
+    """The caller's own certificates and, if it may sign tickets, its ticket key."""
+    tries: Tries = field(default_factory=Tries)
+    explain: Explain = call_error
+    """Makes an error of the catalogue of a failed call."""
+
+    def __post_init__(self) -> None:
+        self._material = CurrentMaterial(TlsFiles(self.tls_dir))
+        self._channels: list[grpc.aio.Channel] = []
+        self._connect()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls,
+        address: str,
+        host: str,
+        tls_dir: Path,
+        *,
+        explain: Explain = call_error,
+        tries: Tries | None = None,
+    ) -> AsyncIterator[Self]:
+        """Connect to the source service of ``host`` at ``address``; closed at the end.
+
+        Raises:
+            InvalidArgumentError: address or host have the wrong form.
+            ConfigError: the certificates are missing or unusable.
+        """
+        expected = host_identity(host, field="host")
+        client = cls(check_address(address, field="address"), expected, tls_dir, tries or Tries(), explain)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    async def close(self) -> None:
+        """End all connections."""
+        for channel in self._channels:
+            await channel.close(None)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The connection in use, for stubs of other services of the same port."""
+        return self._channels[-1]
+
+    async def call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request
+    ) -> Response:
+        """Make one call, once; what it meets is raised as an error of the catalogue."""
+        try:
+            return await method(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise self.explain(error, self.host) from error
+
+    async def ask(self, ask: Callable[[], Awaitable[Response]]) -> Response:
+        """Make a call that may be repeated, again and again while nobody answers.
+
+        Args:
+            ask: makes the call; called anew each time, as the connection may be another by then.
+        """
+        for _ in range(self.tries.attempts - 1):
+            try:
+                return await ask()
+            except (*AWAY, TimedOutError):
+                await asyncio.sleep(self.tries.pause_s)
+                self._connect_anew()
+        return await ask()
+
+    # Machines
+
+    async def get_machine(self, machine: str) -> Machine:
+        """A machine by name or UUID."""
+        request = pb.GetMachineRequest(machine=machine)
+        return (await self.ask(lambda: self.call(self.stub.GetMachine, request))).machine
+
+    async def list_machines(self) -> list[Machine]:
+        """All machines on the host."""
+        found: list[Machine] = []
+        request = pb.ListMachinesRequest()
+        while True:
+            answer = await self.ask(lambda: self.call(self.stub.ListMachines, request))
+            found.extend(answer.machines)
+            if not answer.next_page_token:
+                return found
+            request.page_token = answer.next_page_token
+
+    # Migrations
+
+    async def plan(
+        self,
+        machine: str,
+        to: Target,
+        *,
+        options: pb.MigrationOptions | None = None,
+        predict: bool = True,
+    ) -> CompatibilityReport:
+        """Whether a machine could move, and how long it would take; changes nothing."""
+        request = pb.PlanMigrationRequest(
+            machine=machine, destination=to.message(), options=options, without_prediction=not predict
+        )
+        return (await self.ask(lambda: self.call(self.stub.PlanMigration, request))).report
+
+    async def start(
+        self,
+        machine: str,
+        to: Target,
+        *,
+        options: pb.MigrationOptions | None = None,
+        request_id: str = "",
+        ticket: bytes = b"",
+    ) -> pb.Migration:
+        """Start a migration; repeated with the same request id while the answer is lost, so at most one begins.
+
+        Args:
+            machine: name or UUID.
+            to: where it goes.
+            options: what to do differently from the service's configuration.
+            request_id: of an earlier call whose answer was lost, or of one's own choice (a UUID).
+            ticket: one made elsewhere; without it one is signed with the key in the TLS directory.
+
+        Raises:
+            VmferryError: it was not started, or (PeerUnreachableError) that is not known.
+        """
+        destination = to.message()
+        request_id = request_id or new_request_id()
+        if not ticket:
+            found = await self.get_machine(machine)
+            machine, ticket = found.uuid, self.ticket(found, to.host)
+        request = pb.StartMigrationRequest(
+            machine=machine, destination=destination, request_id=request_id, ticket=ticket, options=options
+        )
+        try:
+            return (await self.ask(lambda: self.call(self.stub.StartMigration, request))).migration
+        except (*AWAY, TimedOutError) as error:
+            raise PeerUnreachableError(
+                f"the source does not answer, and may have started the migration or not: {error}",
+                remedy=f"Call again with --request-id {request_id}: the same one never starts a second migration.",
+                request_id=request_id,
+            ) from error
+
+    def ticket(self, machine: Machine, to_host: str) -> bytes:
+        """A ticket for moving a machine from here to a host, signed with the key in the TLS directory.
+
+        Raises:
+            ConfigError: there is no usable key.
+        """
+        return TicketSigner.load(self.tls_dir).issue(
+            machine_id=machine.uuid,
+            source=self.host,
+            destination=Identity.parse(to_host),
+            max_memory_bytes=machine.spec.memory_mib * _MIB,
+            max_vcpus=machine.spec.vcpus,
+        )
+
+    async def migrate(
+        self,
+        machine: str,
+        to: Target,
+        *,
+        options: pb.MigrationOptions | None = None,
+        request_id: str = "",
+        patience: Patience = PATIENCE,
+    ) -> pb.Migration:
+        """Move a machine; returns how it came out, and raises nothing because it came out badly."""
+        started = await self.start(machine, to, options=options, request_id=request_id)
+        return await self.wait(started.id, last=started, patience=patience)
+
+    async def watch(
+        self,
+        migration_id: str,
+        *,
+        last: pb.Migration | None = None,
+        patience: Patience = PATIENCE,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[pb.Migration, None]:
+        """A migration now and after each change, until it has ended or has stayed unknown; see :func:`watch`."""
+
+        async def states(_last: pb.Migration | None) -> AsyncGenerator[pb.Migration, None]:
+            self._connect_anew()
+            async for answer in self.stub.WatchMigration(pb.WatchMigrationRequest(id=migration_id)):
+                yield answer.migration
+
+        watched = Watched(
+            open=states,
+            ended=lambda seen: seen.phase == pb.MIGRATION_PHASE_ENDED,
+            unknown=lambda seen: seen.outcome == pb.MIGRATION_OUTCOME_UNKNOWN,
+            translate=lambda error: self.explain(error, self.host),
+            resume=f"When the source answers again: vmferry watch {migration_id}",
+        )
+        seen = watch(watched, last=last, patience=patience, on_lost=on_lost)
+        async with contextlib.aclosing(seen):
+            async for migration in seen:
+                yield migration
+
+    async def wait(
+        self,
+        migration_id: str,
+        *,
+        last: pb.Migration | None = None,
+        show: Callable[[pb.Migration], None] = lambda _: None,
+        patience: Patience = PATIENCE,
+    ) -> pb.Migration:
+        """The migration when it has ended, or has stayed unknown for a while; ``show`` gets each state before."""
+        async for seen in self.watch(migration_id, last=last, patience=patience):
+            last = seen
+            show(seen)
+        assert last is not None
+        return last
+
+    async def get_migration(self, migration_id: str) -> pb.Migration:
+        """A migration as it stands."""
+        request = pb.GetMigrationRequest(id=migration_id)
+        return (await self.ask(lambda: self.call(self.stub.GetMigration, request))).migration
+
+    async def history(self, *, machine: str = "", open_only: bool = False) -> list[pb.Migration]:
+        """The migrations that the host knows, newest first."""
+        found: list[pb.Migration] = []
+        request = pb.ListMigrationsRequest(machine=machine, open_only=open_only)
+        while True:
+            answer = await self.ask(lambda: self.call(self.stub.ListMigrations, request))
+            found.extend(answer.migrations)
+            if not answer.next_page_token:
+                return found
+            request.page_token = answer.next_page_token
+
+    async def cancel(self, migration_id: str) -> pb.Migration:
+        """Cancel a migration whose hand-off has not begun.
+
+        Raises:
+            PointOfNoReturnError: only the destination's answer is missing.
+        """
+        request = pb.CancelMigrationRequest(id=migration_id)
+        return (await self.ask(lambda: self.call(self.stub.CancelMigration, request))).migration
+
+    async def set_limits(
+        self,
+        migration_id: str,
+        *,
+        max_bandwidth: int | None = None,
+        switchover_bandwidth: int | None = None,
+        downtime_limit: timedelta | None = None,
+        max_downtime: timedelta | None = None,
+        total_timeout: timedelta | None = None,
+        max_throttle_percent: int | None = None,
+        on_no_convergence: pb.OnNoConvergence.ValueType = pb.ON_NO_CONVERGENCE_UNSPECIFIED,
+    ) -> pb.Migration:
+        """Change limits of a migration that has not paused its guest; what is not given stays as it is.
+
+        Rates are in bytes per second, and 0 is the service's configuration.
+        """
+        request = pb.UpdateMigrationRequest(
+            id=migration_id,
+            max_bandwidth=max_bandwidth,
+            switchover_bandwidth=switchover_bandwidth,
+            max_throttle_percent=max_throttle_percent,
+            on_no_convergence=on_no_convergence,
+        )
+        for part, value in (
+            (request.downtime_limit, downtime_limit),
+            (request.max_downtime, max_downtime),
+            (request.total_timeout, total_timeout),
+        ):
+            if value is not None:
+                part.FromTimedelta(value)
+        return (await self.ask(lambda: self.call(self.stub.UpdateMigration, request))).migration
+
+    # The connection
+
+    def _connect(self) -> None:
+        self._proof: TlsMaterial = self._material.get()
+        self._channels.append(
+            open_channel(self.address, self.host, self._proof, interceptors=ClientTracingInterceptors())
+        )
+        self.stub: SourceServiceAsyncStub = SourceServiceStub(self._channels[-1])
+
+    def _connect_anew(self) -> None:
+        """Prove who this is with a newer certificate, if there is one: a channel keeps its own for life."""
+        if self._material.get() is not self._proof:
+            self._connect()
