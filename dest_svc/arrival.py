@@ -25,15 +25,30 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import HostLedger
-from vmferry.handoff.states import Action, Answer, Append, Attempt, Halt, Release, Resume, Tell, Wait
+from vmferry.handoff.states import (
+    Action,
+    Answer,
+    Append,
+    Attempt,
+    Halt,
+    RecordKind,
+    Release,
+    Resume,
+    Tell,
+    Wait,
+)
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover, halt_machine
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.metrics import count_arrival
 from vmferry.telemetry.tracing import phase
 
 _LOG: Final = get_logger(__name__)
+_COUNTED: Final = (RecordKind.OWNED, RecordKind.REFUSED)
+OUTCOMES: Final = tuple(kind.name.lower() for kind in _COUNTED)
+"""The ways in which an attempt comes out, as metrics name them."""
 
 
 class Arrival:
@@ -119,6 +134,8 @@ class Arrival:
             self._on_broken_journal(error)
             raise
         reach(f"dest.recorded.{place}")
+        if action.record.kind in _COUNTED:
+            count_arrival(place)
         _LOG.info(
             "recorded", machine=self.machine_id, record=action.record.kind.name, note=action.record.note
         )

@@ -21,6 +21,7 @@ from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.negotiation.encodings import NONE
+from vmferry.telemetry.metrics import add_received
 from vmferry.telemetry.tracing import phase
 from vmferry.together import together
 from vmferry.transfer.frames import Intake, data_pages
@@ -157,6 +158,7 @@ class Lane:
             if self._numbering.arrival(frame.sequence) is Arrival.NEW:
                 self.different_pages += await take(request)
                 self._numbering.taken(frame.data_bytes)
+                add_received(frame.data_bytes)
                 self._digest.update(frame.hash())
             ack = transfer_pb2.Ack(acknowledged=self.frames, different_pages=self.different_pages)
             return Response(ack=ack)

@@ -5,15 +5,20 @@ Promise: what is done is what this service would do next by itself, by the arriv
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from dest_svc.arrival import Arrival
+from dest_svc.arrival import OUTCOMES, Arrival
+from vmferry.handoff import destination
 from vmferry.handoff.blocked import Guest
 from vmferry.handoff.states import Attempt
 from vmferry.recovery.contact import Contact
 from vmferry.recovery.examination import Known
+from vmferry.telemetry.metrics import add_received, count_arrival
 from vmferry.together import to_the_end
+from vmferry.v1.migration_pb2 import Migration
+from vmferry.web.view import Arriving
 
 _MOST_KEPT: Final = 1000
 """Machines of which the newest word is kept."""
@@ -25,6 +30,9 @@ class DestinationPart:
     def __init__(self, arrivals: Mapping[str, Arrival]) -> None:
         self._arrivals = arrivals
         self._contacts: dict[str, Contact] = {}
+        for outcome in OUTCOMES:
+            count_arrival(outcome, times=0)
+        add_received(0)
 
     def hear(self, attempt: Attempt, what: str) -> None:
         """The attempt's source has asked for something."""
@@ -41,6 +49,27 @@ class DestinationPart:
     def migration_of(self, machine_id: str) -> str:  # noqa: ARG002 - migrations belong to the source
         """None leaves by this service."""
         return ""
+
+    def migrations(self, *, open_only: bool, limit: int) -> list[Migration]:  # noqa: ARG002 - the source's
+        """None leave by this service."""
+        return []
+
+    def arrivals(self) -> list[Arriving]:
+        """What this host is receiving."""
+        return [
+            Arriving(
+                machine=receiver.spec.name,
+                machine_id=receiver.spec.uuid,
+                migration_id=receiver.attempt.migration_id.hex(),
+                source=receiver.attempt.source,
+                memory_bytes=receiver.memory_bytes,
+                reserved_bytes=receiver.reserved_bytes,
+                prepared=isinstance(arrival.state.current, destination.Prepared),
+                silent_s=time.monotonic() - receiver.progressed_at,
+            )
+            for arrival in list(self._arrivals.values())
+            if (receiver := arrival.receiver) is not None
+        ]
 
     async def settle(self, known: Known) -> Sequence[str]:
         """Resume what is to be resumed here, and refuse what cannot be any more."""

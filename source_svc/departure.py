@@ -52,6 +52,7 @@ from vmferry.machines.launcher import discard_leftover, end_process
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.metrics import count_retry
 from vmferry.telemetry.tracing import phase
 from vmferry.together import to_the_end
 
@@ -306,6 +307,7 @@ class Departure:
     def _cannot(self, tell: Tell, what: str, error: VmferryError) -> None:
         self.waiting = f"{what}: {error.message}"
         _LOG.warning("asking again", machine=self.machine_id, method=tell.method, detail=error.message)
+        count_retry(tell.method)
 
     async def settle(self, destination: Destination, first: list[Tell], story: Story) -> None:
         """Talk to the destination, for as long as it takes, until no attempt is open."""

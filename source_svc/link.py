@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 from source_svc.migrations import Migration
 from vmferry.errors import PeerUnreachableError
+from vmferry.telemetry.metrics import count_retry
 from vmferry.telemetry.tracing import span_event
 from vmferry.transfer.lanes import Lanes
 
@@ -40,6 +41,7 @@ async def until_reached(ask: Callable[[], Awaitable[Answer]], call: str, limit_s
             if now() - lost_at > limit_s:
                 raise unreachable(limit_s, error) from error
             span_event("call repeated", call=call, cause=error.message)
+            count_retry(call)
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, _LONGEST_RETRY_S)
 

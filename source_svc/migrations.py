@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Final
 
+from source_svc.figures import Figures
 from vmferry.errors import InvalidArgumentError, MigrationNotFoundError, VmferryError
 from vmferry.telemetry.tracing import current_trace_id
 from vmferry.v1 import migration_pb2 as pb
@@ -33,6 +34,7 @@ class Migration:
         self._started = time.monotonic()
         self._phase_started = self._started
         self._changed = asyncio.Condition()
+        self._figures = Figures(message)
         message.create_time.GetCurrentTime()
         message.trace_id = current_trace_id()
 
@@ -71,6 +73,7 @@ class Migration:
         self.message.end_time.GetCurrentTime()
         self.message.total.FromNanoseconds(int((time.monotonic() - self._started) * 1e9))
         await self.report(outcome, error)
+        self._figures.ended()
 
     async def report(self, outcome: Outcome.ValueType, error: VmferryError | None = None) -> None:
         """Say how it stands, and why."""
@@ -84,6 +87,7 @@ class Migration:
 
     async def touch(self) -> None:
         """Tell watchers that something changed."""
+        self._figures.changed()
         self.message.revision += 1
         async with self._changed:
             self._changed.notify_all()
@@ -104,6 +108,7 @@ class Migration:
         now = time.monotonic()
         if self.message.timings:
             self.message.timings[-1].elapsed.FromNanoseconds(int((now - self._phase_started) * 1e9))
+            self._figures.left(self.message.timings[-1].phase, now - self._phase_started)
         self._phase_started = now
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from source_svc.farewells import Farewells
+from source_svc.figures import begin_at_zero
 from source_svc.migrations import Migrations
 from source_svc.outgoing import Outgoing
 from source_svc.recovery import Recovered, Returned
@@ -18,6 +19,7 @@ from vmferry.handoff.rights import Rights, Standing
 from vmferry.recovery.contact import Contact
 from vmferry.recovery.examination import Known
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.web.view import Arriving
 
 
 class SourcePart:
@@ -34,6 +36,7 @@ class SourcePart:
         self._running = running
         self._returned = returned
         self._farewells = farewells
+        begin_at_zero()
 
     def contact(self, machine_id: str) -> Contact:
         """The newest word from the destination of the machine's open migration."""
@@ -44,6 +47,15 @@ class SourcePart:
         """The machine's open migration; empty if there is none."""
         migration = self._migrations.open_of(machine_id)
         return migration.id if migration is not None else ""
+
+    def migrations(self, *, open_only: bool, limit: int) -> list[pb.Migration]:
+        """The newest migrations away from this host."""
+        found = self._migrations.select(machine="", open_only=open_only)
+        return [one.snapshot() for one in found[:limit]]
+
+    def arrivals(self) -> list[Arriving]:
+        """None arrive by this service."""
+        return []
 
     async def settle(self, known: Known) -> Sequence[str]:
         """Ask the destination again, or resume what is to be resumed, or free what is to be freed."""

@@ -45,6 +45,11 @@ class HostConfig:
     """Health, reflection and channelz of the source service: a unix socket in run_dir, or a loopback port."""
     dest_admin_listen: str = "unix:dest-admin.sock"
     """The same for the destination service."""
+    source_http_listen: str = "unix:source-http.sock"
+    """Metrics and the web page of the source service: a unix socket in run_dir, or a loopback port; read only. Empty
+    string: none."""
+    dest_http_listen: str = "unix:dest-http.sock"
+    """The same for the destination service."""
 
     lanes: int = field(default_factory=lambda: max(2, min(4, os.cpu_count() or 2)))
     """Connections per migration; by default as many as the host has cores, from 2 to 4: more only cost time."""
@@ -176,7 +181,13 @@ class HostConfig:
 
     def admin_target(self, role: str) -> str:
         """Address of a service's admin listener as gRPC spells it; ``role`` is ``source`` or ``dest``."""
-        value = self.source_admin_listen if role == "source" else self.dest_admin_listen
+        return self._local_target(self.source_admin_listen if role == "source" else self.dest_admin_listen)
+
+    def http_target(self, role: str) -> str:
+        """Address of a service's HTTP listener, spelt likewise; empty if it is to have none."""
+        return self._local_target(self.source_http_listen if role == "source" else self.dest_http_listen)
+
+    def _local_target(self, value: str) -> str:
         if value.startswith("unix:") and not value.startswith("unix:/"):
             return f"unix:{self.run_dir / value.removeprefix('unix:')}"
         return value

@@ -89,6 +89,8 @@ class Service:
     def __init__(self, role: str, host: Host, log: Path) -> None:
         self.role = role
         self.port = 0
+        self.http = ""
+        """Where its HTTP listener is: ``unix:/path``, or ``address:port``."""
         self.log = log
         self.host = host
         self.environment: dict[str, str] = {}
@@ -135,6 +137,7 @@ class Service:
         assert ready["service"] == self.role
         assert ready["host"] == self.host.identity.uri
         self.port = ready["port"]
+        self.http = ready["http"]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to exactly this process."""

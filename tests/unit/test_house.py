@@ -42,6 +42,7 @@ MIDDLE = {
     "vmferry.rpc",
     "vmferry.telemetry",
     "vmferry.security",
+    "vmferry.web",
 }
 OUTER = {"vmferry.cli", "vmferry.bench", "vmferry.client", *SERVICES}
 

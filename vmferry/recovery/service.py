@@ -24,10 +24,13 @@ from vmferry.rpc.daemon import Host
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.metrics import observe_blocked
 from vmferry.v1 import machine_pb2, recovery_pb2, recovery_pb2_grpc
+from vmferry.v1.migration_pb2 import Migration
+from vmferry.web.view import Arriving
 
 SETTLE_S: Final = 20.0
 """Longest time a caller waits for what is being settled."""
 _CENSUS_S: Final = 10.0
+_MOST_OPEN: Final = 1000
 
 _LOG: Final = get_logger(__name__)
 Context = grpc.aio.ServicerContext[object, object]
@@ -45,6 +48,12 @@ class Part(Protocol):
     async def settle(self, known: Known) -> Sequence[str]:
         """Do now what would be tried next; returns what was done, in sentences."""
 
+    def migrations(self, *, open_only: bool, limit: int) -> list[Migration]:
+        """The newest migrations away from this host."""
+
+    def arrivals(self) -> list[Arriving]:
+        """What this host is receiving."""
+
 
 class RecoveryService(recovery_pb2_grpc.RecoveryServiceServicer):
     """Shows and settles the machines of one host, for one of its services."""
@@ -52,10 +61,12 @@ class RecoveryService(recovery_pb2_grpc.RecoveryServiceServicer):
     def __init__(self, host: Host, role: Role, part: Part) -> None:
         self._own = host.own.uri
         self._part = part
+        self._directory = host.directory
         self._examiner = Examiner(
             host.directory, host.config.journal_dir, host.ledger, service=role, contact=part.contact
         )
         self._stop_observing: Callable[[], None] = lambda: None
+        host.views.append(self)
 
     def register(self, server: grpc.aio.Server) -> str:
         """Add the methods to a server, and let blocked machines be measured; returns the service's full name."""
@@ -104,6 +115,26 @@ class RecoveryService(recovery_pb2_grpc.RecoveryServiceServicer):
     async def strays(self, records: Sequence[MachineRecord]) -> list[machine_pb2.Machine]:
         """Blocked machines of which only journals are left here."""
         return await self._examiner.strays(records)
+
+    # For metrics and the web page
+
+    async def machines(self) -> list[machine_pb2.Machine]:
+        """All machines of this host, and blocked ones of which only journals are left."""
+        records = self._directory.list()
+        found = await asyncio.gather(*(self.machine(record) for record in records))
+        return [*found, *await self.strays(records)]
+
+    async def migrations(self, *, limit: int) -> list[Migration]:
+        """The newest migrations away from this host."""
+        return self._part.migrations(open_only=False, limit=limit)
+
+    def open_migrations(self) -> list[Migration]:
+        """Those that have not ended."""
+        return self._part.migrations(open_only=True, limit=_MOST_OPEN)
+
+    def arrivals(self) -> list[Arriving]:
+        """What this host is receiving."""
+        return self._part.arrivals()
 
     def _inspection(self, known: Known) -> recovery_pb2.MachineInspection:
         migration_id = self._part.migration_of(known.machine_id)

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -27,11 +27,15 @@ from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.machines.directory import MachineDirectory
 from vmferry.memory.probe import TrackerFinding, probe_trackers
+from vmferry.rpc.measures import measured
 from vmferry.rpc.server import start_server
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsFiles
 from vmferry.security.tls import server_credentials
 from vmferry.telemetry import logs, tracing
+from vmferry.web.app import Site
+from vmferry.web.listener import serve_http
+from vmferry.web.view import View
 
 _LOG: Final = logs.get_logger(__name__)
 _GRACE_S: Final = 2.0
@@ -53,6 +57,8 @@ class Host:
     """What was found out about write tracking here when the service started."""
     journal_broken: Callable[[VmferryError], None]
     """To be told when a journal could not be written: the service ends, it cannot vouch for its state any more."""
+    views: list[View] = field(default_factory=list)
+    """What the service shows of itself, for metrics and web page; a service adds itself."""
 
 
 class Service(Protocol):
@@ -127,24 +133,26 @@ async def _run(
 
 async def _serve(role: str, host: Host, service: Service, stop: asyncio.Event) -> None:
     listen = host.config.source_listen if role == "source" else host.config.dest_listen
+    site = Site(role, host.own.uri, host.config, host.views)
     try:
         await service.recover()
-        servers = await start_server(
-            listen=listen,
-            credentials=server_credentials(host.tls),
-            own=host.own,
-            services=service.register,
-            admin_target=host.config.admin_target(role),
-            role=role,
-        )
-        line = {"service": role, "port": servers.port, "host": host.own.uri}
-        print(json.dumps(line), flush=True)  # noqa: T201 - the one line that tells the starter it is ready
-        _LOG.info("ready", port=servers.port)
-        # What is there now stays; walking it again and again would hold up the one moment that matters.
-        gc.collect()
-        gc.freeze()
-        await stop.wait()
-        await service.stop()
-        await servers.stop(_GRACE_S)
+        async with serve_http(site, host.config.http_target(role)) as http, measured(host.views, host.tls):
+            servers = await start_server(
+                listen=listen,
+                credentials=server_credentials(host.tls),
+                own=host.own,
+                services=service.register,
+                admin_target=host.config.admin_target(role),
+                role=role,
+            )
+            line = {"service": role, "port": servers.port, "host": host.own.uri, "http": http}
+            print(json.dumps(line), flush=True)  # noqa: T201 - the one line that tells the starter it is ready
+            _LOG.info("ready", port=servers.port, http=http)
+            # What is there now stays; walking it again and again would hold up the one moment that matters.
+            gc.collect()
+            gc.freeze()
+            await stop.wait()
+            await service.stop()
+            await servers.stop(_GRACE_S)
     finally:
         await service.close()

@@ -9,10 +9,6 @@ that somebody else has is refused at the start, never shared.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import os
-import socket
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from vmferry.errors import ConfigError
 from vmferry.rpc.interceptors import AuthorizationInterceptor, ErrorInterceptor
+from vmferry.rpc.local import UNIX, loopback, private_files, socket_path
 from vmferry.rpc.tracing import ServerTracingInterceptor
 from vmferry.security.identity import Identity
 from vmferry.security.tls import SERVER_OPTIONS
@@ -33,11 +30,8 @@ from vmferry.security.tls import SERVER_OPTIONS
 Services = Callable[[grpc.aio.Server], Sequence[str]]
 """Adds a service's servicers to a server and returns their full names, such as ``vmferry.v1.SourceService``."""
 
-_UNIX: Final = "unix:"
 _CHANNELZ: Final = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 _ADMIN_OPTIONS: Final = (("grpc.so_reuseport", 0),)
-_LONGEST_SOCKET_PATH: Final = 107
-"""Bytes that ``sockaddr_un`` has room for, without the final NUL."""
 
 
 @dataclass(frozen=True)
@@ -113,61 +107,15 @@ def _add_common(server: grpc.aio.Server, servicer: Any, names: Sequence[str]) ->
 
 def _bind_admin(server: grpc.aio.Server, target: str, setting: str) -> Path | None:
     """Add the admin listener's port; its socket, if it is one."""
-    if not target.startswith(_UNIX):
-        address = _loopback(target, setting)
+    if not target.startswith(UNIX):
+        address = loopback(target, setting)
         with _naming(setting, target):
             server.add_insecure_port(address)
         return None
-    path = Path(target.removeprefix(_UNIX))
-    if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
-        raise ConfigError(
-            f"the path {path} is too long for a socket: at most {_LONGEST_SOCKET_PATH} bytes", field=setting
-        )
-    _remove_stale(path, setting)
-    # The socket is private from its first moment, not after a later chmod.
-    before = os.umask(0o177)
-    try:
-        with _naming(setting, target):
-            server.add_insecure_port(f"{_UNIX}{path}")
-    finally:
-        os.umask(before)
+    path = socket_path(target, setting)
+    with private_files(), _naming(setting, target):
+        server.add_insecure_port(f"{UNIX}{path}")
     return path
-
-
-def _loopback(target: str, setting: str) -> str:
-    """The target, if nobody outside of this host can reach it."""
-    host, _, port = target.rpartition(":")
-    # A name may be resolved to anything; this one means what everybody takes it for.
-    literal = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
-    try:
-        local = port.isdigit() and ipaddress.ip_address(literal).is_loopback
-    except ValueError:
-        local = False
-    if not local:
-        raise ConfigError(
-            f"{target} is not allowed for the admin listener: anybody who reaches it may look into the service",
-            field=setting,
-            remedy="Use unix:PATH, or a loopback address and a port such as 127.0.0.1:7611.",
-        )
-    return f"[{literal}]:{port}" if ":" in literal else f"{literal}:{port}"
-
-
-def _remove_stale(path: Path, setting: str) -> None:
-    """Remove the socket of a service that has ended; gRPC would take a live one away as well."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ConfigError(f"{path} is there and is not a socket", field=setting)
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)  # a full backlog must not make the start hang
-            probe.connect(os.fspath(path))
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        path.unlink(missing_ok=True)
-        return
-    except OSError as error:
-        raise ConfigError(f"cannot use the socket {path}: {error.strerror}", field=setting) from error
-    raise ConfigError(f"another process listens on {path}", field=setting)
 
 
 @contextlib.contextmanager

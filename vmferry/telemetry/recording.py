@@ -21,7 +21,11 @@ from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    InMemoryMetricReader,
+    MetricReader,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -29,11 +33,14 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from vmferry import __version__
 from vmferry.errors import ConfigError
 from vmferry.telemetry import semconv
+from vmferry.telemetry.exposition import exposition
 
 _FLUSH_MS: Final = 200
 """Longest time an ended span waits before it is written to the file."""
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _METRIC_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+_SCRAPED: Final = list[InMemoryMetricReader]()
+"""What :func:`scrape` reads; OpenTelemetry takes a provider of metrics only once for each process."""
 _ID_FIELDS: Final = ("traceId", "spanId", "parentSpanId")
 
 
@@ -66,13 +73,25 @@ def record_spans(service_name: str, trace_dir: Path | None, *, host: str) -> Cal
 
 
 def _record_metrics(resource: Resource) -> Callable[[], None]:
-    """Send metrics to a collector, if the environment names one; they go nowhere else."""
-    readers = []
+    """Keep metrics for whoever asks, and send them to a collector, if the environment names one."""
+    asked = InMemoryMetricReader()
+    readers: list[MetricReader] = [asked]
     if any(os.environ.get(name) for name in _METRIC_ENDPOINTS):
         readers.append(PeriodicExportingMetricReader(OTLPMetricExporter()))
     provider = MeterProvider(readers, resource)
     metrics.set_meter_provider(provider)
-    return provider.shutdown
+    _SCRAPED[:] = [asked]
+
+    def finish() -> None:
+        _SCRAPED.clear()
+        provider.shutdown()
+
+    return finish
+
+
+def scrape() -> str:
+    """All metrics of this process as Prometheus reads them; nothing if the SDK is disabled."""
+    return exposition(_SCRAPED[0].get_metrics_data()) if _SCRAPED else ""
 
 
 class SpanFileExporter(SpanExporter):

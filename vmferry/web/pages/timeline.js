@@ -1,0 +1,76 @@
+// The timeline of a migration: its phases to scale, and the spans of its trace.
+"use strict";
+
+const Timeline = {
+  PAUSED: new Set(["switching", "handing off"]),
+
+  // A bar of phases with a legend.
+  phases(migration) {
+    const timings = (migration.timings || []).map((timing) => ({
+      name: Format.word(timing.phase, "MIGRATION_PHASE_"),
+      seconds: Format.seconds(timing.elapsed),
+    }));
+    const whole = timings.reduce((sum, timing) => sum + timing.seconds, 0) || 1;
+    const bar = Page.make("div", { class: "phases", role: "img" });
+    bar.setAttribute("aria-label", timings.map((one) => `${one.name} ${Format.time(one.seconds)}`).join(", "));
+    const legend = Page.make("ul", { class: "legend" });
+    for (const timing of timings) {
+      const part = Page.make("span", { class: Timeline.PAUSED.has(timing.name) ? "paused" : "", title: timing.name });
+      part.style.flexGrow = String(timing.seconds / whole);
+      bar.append(part);
+      legend.append(Page.make("li", {}, `${timing.name} ${Format.time(timing.seconds)}`));
+    }
+    return Page.make("div", { class: "timeline" }, Page.make("h4", {}, "Phases"), bar, legend);
+  },
+
+  // The spans of a trace, fetched when they are wanted; says so if there are none.
+  async spans(traceId, place) {
+    let found;
+    try {
+      const answer = await fetch(`api/traces/${encodeURIComponent(traceId)}`);
+      if (!answer.ok) throw new Error(answer.statusText);
+      found = await answer.json();
+    } catch (error) {
+      place.replaceChildren(Page.make("p", { class: "trace" }, `Spans: ${error.message || "not here"}.`));
+      return;
+    }
+    place.replaceChildren(Timeline.table(found));
+  },
+
+  flat(nodes, depth = 0) {
+    return nodes.flatMap((node) => [{ ...node, depth }, ...Timeline.flat(node.children, depth + 1)]);
+  },
+
+  table(found) {
+    const rows = Timeline.flat(found.spans);
+    const end = Math.max(...rows.map((row) => row.start_ms + row.duration_ms), 0.001);
+    const from = rows.find((row) => row.name === "pause");
+    const to = rows.find((row) => row.name === "switchover");
+    const home = (rows.find((row) => row.name === "migrate") || rows[0]).host;
+    const body = Page.make("tbody", {});
+    for (const row of rows) {
+      const lane = Page.make("div", { class: "lane" });
+      if (from && to) lane.append(Timeline.piece("pause", from.start_ms, to.start_ms + to.duration_ms - from.start_ms, end));
+      lane.append(Timeline.piece(row.host === home ? "span" : "span other", row.start_ms, row.duration_ms, end));
+      const name = Page.make("td", { title: `${row.name} on ${row.host}/${row.service}` }, row.name.split("/").pop());
+      name.style.paddingLeft = `${Math.min(row.depth, 8) * 0.75}rem`;
+      body.append(Page.make("tr", { class: row.failed ? "failed" : "" }, name, Page.make("td", {}, lane),
+        Page.make("td", { class: "number" }, Format.time(row.duration_ms / 1000))));
+    }
+    const hosts = [...new Set(rows.map((row) => row.host))];
+    const head = Page.make("thead", {}, Page.make("tr", {}, Page.make("th", { scope: "col" }, "Span"),
+      Page.make("th", { scope: "col" }, `0 to ${Format.time(end / 1000)}`),
+      Page.make("th", { scope: "col", class: "number" }, "Took")));
+    return Page.make("div", { class: "timeline" },
+      Page.make("h4", {}, `Spans of ${hosts.length > 1 ? "hosts" : "host"} ${hosts.join(" and ")}`),
+      Page.make("table", { class: "spans" }, head, body),
+      Page.make("p", { class: "trace" }, `The shaded part is the pause of the guest. All hosts: vmferry trace ${found.trace_id} --dir … --out trace.html`));
+  },
+
+  piece(kind, start, length, end) {
+    const piece = Page.make("span", { class: kind });
+    piece.style.left = `${(100 * start) / end}%`;
+    piece.style.width = `${(100 * length) / end}%`;
+    return piece;
+  },
+};
