@@ -118,7 +118,8 @@ def test_wheel_holds_everything_that_runs(wheel_names: set[str]) -> None:
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in files
-        if path.suffix in {".py", ".pyi", ".bin", ".html", ".css", ".js", ".svg"} and "__pycache__" not in path.parts
+        if path.suffix in {".py", ".pyi", ".bin", ".html", ".css", ".js", ".svg"}
+        and "__pycache__" not in path.parts
     }
     assert any(name.endswith(".bin") for name in wanted)
     assert wanted | {"vmferry/py.typed"} <= wheel_names
