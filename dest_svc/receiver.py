@@ -156,6 +156,18 @@ class Receiver:
             raise MachineDeadError(f"the waiting copy of {self.spec.name} has died")
         return problems
 
+    async def seal_as(self, digest: bytes) -> bytes:
+        """The same, if it is what the source sealed.
+
+        Raises:
+            HashMismatchError: it is not, or the byte-for-byte comparison found pages that differ.
+        """
+        own = await self.seal()
+        if own != digest:
+            fault = "memory or device state here are not what the source sealed"
+            raise HashMismatchError(fault, field="digest")
+        return own
+
     async def seal(self) -> bytes:
         """Close the lanes, have everything loaded, and return the digest of what this host holds.
 

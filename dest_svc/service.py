@@ -37,6 +37,7 @@ from vmferry.errors import (
     VmferryError,
     WrongPhaseError,
 )
+from vmferry.events.files import BoardFiles
 from vmferry.failpoints import reach
 from vmferry.handoff import destination
 from vmferry.handoff.ledger import Role
@@ -192,7 +193,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:  # nothing is made for a machine that nobody has begun to send
             raise WrongPhaseError("there is no such attempt to seal", field="attempt")
-        own = await to_the_end(self._seal(arrival, attempt, request.digest))
+        own = await to_the_end(self._seal(arrival, attempt, request.digest, request.scheduled_events))
         return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
 
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
@@ -355,7 +356,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
         return left_for_newcomers(self._config, receivers)
 
-    async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes) -> bytes:
+    async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes, events: bytes) -> bytes:
         async with arrival.lock:
             now, receiver = arrival.state.current, arrival.receiver
             if (
@@ -367,11 +368,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 await arrival.apply(destination.Verified(attempt, digest))
                 return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
             try:
-                own = await _sealed(receiver, digest)
+                own = await receiver.seal_as(digest)
             except (HashMismatchError, MachineDeadError) as error:
                 await arrival.lose_copy(error.message)
                 raise
             reach("dest.verified")
+            BoardFiles(self._config.events_dir).take(attempt.machine_id, events)
             await arrival.apply(destination.Verified(attempt, own))
             arrival.settle_records()
             return own
@@ -441,10 +443,3 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             certificate_not_after=self._host.tls.load().not_after,
             newcomer=newcomer,
         )
-
-
-async def _sealed(receiver: Receiver, digest: bytes) -> bytes:
-    own = await receiver.seal()
-    if own != digest:
-        raise HashMismatchError("memory or device state here are not what the source sealed", field="digest")
-    return own

@@ -197,12 +197,13 @@ class Copy:
 
     async def last_round(self) -> None:
         """Send what was written until the pause; the guest is paused."""
-        self.round_number += 1
-        runs = await asyncio.to_thread(self._rest)
-        span_attributes(pages=runs.page_count)
-        self.last_round_bytes = runs.page_count * PAGE_SIZE
-        await self._send(runs)
-        reach("source.last-round-sent")
+        async with phase("last round"):
+            self.round_number += 1
+            runs = await asyncio.to_thread(self._rest)
+            span_attributes(pages=runs.page_count)
+            self.last_round_bytes = runs.page_count * PAGE_SIZE
+            await self._send(runs)
+            reach("source.last-round-sent")
 
     async def leftovers(self) -> None:
         """Send what a device still wrote while the machine's state was saved; mostly nothing."""

@@ -16,6 +16,7 @@ from vmferry.errors import PeerUnreachableError
 from vmferry.telemetry.metrics import count_retry
 from vmferry.telemetry.tracing import span_event
 from vmferry.transfer.lanes import Lanes
+from vmferry.v1 import handoff_pb2
 
 Answer = TypeVar("Answer")
 _FIRST_RETRY_S: Final = 0.02
@@ -110,3 +111,9 @@ class LinkReport:
             return False
         progress.reconnects, progress.repeated_bytes = counted
         return True
+
+
+def granted(wanted_s: float, begun: handoff_pb2.BeginResponse) -> float:
+    """How long a broken connection is tried again: no longer than the destination waits for it."""
+    granted = begun.reconnect_timeout
+    return min(wanted_s, granted.ToNanoseconds() / 1e9) if begun.HasField("reconnect_timeout") else wanted_s

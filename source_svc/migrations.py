@@ -157,6 +157,10 @@ class Migrations:
         )
         return next(found, None)
 
+    def is_busy(self, machine_id: str) -> bool:
+        """Whether the machine has an open migration."""
+        return self.open_of(machine_id) is not None
+
     def open(self) -> list[Migration]:
         """All migrations that have not ended."""
         return [migration for migration in self._by_id.values() if not migration.ended]

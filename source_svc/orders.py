@@ -7,6 +7,7 @@ is silent, the host's configuration speaks.
 from __future__ import annotations
 
 import re
+import uuid
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -64,6 +65,8 @@ class Order:
     """Bytes per second while it is paused."""
     no_progress_s: float
     max_rounds: int
+    notice_s: float
+    """How long the guest is told beforehand, unless it approves earlier."""
 
     def limits(self, *, live: bool = True) -> Limits:
         """What the policy of convergence may do; ``live`` if the guest runs while its memory is sent."""
@@ -144,6 +147,7 @@ def read_order(
         ),
         no_progress_s=config.no_progress_per_gib_s * max(1.0, gib),
         max_rounds=config.max_rounds,
+        notice_s=_notice_s(options, config),
     )
 
 
@@ -190,6 +194,18 @@ def required(value: str, field: str) -> str:
     return value
 
 
+def check_request_id(request_id: str) -> None:
+    """Refuse a request_id that is no UUID."""
+    try:
+        uuid.UUID(request_id)
+    except ValueError:
+        raise InvalidArgumentError(
+            "request_id must be a UUID",
+            field="request_id",
+            remedy="Make one up per migration and repeat it when you repeat the call.",
+        ) from None
+
+
 def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
     if not options.HasField(name):  # type: ignore[arg-type]  # the name is one of its fields
         return default
@@ -198,6 +214,17 @@ def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:
     if not 0 < seconds <= _LONGEST_LIMIT_S:
         raise InvalidArgumentError(
             f"{name} must be longer than 0 and at most {_LONGEST_LIMIT_S} s", field=f"options.{name}"
+        )
+    return seconds
+
+
+def _notice_s(options: pb.MigrationOptions, config: HostConfig) -> float:
+    if not options.HasField("notice"):
+        return config.event_notice_s
+    seconds = options.notice.seconds + options.notice.nanos / 1e9
+    if not 0 <= seconds <= _LONGEST_LIMIT_S:
+        raise InvalidArgumentError(
+            f"notice must be at least 0 and at most {_LONGEST_LIMIT_S} s", field="options.notice"
         )
     return seconds
 

@@ -13,14 +13,16 @@ import time
 from dataclasses import replace
 from typing import Final
 
+from source_svc.announcing import Announcements
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
 from source_svc.device_state import save_device_state
 from source_svc.files import incompatible, shown
 from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
-from source_svc.link import until_reached
+from source_svc.link import granted, until_reached
 from source_svc.migrations import Migration
+from source_svc.noticing import Notice
 from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
@@ -74,6 +76,7 @@ class Outgoing(Followed):
         plan: Plan,
         *,
         forecasts: Forecasts,
+        announcements: Announcements,
     ) -> None:
         self.migration = migration
         self.retry_s = config.handoff_retry_s
@@ -88,6 +91,7 @@ class Outgoing(Followed):
         self._own = material.get().identity.uri
         self._plan = plan
         self._forecasts = forecasts
+        self._notice = Notice(announcements, migration, machine.spec, order)
         self._subject = order.subject(machine, destination, config)
         self._terms = Terms(order)
         self._throttle = Throttle.of(machine, departure.held_back)
@@ -156,6 +160,7 @@ class Outgoing(Followed):
                     # A second cancellation must not interrupt giving the machine back.
                     await to_the_end(self._give_back(self._translated(error)))
         finally:
+            self._notice.close(unsettled=not isinstance(self._departure.state, source.Quiet))
             await self._tidy_up()
             await self._destination.close()
             self._departure.close()
@@ -163,6 +168,8 @@ class Outgoing(Followed):
     async def _work(self) -> None:
         async with self._terms.total_timeout():
             await self._negotiate()
+        await self._notice.give()
+        async with self._terms.total_timeout():
             await self._reserve()
             await self.migration.enter(pb.MIGRATION_PHASE_PRECOPYING)
             assert self._copy is not None
@@ -229,7 +236,7 @@ class Outgoing(Followed):
             self._terms,
             self._throttle,
             order.stall_timeout_s,
-            _granted(order.reconnect_timeout_s, begun),
+            granted(order.reconnect_timeout_s, begun),
             tracker,
             self._plan.trackers,
             methods(self._encodings, order.compression),
@@ -285,6 +292,7 @@ class Outgoing(Followed):
         limit_s += self._copy.last_round_s * UNEXPECTED
         async with time_limit("switch_timeout", limit_s):
             self._may_be_paused = True
+            self._notice.started()
             async with phase("pause"):
                 self._paused_at = await self._copy.pause()
             reach("source.paused")
@@ -300,7 +308,7 @@ class Outgoing(Followed):
         """Send what is left of the paused guest; returns its device state."""
         # Saving takes a while and hardly touches memory, so it goes on beside the last round.
         device_state: bytes
-        _, device_state = await together(self._last_round(copy), save_device_state(self._machine))
+        _, device_state = await together(copy.last_round(), save_device_state(self._machine))
         if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
             await copy.leftovers()
         await copy.send_device_state(device_state)
@@ -308,10 +316,6 @@ class Outgoing(Followed):
             async with phase("compare"):
                 await copy.compare_all()
         return device_state
-
-    async def _last_round(self, copy: Copy) -> None:
-        async with phase("last round"):
-            await copy.last_round()
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
         assert self._copy is not None
@@ -323,9 +327,12 @@ class Outgoing(Followed):
             device_state=device_state,
             spec_digest=self._machine.spec.digest(),
         )
+        events = self._notice.hand_on()
         await self._departure.apply(source.Paused(digest))
         seal = until_reached(
-            lambda: self._destination.seal(attempt, digest, rounds=rounds, timeout_s=timeout_s),
+            lambda: self._destination.seal(
+                attempt, digest, rounds=rounds, events=events, timeout_s=timeout_s
+            ),
             "Seal",
             timeout_s,
         )
@@ -345,6 +352,7 @@ class Outgoing(Followed):
         """The destination said how the attempt stands."""
         self._last_heard = heard.state
         if heard.state is AttemptState.RUNNING:
+            self._notice.resumed()
             downtime_s = time.monotonic() - self._paused_at
             if self._paused_at:
                 self.migration.message.downtime.FromNanoseconds(int(downtime_s * 1e9))
@@ -403,6 +411,7 @@ class Outgoing(Followed):
         if isinstance(self._departure.state, source.Quiet):
             goodbye = [self._say_goodbye(self._attempt)] if self._attempt is not None and tells else []
             await together(*goodbye, self._keep_resuming())
+            self._notice.resumed()
         else:
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
@@ -438,9 +447,3 @@ class Outgoing(Followed):
             return self._cancelled or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")
-
-
-def _granted(wanted_s: float, begun: handoff_pb2.BeginResponse) -> float:
-    """How long a broken connection is tried again: no longer than the destination waits for it."""
-    granted = begun.reconnect_timeout
-    return min(wanted_s, granted.ToNanoseconds() / 1e9) if begun.HasField("reconnect_timeout") else wanted_s

@@ -155,9 +155,13 @@ class Destination:
         answer = await self._ask(self._stub.GetAttempt(question, timeout=self._timeout_s))
         return _heard(attempt, answer.status)
 
-    async def seal(self, attempt: Attempt, digest: bytes, *, rounds: int, timeout_s: float) -> Heard:
+    async def seal(
+        self, attempt: Attempt, digest: bytes, *, rounds: int, events: bytes, timeout_s: float
+    ) -> Heard:
         """Say that everything was sent; what is heard may be ready."""
-        request = handoff_pb2.SealRequest(attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds)
+        request = handoff_pb2.SealRequest(
+            attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds, scheduled_events=events
+        )
         response = await self._ask(self._stub.Seal(request, timeout=timeout_s))
         return self._noted(_heard(attempt, response.status))
 

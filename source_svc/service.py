@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
@@ -18,8 +17,9 @@ import grpc
 from source_svc.departure import Departure
 from source_svc.farewells import Farewells
 from source_svc.forecasts import Forecast, Forecasts
+from source_svc.metadata import MetadataService
 from source_svc.migrations import Migration, Migrations, page_bounds
-from source_svc.orders import Order, read_destination, read_order, read_update, required
+from source_svc.orders import Order, check_request_id, read_destination, read_order, read_update, required
 from source_svc.outgoing import Outgoing
 from source_svc.override import Reclaiming
 from source_svc.peer import Destination
@@ -92,11 +92,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Of the migrations that run, by migration."""
         self._reclaiming = Reclaiming(host.ledger, host.directory)
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
-        self._farewells = Farewells(
-            host,
-            self._peer,
-            is_busy=lambda machine_id: self._migrations.open_of(machine_id) is not None,
-        )
+        self._farewells = Farewells(host, self._peer, is_busy=self._migrations.is_busy)
+        self._metadata = MetadataService(host, is_busy=self._migrations.is_busy)
         part = SourcePart(self._migrations, self._running, self._returned, self._farewells)
         self._recovery = RecoveryService(host, Role.SOURCE, part)
         self._starting = asyncio.Lock()
@@ -126,6 +123,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
                 if isinstance(error, JournalDamagedError) and isinstance(error.__cause__, OSError):
                     # Not the journal but its disk: nobody would look after the machine until the next start.
                     self._host.journal_broken(error)
+        await self._metadata.start()
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others to the next start."""
@@ -135,7 +133,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         await self._farewells.stop()
 
     async def close(self) -> None:
-        """Nothing else is left: every migration let go of what it held when it was stopped."""
+        """Every migration let go of what it held when it was stopped."""
+        await self._metadata.close()
         self._recovery.close()
 
     # Calls
@@ -172,7 +171,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self, request: pb.StartMigrationRequest, context: Context
     ) -> pb.StartMigrationResponse:
         """Start a migration, unless this request has started one already."""
-        _check_request_id(request.request_id)
+        check_request_id(request.request_id)
         async with self._starting:
             migration = self._migrations.of_request(request.request_id)
             if migration is None:
@@ -315,6 +314,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             CurrentMaterial(self._host.tls),
             self._plan(record, host),
             forecasts=self._forecasts,
+            announcements=self._metadata.announcements,
         )
         self._follow(outgoing, departure, request.request_id)
         return outgoing.migration
@@ -435,14 +435,3 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._config.negotiate_timeout_s,
             self._contents,
         )
-
-
-def _check_request_id(request_id: str) -> None:
-    try:
-        uuid.UUID(request_id)
-    except ValueError:
-        raise InvalidArgumentError(
-            "request_id must be a UUID",
-            field="request_id",
-            remedy="Make one up per migration and repeat it when you repeat the call.",
-        ) from None

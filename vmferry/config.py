@@ -18,6 +18,7 @@ from vmferry.transfer.convergence import MAX_THROTTLE_PERCENT, OnNoConvergence
 from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 
 _MIB = 1024 * 1024
+_LONGEST_S = 366 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,16 @@ class HostConfig:
     """Tap interfaces of this host that arriving machines may use."""
     memory_headroom_mib: int = 256
     """Memory that arriving machines must leave free on this host."""
+    event_notice_s: float = 0.0
+    """How long before it is paused a guest is told, unless it approves earlier or a caller says otherwise; Azure
+    gives 900. 0: the event appears, and nobody is waited for."""
+    event_linger_s: float = 0.0
+    """How long an event stays listed as Started after it is over, for guests that ask seldom."""
+    metadata_requests_per_s: int = 5
+    """Requests to the metadata service that each machine may make within any second."""
+    metadata_listen: tuple[str, ...] = ()
+    """Further listeners of the metadata service, each for one machine: NAME=ADDRESS:PORT, or with %INTERFACE behind
+    it to be reached through that interface only."""
     log_level: str = "info"
     """Least severe messages that are logged: debug, info, warning or error."""
 
@@ -129,11 +140,14 @@ class HostConfig:
             "qmp_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
             "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
-            "max_reconnect_timeout_s",
+            "max_reconnect_timeout_s", "metadata_requests_per_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0", field=name)
+        for name in ("event_notice_s", "event_linger_s"):
+            if not 0 <= getattr(self, name) < _LONGEST_S:
+                raise ConfigError(f"{name} must be between 0 and {_LONGEST_S}", field=name)
         if not 2 <= self.lanes <= 16:  # noqa: PLR2004 - the documented range
             raise ConfigError("lanes must be between 2 and 16", field="lanes")
         if not 4096 <= self.chunk_bytes <= 2 * _MIB or self.chunk_bytes % 4096:  # noqa: PLR2004 - page size
@@ -168,6 +182,16 @@ class HostConfig:
     def journal_dir(self) -> Path:
         """Where the journals of both services lie."""
         return self.state_dir / "journal"
+
+    @property
+    def events_dir(self) -> Path:
+        """Where the boards of Scheduled Events lie, one for each machine."""
+        return self.state_dir / "events"
+
+    @property
+    def guests_dir(self) -> Path:
+        """Where the metadata service listens for each machine, as NAME.sock."""
+        return self.run_dir / "guests"
 
     @property
     def machines_dir(self) -> Path:

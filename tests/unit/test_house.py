@@ -38,6 +38,7 @@ INNER = {"vmferry.handoff", "vmferry.memory", "vmferry.negotiation"}
 MIDDLE = {
     "vmferry.transfer",
     "vmferry.machines",
+    "vmferry.events",
     "vmferry.recovery",
     "vmferry.rpc",
     "vmferry.telemetry",
@@ -70,6 +71,12 @@ PURE = (
     "vmferry.transfer.convergence",
     "vmferry.transfer.prediction",
     "vmferry.transfer.patience",
+    "vmferry.events.states",
+    "vmferry.events.document",
+    "vmferry.events.policy",
+    "vmferry.events.instance",
+    "vmferry.events.protocol",
+    "vmferry.events.records",
 )
 IMPURE = {
     "asyncio",

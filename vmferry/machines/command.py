@@ -30,6 +30,8 @@ from vmferry.machines.qemu.spec import (
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import ANONYMOUS
 
+METADATA_ADDRESS: Final = "169.254.169.254"
+METADATA_NETWORK: Final = "169.254.169.0/24"
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -93,6 +95,7 @@ def _microvm(spec: MachineSpec, part: MicrovmSpec, paths: MachinePaths, *, incom
         *("--memory-mib", str(spec.memory_mib), "--ram-file", str(paths.ram)),
         *("--qmp", str(paths.qmp), "--serial-file", str(paths.serial)),
         *("--mac", part.mac),
+        *(("--metadata", str(paths.metadata_socket)) if part.metadata else ()),
     ]
     if part.netdev:
         command += ["--netdev", part.netdev]
@@ -128,7 +131,7 @@ def _qemu(
         place = sum(other.bus == disk.bus for other in part.disks[:number])
         command += _disk(number, disk, place, incoming=incoming)
     for number, nic in enumerate(part.nics):
-        command += _nic(number, nic)
+        command += _nic(number, nic, paths)
     command += _devices([device.model for device in part.devices])
     command += ["-S"]
     if incoming:
@@ -185,9 +188,15 @@ def _devices(models: Sequence[str]) -> Iterator[str]:
         yield from ("-device", f"{model},id={name}{plug}")
 
 
-def _nic(number: int, nic: NicSpec) -> Iterator[str]:
-    tap = f",ifname={nic.tap},script=no,downscript=no,vhost=off"
-    yield from ("-netdev", f"{nic.backend},id=net{number}" + (tap if nic.backend == "tap" else ""))
+def _nic(number: int, nic: NicSpec, paths: MachinePaths) -> Iterator[str]:
+    options = f",ifname={nic.tap},script=no,downscript=no,vhost=off" if nic.backend == "tap" else ""
+    if nic.metadata:
+        # A guest can be forwarded only within its own network, so the well-known address must be in that. The
+        # hypervisor listens and the service connects: so the service can begin anew whenever it has to.
+        socket = f"path={_value(paths.metadata_socket)},server=on,wait=off"
+        yield from ("-chardev", f"socket,id=metadata,{socket}")
+        options = f",net={METADATA_NETWORK},guestfwd=tcp:{METADATA_ADDRESS}:80-chardev:metadata"
+    yield from ("-netdev", f"{nic.backend},id=net{number}{options}")
     # Without the ROM for booting from the network: one thing less that two hosts must have alike.
     yield from ("-device", f"{nic.model},id=nic{number},netdev=net{number},mac={nic.mac},romfile=")
 

@@ -78,6 +78,11 @@ class MachinePaths:
         return self.home / "serial.sock"
 
     @property
+    def metadata_socket(self) -> Path:
+        """The socket at which the hypervisor hands on what its guest asks the metadata service."""
+        return self.home / "metadata.sock"
+
+    @property
     def stream_socket(self) -> Path:
         """The socket of the hypervisor's own migration stream; it exists until both ends have met."""
         return self.home / "stream.sock"

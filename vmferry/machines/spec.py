@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.machines.fields import (
+    ADDED_IN_3,
     canonical,
     check_choice,
     check_number,
@@ -34,7 +35,7 @@ from vmferry.machines.qemu.spec import QemuSpec
 from vmferry.memory.backings import ANONYMOUS, HUGETLBFS, TMPFS
 from vmferry.memory.hugepages import HUGE_PAGE_BYTES
 
-NEWEST_VERSION: Final = 2
+NEWEST_VERSION: Final = 3
 MAX_MEMORY_MIB: Final = 1_048_576
 MICROVM: Final = "microvm"
 QEMU: Final = "qemu"
@@ -43,6 +44,7 @@ MAX_VCPUS: Final = {MICROVM: 1, QEMU: 255}
 
 _MIB: Final = 1024 * 1024
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -62,6 +64,10 @@ class MachineSpec:
     vcpus: int = 1
     microvm: MicrovmSpec | None = None
     qemu: QemuSpec | None = None
+    guest_name: str = field(default="", metadata=ADDED_IN_3)
+    """What its guest is called in Scheduled Events and in the instance document; empty: its name."""
+    availability_set: str = field(default="", metadata=ADDED_IN_3)
+    """Machines of one availability set see each other's Scheduled Events; empty: it is in none."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -79,6 +85,9 @@ class MachineSpec:
         check_choice("kind", self.kind, KINDS)
         check_number("memory_mib", self.memory_mib, 1, MAX_MEMORY_MIB)
         check_number("vcpus", self.vcpus, 1, MAX_VCPUS[self.kind])
+        for key in ("guest_name", "availability_set"):
+            if getattr(self, key):
+                check_pattern(key, getattr(self, key), _LABEL, "1 to 64 of A-Z, a-z, 0-9, '.', '_' and '-'")
         for kind in KINDS:
             given = getattr(self, kind) is not None
             if given and kind != self.kind:
@@ -94,6 +103,26 @@ class MachineSpec:
         if given < self.version:
             fault = f"version {given} cannot say what this description says"
             raise invalid("version", fault, f"it must be {self.version}, or be left out")
+
+    @property
+    def called(self) -> str:
+        """What its guest is called in Scheduled Events."""
+        return self.guest_name or self.name
+
+    @property
+    def macs(self) -> tuple[str, ...]:
+        """Addresses of its network interfaces."""
+        if self.microvm is not None:
+            return (self.microvm.mac,)
+        assert self.qemu is not None
+        return tuple(nic.mac for nic in self.qemu.nics)
+
+    @property
+    def metadata(self) -> bool:
+        """Whether its guest reaches the host's metadata service by its own hardware."""
+        if self.microvm is not None:
+            return self.microvm.metadata
+        return self.qemu is not None and any(nic.metadata for nic in self.qemu.nics)
 
     @property
     def memory_bytes(self) -> int:

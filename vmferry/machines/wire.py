@@ -24,6 +24,8 @@ def spec_to_message(spec: MachineSpec) -> machine_pb2.MachineSpec:
         kind=spec.kind,
         memory_mib=spec.memory_mib,
         vcpus=spec.vcpus,
+        guest_name=spec.guest_name,
+        availability_set=spec.availability_set,
     )
     if spec.microvm is not None:
         message.microvm.CopyFrom(machine_pb2.MicrovmSpec(**_values(spec.microvm)))
@@ -52,6 +54,8 @@ def spec_from_message(message: machine_pb2.MachineSpec) -> MachineSpec:
             vcpus=message.vcpus,
             microvm=_microvm(message.microvm) if message.HasField("microvm") else None,
             qemu=_qemu(message.qemu) if message.HasField("qemu") else None,
+            guest_name=message.guest_name,
+            availability_set=message.availability_set,
         )
         spec.check_said(given)
     except InvalidArgumentError as error:

@@ -450,10 +450,15 @@ class SealRequest(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    SCHEDULED_EVENTS_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """Digest over memory, device state, machine and epoch: 32 bytes."""
     rounds: _builtins.int
     """Number of rounds sent."""
+    scheduled_events: _builtins.bytes
+    """What the machine's guest was told in Scheduled Events, to go on from: a board as vmferry/events/records.py writes
+    it. Empty if the source keeps none; a destination that does not know it begins a new one.
+    """
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
         """The attempt."""
@@ -464,10 +469,11 @@ class SealRequest(_message.Message):
         attempt: Global___AttemptRef | None = ...,
         digest: _builtins.bytes = ...,
         rounds: _builtins.int = ...,
+        scheduled_events: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rounds", b"rounds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rounds", b"rounds", "scheduled_events", b"scheduled_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

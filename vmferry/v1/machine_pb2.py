@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/machine.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x01\n\x0bMachineSpec\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04uuid\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\r\n\x05vcpus\x18\x06 \x01(\r\x12*\n\x07microvm\x18\x07 \x01(\x0b\x32\x17.vmferry.v1.MicrovmSpecH\x00\x12$\n\x04qemu\x18\x08 \x01(\x0b\x32\x14.vmferry.v1.QemuSpecH\x00\x42\x0c\n\nhypervisor\"\xb3\x01\n\x0bMicrovmSpec\x12\x0f\n\x07program\x18\x01 \x01(\t\x12\x33\n\x06params\x18\x02 \x03(\x0b\x32#.vmferry.v1.MicrovmSpec.ParamsEntry\x12\x0b\n\x03mac\x18\x03 \x01(\t\x12\x0e\n\x06netdev\x18\x04 \x01(\t\x12\x12\n\nself_track\x18\x05 \x01(\x08\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x02\n\x08QemuSpec\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x0b\n\x03\x63pu\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x0e\n\x06initrd\x18\x05 \x01(\t\x12\x0e\n\x06\x61ppend\x18\x06 \x01(\t\x12\x10\n\x08\x66irmware\x18\x07 \x01(\t\x12#\n\x05\x64isks\x18\x08 \x03(\x0b\x32\x14.vmferry.v1.QemuDisk\x12!\n\x04nics\x18\t \x03(\x0b\x32\x13.vmferry.v1.QemuNic\x12\x16\n\x0ememory_backing\x18\n \x01(\t\x12\x0e\n\x06\x62inary\x18\x0b \x01(\t\x12\x0e\n\x06serial\x18\x0c \x01(\t\x12\'\n\x07\x64\x65vices\x18\r \x03(\x0b\x32\x16.vmferry.v1.QemuDevice\"\x1b\n\nQemuDevice\x12\r\n\x05model\x18\x01 \x01(\t\"X\n\x08QemuDisk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\x0e\n\x06shared\x18\x04 \x01(\x08\x12\x0b\n\x03\x62us\x18\x05 \x01(\t\"C\n\x07QemuNic\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0b\n\x03mac\x18\x02 \x01(\t\x12\x0b\n\x03tap\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\"f\n\x08\x42lockage\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf8\x01\n\x07Machine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.vmferry.v1.MachineState\x12\'\n\x05right\x18\x05 \x01(\x0e\x32\x18.vmferry.v1.MachineRight\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x14\n\x0cmigration_id\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12&\n\x08\x62lockage\x18\t \x01(\x0b\x32\x14.vmferry.v1.Blockage*\xb1\x01\n\x0cMachineState\x12\x1d\n\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MACHINE_STATE_RUNNING\x10\x01\x12\x18\n\x14MACHINE_STATE_PAUSED\x10\x02\x12\x1a\n\x16MACHINE_STATE_INCOMING\x10\x03\x12\x16\n\x12MACHINE_STATE_DEAD\x10\x04\x12\x19\n\x15MACHINE_STATE_STOPPED\x10\x05*\xec\x01\n\x0cMachineRight\x12\x1d\n\x19MACHINE_RIGHT_UNSPECIFIED\x10\x00\x12\x17\n\x13MACHINE_RIGHT_OWNED\x10\x01\x12\x19\n\x15MACHINE_RIGHT_LEAVING\x10\x02\x12\x1c\n\x18MACHINE_RIGHT_HANDED_OFF\x10\x03\x12\x16\n\x12MACHINE_RIGHT_GONE\x10\x04\x12\x1a\n\x16MACHINE_RIGHT_ARRIVING\x10\x05\x12\x19\n\x15MACHINE_RIGHT_UNKNOWN\x10\x06\x12\x1c\n\x18MACHINE_RIGHT_SUPERSEDED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/machine.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf9\x01\n\x0bMachineSpec\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04uuid\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x12\n\nmemory_mib\x18\x05 \x01(\r\x12\r\n\x05vcpus\x18\x06 \x01(\r\x12*\n\x07microvm\x18\x07 \x01(\x0b\x32\x17.vmferry.v1.MicrovmSpecH\x00\x12$\n\x04qemu\x18\x08 \x01(\x0b\x32\x14.vmferry.v1.QemuSpecH\x00\x12\x12\n\nguest_name\x18\t \x01(\t\x12\x18\n\x10\x61vailability_set\x18\n \x01(\tB\x0c\n\nhypervisor\"\xc5\x01\n\x0bMicrovmSpec\x12\x0f\n\x07program\x18\x01 \x01(\t\x12\x33\n\x06params\x18\x02 \x03(\x0b\x32#.vmferry.v1.MicrovmSpec.ParamsEntry\x12\x0b\n\x03mac\x18\x03 \x01(\t\x12\x0e\n\x06netdev\x18\x04 \x01(\t\x12\x12\n\nself_track\x18\x05 \x01(\x08\x12\x10\n\x08metadata\x18\x06 \x01(\x08\x1a-\n\x0bParamsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa8\x02\n\x08QemuSpec\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x0b\n\x03\x63pu\x18\x02 \x01(\t\x12\x13\n\x0b\x61\x63\x63\x65lerator\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x0e\n\x06initrd\x18\x05 \x01(\t\x12\x0e\n\x06\x61ppend\x18\x06 \x01(\t\x12\x10\n\x08\x66irmware\x18\x07 \x01(\t\x12#\n\x05\x64isks\x18\x08 \x03(\x0b\x32\x14.vmferry.v1.QemuDisk\x12!\n\x04nics\x18\t \x03(\x0b\x32\x13.vmferry.v1.QemuNic\x12\x16\n\x0ememory_backing\x18\n \x01(\t\x12\x0e\n\x06\x62inary\x18\x0b \x01(\t\x12\x0e\n\x06serial\x18\x0c \x01(\t\x12\'\n\x07\x64\x65vices\x18\r \x03(\x0b\x32\x16.vmferry.v1.QemuDevice\"\x1b\n\nQemuDevice\x12\r\n\x05model\x18\x01 \x01(\t\"X\n\x08QemuDisk\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x11\n\tread_only\x18\x03 \x01(\x08\x12\x0e\n\x06shared\x18\x04 \x01(\x08\x12\x0b\n\x03\x62us\x18\x05 \x01(\t\"U\n\x07QemuNic\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0b\n\x03mac\x18\x02 \x01(\t\x12\x0b\n\x03tap\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x10\n\x08metadata\x18\x05 \x01(\x08\"f\n\x08\x42lockage\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xf8\x01\n\x07Machine\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12%\n\x04spec\x18\x03 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.vmferry.v1.MachineState\x12\'\n\x05right\x18\x05 \x01(\x0e\x32\x18.vmferry.v1.MachineRight\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x14\n\x0cmigration_id\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12&\n\x08\x62lockage\x18\t \x01(\x0b\x32\x14.vmferry.v1.Blockage*\xb1\x01\n\x0cMachineState\x12\x1d\n\x19MACHINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MACHINE_STATE_RUNNING\x10\x01\x12\x18\n\x14MACHINE_STATE_PAUSED\x10\x02\x12\x1a\n\x16MACHINE_STATE_INCOMING\x10\x03\x12\x16\n\x12MACHINE_STATE_DEAD\x10\x04\x12\x19\n\x15MACHINE_STATE_STOPPED\x10\x05*\xec\x01\n\x0cMachineRight\x12\x1d\n\x19MACHINE_RIGHT_UNSPECIFIED\x10\x00\x12\x17\n\x13MACHINE_RIGHT_OWNED\x10\x01\x12\x19\n\x15MACHINE_RIGHT_LEAVING\x10\x02\x12\x1c\n\x18MACHINE_RIGHT_HANDED_OFF\x10\x03\x12\x16\n\x12MACHINE_RIGHT_GONE\x10\x04\x12\x1a\n\x16MACHINE_RIGHT_ARRIVING\x10\x05\x12\x19\n\x15MACHINE_RIGHT_UNKNOWN\x10\x06\x12\x1c\n\x18MACHINE_RIGHT_SUPERSEDED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MICROVMSPEC_PARAMSENTRY']._loaded_options = None
   _globals['_MICROVMSPEC_PARAMSENTRY']._serialized_options = b'8\001'
-  _globals['_MACHINESTATE']._serialized_start=1304
-  _globals['_MACHINESTATE']._serialized_end=1481
-  _globals['_MACHINERIGHT']._serialized_start=1484
-  _globals['_MACHINERIGHT']._serialized_end=1720
+  _globals['_MACHINESTATE']._serialized_start=1386
+  _globals['_MACHINESTATE']._serialized_end=1563
+  _globals['_MACHINERIGHT']._serialized_start=1566
+  _globals['_MACHINERIGHT']._serialized_end=1802
   _globals['_MACHINESPEC']._serialized_start=74
-  _globals['_MACHINESPEC']._serialized_end=277
-  _globals['_MICROVMSPEC']._serialized_start=280
-  _globals['_MICROVMSPEC']._serialized_end=459
-  _globals['_MICROVMSPEC_PARAMSENTRY']._serialized_start=414
-  _globals['_MICROVMSPEC_PARAMSENTRY']._serialized_end=459
-  _globals['_QEMUSPEC']._serialized_start=462
-  _globals['_QEMUSPEC']._serialized_end=758
-  _globals['_QEMUDEVICE']._serialized_start=760
-  _globals['_QEMUDEVICE']._serialized_end=787
-  _globals['_QEMUDISK']._serialized_start=789
-  _globals['_QEMUDISK']._serialized_end=877
-  _globals['_QEMUNIC']._serialized_start=879
-  _globals['_QEMUNIC']._serialized_end=946
-  _globals['_BLOCKAGE']._serialized_start=948
-  _globals['_BLOCKAGE']._serialized_end=1050
-  _globals['_MACHINE']._serialized_start=1053
-  _globals['_MACHINE']._serialized_end=1301
+  _globals['_MACHINESPEC']._serialized_end=323
+  _globals['_MICROVMSPEC']._serialized_start=326
+  _globals['_MICROVMSPEC']._serialized_end=523
+  _globals['_MICROVMSPEC_PARAMSENTRY']._serialized_start=478
+  _globals['_MICROVMSPEC_PARAMSENTRY']._serialized_end=523
+  _globals['_QEMUSPEC']._serialized_start=526
+  _globals['_QEMUSPEC']._serialized_end=822
+  _globals['_QEMUDEVICE']._serialized_start=824
+  _globals['_QEMUDEVICE']._serialized_end=851
+  _globals['_QEMUDISK']._serialized_start=853
+  _globals['_QEMUDISK']._serialized_end=941
+  _globals['_QEMUNIC']._serialized_start=943
+  _globals['_QEMUNIC']._serialized_end=1028
+  _globals['_BLOCKAGE']._serialized_start=1030
+  _globals['_BLOCKAGE']._serialized_end=1132
+  _globals['_MACHINE']._serialized_start=1135
+  _globals['_MACHINE']._serialized_end=1383
 # @@protoc_insertion_point(module_scope)

@@ -114,8 +114,10 @@ class MachineSpec(_message.Message):
     VCPUS_FIELD_NUMBER: _builtins.int
     MICROVM_FIELD_NUMBER: _builtins.int
     QEMU_FIELD_NUMBER: _builtins.int
+    GUEST_NAME_FIELD_NUMBER: _builtins.int
+    AVAILABILITY_SET_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """Version of this description: 1, or 2 if it says anything that version 1 could not."""
+    """Version of this description: 1, or the least one that can say what it says."""
     name: _builtins.str
     """Name on its host: a lower-case DNS label."""
     uuid: _builtins.str
@@ -126,6 +128,10 @@ class MachineSpec(_message.Message):
     """Guest memory in MiB."""
     vcpus: _builtins.int
     """Number of virtual CPUs."""
+    guest_name: _builtins.str
+    """What its guest is called in Scheduled Events and in the instance document; empty means its name. Version 3."""
+    availability_set: _builtins.str
+    """Machines of one availability set see each other's events; empty means none. Version 3."""
     @_builtins.property
     def microvm(self) -> Global___MicrovmSpec:
         """For kind "microvm"."""
@@ -145,10 +151,12 @@ class MachineSpec(_message.Message):
         vcpus: _builtins.int = ...,
         microvm: Global___MicrovmSpec | None = ...,
         qemu: Global___QemuSpec | None = ...,
+        guest_name: _builtins.str = ...,
+        availability_set: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor", "microvm", b"microvm", "qemu", b"qemu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor", "kind", b"kind", "memory_mib", b"memory_mib", "microvm", b"microvm", "name", b"name", "qemu", b"qemu", "uuid", b"uuid", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["availability_set", b"availability_set", "guest_name", b"guest_name", "hypervisor", b"hypervisor", "kind", b"kind", "memory_mib", b"memory_mib", "microvm", b"microvm", "name", b"name", "qemu", b"qemu", "uuid", b"uuid", "vcpus", b"vcpus", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_hypervisor: _TypeAlias = _typing.Literal["microvm", "qemu"]  # noqa: Y015
     _WhichOneofArgType_hypervisor: _TypeAlias = _typing.Literal["hypervisor", b"hypervisor"]  # noqa: Y015
@@ -187,6 +195,7 @@ class MicrovmSpec(_message.Message):
     MAC_FIELD_NUMBER: _builtins.int
     NETDEV_FIELD_NUMBER: _builtins.int
     SELF_TRACK_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     program: _builtins.str
     """Guest program: "canary" or "writer"."""
     mac: _builtins.str
@@ -195,6 +204,8 @@ class MicrovmSpec(_message.Message):
     """Where its network interface is plugged in; empty means nowhere."""
     self_track: _builtins.bool
     """Whether the hypervisor offers its memory for write tracking by itself."""
+    metadata: _builtins.bool
+    """Whether it has the device that leads to the host's metadata service. Version 3."""
     @_builtins.property
     def params(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Parameters of the guest program."""
@@ -207,10 +218,11 @@ class MicrovmSpec(_message.Message):
         mac: _builtins.str = ...,
         netdev: _builtins.str = ...,
         self_track: _builtins.bool = ...,
+        metadata: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "netdev", b"netdev", "params", b"params", "program", b"program", "self_track", b"self_track"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mac", b"mac", "metadata", b"metadata", "netdev", b"netdev", "params", b"params", "program", b"program", "self_track", b"self_track"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,6 +374,7 @@ class QemuNic(_message.Message):
     MAC_FIELD_NUMBER: _builtins.int
     TAP_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
     """"user" or "tap"."""
     mac: _builtins.str
@@ -370,6 +383,8 @@ class QemuNic(_message.Message):
     """Name of the host's tap interface, for the tap backend."""
     model: _builtins.str
     """Device model: "virtio-net-pci"."""
+    metadata: _builtins.bool
+    """Whether the host's metadata service answers on it, at 169.254.169.254; for the user backend. Version 3."""
     def __init__(
         self,
         *,
@@ -377,10 +392,11 @@ class QemuNic(_message.Message):
         mac: _builtins.str = ...,
         tap: _builtins.str = ...,
         model: _builtins.str = ...,
+        metadata: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "mac", b"mac", "model", b"model", "tap", b"tap"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "mac", b"mac", "metadata", b"metadata", "model", b"model", "tap", b"tap"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -46,6 +46,8 @@ class _MigrationPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Migrat
     """The guest runs at the destination; this host frees what it held."""
     MIGRATION_PHASE_ENDED: _MigrationPhase.ValueType  # 7
     """Nothing more will happen; see the outcome."""
+    MIGRATION_PHASE_ANNOUNCED: _MigrationPhase.ValueType  # 8
+    """The guest has been told, and has not approved yet; comes after NEGOTIATING if there is a notice."""
 
 class MigrationPhase(_MigrationPhase, metaclass=_MigrationPhaseEnumTypeWrapper):
     """How far a migration has come."""
@@ -66,6 +68,8 @@ MIGRATION_PHASE_RELEASING: MigrationPhase.ValueType  # 6
 """The guest runs at the destination; this host frees what it held."""
 MIGRATION_PHASE_ENDED: MigrationPhase.ValueType  # 7
 """Nothing more will happen; see the outcome."""
+MIGRATION_PHASE_ANNOUNCED: MigrationPhase.ValueType  # 8
+"""The guest has been told, and has not approved yet; comes after NEGOTIATING if there is a notice."""
 Global___MigrationPhase: _TypeAlias = MigrationPhase  # noqa: Y015
 
 class _MigrationOutcome:
@@ -195,6 +199,7 @@ class MigrationOptions(_message.Message):
     ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
     MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    NOTICE_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -239,6 +244,12 @@ class MigrationOptions(_message.Message):
     def reconnect_timeout(self) -> _duration_pb2.Duration:
         """How long a broken connection to the destination is tried again before the hand-off; the guest runs meanwhile."""
 
+    @_builtins.property
+    def notice(self) -> _duration_pb2.Duration:
+        """How long beforehand the guest is told, unless it approves earlier; 0 waits for nothing. Does not count for
+        total_timeout.
+        """
+
     def __init__(
         self,
         *,
@@ -257,10 +268,11 @@ class MigrationOptions(_message.Message):
         on_no_convergence: Global___OnNoConvergence.ValueType = ...,
         max_throttle_percent: _builtins.int = ...,
         reconnect_timeout: _duration_pb2.Duration | None = ...,
+        notice: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "notice", b"notice", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "path", b"path", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "notice", b"notice", "on_no_convergence", b"on_no_convergence", "path", b"path", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,6 +493,7 @@ class Migration(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     PATH_REASON_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
+    EVENT_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: 32 hexadecimal digits."""
     machine: _builtins.str
@@ -505,6 +518,8 @@ class Migration(_message.Message):
     """How memory travels: "direct" or "stream"."""
     path_reason: _builtins.str
     """Why that way, as a sentence."""
+    event_id: _builtins.str
+    """The event by which the guest was told, a GUID; empty while it has not been."""
     @_builtins.property
     def destination(self) -> Global___Destination:
         """Where it goes."""
@@ -577,10 +592,11 @@ class Migration(_message.Message):
         path: _builtins.str = ...,
         path_reason: _builtins.str = ...,
         prediction: _compatibility_pb2.Prediction | None = ...,
+        event_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "event_id", b"event_id", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -36,6 +36,12 @@ NEW = [
     DISK + 'bus = "sata"\n',
     NIC + 'model = "e1000"\n',
 ]
+NEWEST = [
+    NIC + "metadata = true\n",
+    SHORT.replace("[qemu]", 'guest_name = "WestNO_0"\n[qemu]'),
+    SHORT.replace("[qemu]", 'availability_set = "web"\n[qemu]'),
+    MICRO.replace("[microvm.params]", "metadata = true\n[microvm.params]"),
+]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,51 @@ def test_what_version_1_cannot_say_is_version_2(text: str) -> None:
         assert "2" in caught.value.instance_remedy
 
 
-@pytest.mark.parametrize("version", ["0", "3", "-1", "true", '"1"', "1.0"])
+@pytest.mark.parametrize("text", NEWEST)
+def test_what_version_2_cannot_say_is_version_3(text: str) -> None:
+    """It survives TOML and the wire, has a digest of its own, and is refused where it claims to be version 2."""
+    spec = MachineSpec.from_toml(text)
+    assert spec.version == 3
+    without = [
+        line
+        for line in text.splitlines()
+        if line.split(" ")[0] not in ("metadata", "guest_name", "availability_set")
+    ]
+    older = MachineSpec.from_toml("\n".join(without))
+    assert older.version == 1
+    assert spec.digest() != older.digest()
+    message = spec_to_message(spec)
+    assert message.version == 3
+    for again in (MachineSpec.from_toml(spec.to_toml()), spec_from_message(message)):
+        assert (again, again.digest()) == (spec, spec.digest())
+    message.version = 2
+    with pytest.raises(InvalidArgumentError, match="version 2 cannot say"):
+        spec_from_message(message)
+    with pytest.raises(InvalidArgumentError, match="version 2 cannot say"):
+        MachineSpec.from_toml(spec.to_toml().replace("version = 3", "version = 2"))
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        (
+            NIC
+            + 'metadata = true\n[[qemu.nics]]\nbackend = "user"\nmac = "52:54:00:12:34:57"\nmetadata = true\n',
+            "qemu.nics",
+        ),
+        (NIC.replace("user", "tap") + 'tap = "tap0"\nmetadata = true\n', "qemu.nics.metadata"),
+        (SHORT.replace("[qemu]", 'guest_name = "a b"\n[qemu]'), "guest_name"),
+        (SHORT.replace("[qemu]", 'availability_set = "-"\n[qemu]'), "availability_set"),
+    ],
+)
+def test_what_makes_no_sense_in_version_3_is_refused(text: str, field: str) -> None:
+    """By the name of its field."""
+    with pytest.raises(InvalidArgumentError) as caught:
+        MachineSpec.from_toml(text)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("version", ["0", "4", "-1", "true", '"1"', "1.0"])
 def test_a_version_that_is_none_is_refused(version: str) -> None:
     """Numbers that this release does not know, and what is no whole number."""
     with pytest.raises(InvalidArgumentError) as caught:
@@ -98,7 +148,7 @@ def test_a_version_that_is_none_is_refused(version: str) -> None:
 def test_a_message_of_a_later_release_is_refused_by_its_version() -> None:
     """Whatever it says, it is not taken for less than it is."""
     message = spec_to_message(MachineSpec.from_toml(SHORT))
-    for version in (0, 3):
+    for version in (0, 4):
         message.version = version
         with pytest.raises(InvalidArgumentError) as caught:
             spec_from_message(message)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
-from vmferry.machines.fields import check_pattern, check_types, invalid
+from vmferry.machines.fields import ADDED_IN_3, check_pattern, check_types, invalid
 
 MAX_PARAM_CHARS: Final = 256
 MAX_PORT: Final = 65_535
@@ -35,6 +35,8 @@ class MicrovmSpec:
     """Where the network card's frames go: ``dgram:unix:PATH``, ``dgram:HOST:PORT``, or empty for nowhere."""
     self_track: bool = True
     """Whether the machine registers its own memory for write tracking, as opposed to being attached to."""
+    metadata: bool = field(default=False, metadata=ADDED_IN_3)
+    """Whether it has the device that leads to the host's metadata service."""
 
     def __post_init__(self) -> None:
         check_types(self, self.TABLE)

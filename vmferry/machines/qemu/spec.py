@@ -18,6 +18,7 @@ from typing import ClassVar, Final
 
 from vmferry.machines.fields import (
     ADDED_IN_2,
+    ADDED_IN_3,
     WIDENED_IN_2,
     check_choice,
     check_pattern,
@@ -104,6 +105,9 @@ class NicSpec:
     mac: str
     tap: str = ""
     model: str = field(default="virtio-net-pci", metadata=WIDENED_IN_2)
+    metadata: bool = field(default=False, metadata=ADDED_IN_3)
+    """Whether the host's metadata service answers on it, at 169.254.169.254: the user backend's network is then
+    169.254.169.0/24."""
 
     def __post_init__(self) -> None:
         check_types(self, self.TABLE)
@@ -114,6 +118,8 @@ class NicSpec:
             check_pattern(self.TABLE + "tap", self.tap, _TAP, "the name of a tap interface")
         elif self.tap:
             raise invalid(self.TABLE + "tap", "is for the tap backend only", "remove it")
+        if self.metadata and self.backend != "user":
+            raise invalid(self.TABLE + "metadata", "is for the user backend only", "remove it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +176,7 @@ class QemuSpec:
         check_path(self.TABLE + "binary", self.binary)
         self._check_boot()
         self._check_buses()
+        self._check_nics()
         self._check_devices()
 
     def _check_boot(self) -> None:
@@ -186,6 +193,11 @@ class QemuSpec:
             if found > most:
                 fault = f"{found} disks are on the bus {bus}, which has room for {most}"
                 raise invalid(self.TABLE + "disks", fault, "use another bus for the others")
+
+    def _check_nics(self) -> None:
+        if sum(nic.metadata for nic in self.nics) > 1:
+            fault = "the metadata service answers on more than one interface"
+            raise invalid(self.TABLE + "nics", fault, "leave metadata to one of them")
 
     def _check_devices(self) -> None:
         key = self.TABLE + "devices"

@@ -1,0 +1,238 @@
+"""Scheduled Events of this host's machines: announced by whoever interrupts one, shown to its guest, and recorded.
+
+Promise: an event that was announced is listed until its interruption is over, or it is given up, also across a
+restart of the service; nobody waits longer for a guest than was announced; an operation never fails because of its
+event.
+
+Whoever is about to interrupt a machine writes::
+
+    with announcements.announce(spec, pause_s=1.0, description=policy.MAINTENANCE) as event:
+        await event.allowed()         # approved by the guest, or its notice is over
+        event.started()               # right before the guest is paused
+        ...
+        event.over(lasted_s=0.05)     # the guest goes on; leaving the block without it gives the event up
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from vmferry.config import HostConfig
+from vmferry.events import document, policy, records, states
+from vmferry.events.files import ARRIVING, BoardFiles, Stamp
+from vmferry.events.instance import Instance
+from vmferry.events.protocol import View
+from vmferry.events.states import Board, Event, EventSource, EventType
+from vmferry.machines.spec import MachineSpec
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import span_event
+
+_LOG: Final = get_logger(__name__)
+RESTARTED: Final = "the service that had announced it was restarted"
+
+
+class Announcements:
+    """The boards of all machines of one host."""
+
+    def __init__(self, config: HostConfig, *, is_busy: Callable[[str], bool]) -> None:
+        """``is_busy`` says whether something that an earlier process announced is still going on with a machine."""
+        self.residents: Sequence[MachineSpec] = ()
+        """The machines that are on this host."""
+        self._notice_s = config.event_notice_s
+        self._linger_s = config.event_linger_s
+        self._files = BoardFiles(config.events_dir)
+        self._is_busy = is_busy
+        self._boards: dict[str, tuple[Stamp | None, Board]] = {}
+        self._open: dict[str, Announced] = {}
+        """What this process has announced and not ended, by event."""
+        self._leaving: dict[str, bytes] = {}
+        """What is shown to machines whose boards have been handed on."""
+
+    def announce(
+        self,
+        spec: MachineSpec,
+        *,
+        pause_s: float,
+        description: str,
+        notice_s: float | None = None,
+        event_type: EventType = EventType.FREEZE,
+        source: EventSource = EventSource.PLATFORM,
+    ) -> Announced:
+        """Tell a machine's guest, and those of its availability set, what is to come.
+
+        Args:
+            spec: the machine.
+            pause_s: how long it is expected to last; negative: not known.
+            description: one of those in ``vmferry.events.policy``.
+            notice_s: how long to wait for an approval at most; None: as the host is configured.
+            event_type: what is to come.
+            source: who wants it.
+        """
+        now_s = time.time()
+        event = Event(
+            id=str(uuid.uuid4()).upper(),
+            type=event_type,
+            resources=(spec.called,),
+            description=description,
+            source=source,
+            duration_s=-1 if pause_s < 0 else policy.expected_seconds(pause_s),
+            announced_s=now_s,
+            not_before_s=now_s + (self._notice_s if notice_s is None else notice_s),
+        )
+        announced = Announced(self, spec.uuid, event)
+        self._open[event.id] = announced
+        self.change(spec.uuid, states.scheduled(self.board(spec.uuid), event))
+        _LOG.info("announced", machine=spec.uuid, event_id=event.id, type=event.type.value)
+        span_event("announced", id=event.id)
+        return announced
+
+    def board(self, machine_id: str) -> Board:
+        """A machine's board as it is now."""
+        stamp = self._files.stamp(machine_id)
+        kept = self._boards.get(machine_id)
+        if kept is None or kept[0] != stamp:  # the destination service wrote what the machine brought along
+            kept = (stamp, self._files.load(machine_id))
+            self._boards[machine_id] = kept
+        board = kept[1]
+        orphans = [event for event in board.events if event.id not in self._open]
+        if orphans and not self._is_busy(machine_id):
+            for event in orphans:
+                board = states.ended(board, event.id, time.time(), why=RESTARTED)
+            self.change(machine_id, board)
+        return board
+
+    def change(self, machine_id: str, board: Board) -> None:
+        """Keep a machine's board."""
+        try:
+            self._files.store(machine_id, board)
+        except OSError as error:
+            # The operation that is announced goes on: what cannot be kept is lost with this process.
+            _LOG.error("a board of events cannot be written", machine=machine_id, detail=str(error))
+        self._boards[machine_id] = (self._files.stamp(machine_id), board)
+
+    def view(self, spec: MachineSpec) -> View:
+        """What a machine is shown now."""
+        board = self.board(spec.uuid)
+        others = [self.board(other.uuid) for other in self._set_of(spec)]
+        text = self._leaving.get(spec.uuid)
+        if text is None:
+            array = document.content(self._listed((board, *others)))
+            changed = states.shown(board, array)
+            if changed is not board:
+                board = changed
+                self.change(spec.uuid, board)
+            text = document.document(board.incarnation, array)
+        instance = Instance(spec.called, spec.uuid, spec.macs, spec.availability_set)
+        return View(board, others, text, instance)
+
+    def approve(self, spec: MachineSpec, event_ids: Iterable[str]) -> None:
+        """A machine approves events; those that do not name it are left as they are."""
+        for event_id in event_ids:
+            for machine in (spec, *self._set_of(spec)):
+                before = self.board(machine.uuid)
+                after = states.approved(before, event_id, spec.called)
+                if after != before:
+                    self.change(machine.uuid, after)
+        for announced in list(self._open.values()):
+            announced.notice(self.board(announced.machine_id))
+
+    def hand_on(self, machine_id: str, event_id: str) -> bytes:
+        """The board as the machine takes it along: there, the event that moved it is over."""
+        spec = next((spec for spec in self.residents if spec.uuid == machine_id), None)
+        if spec is not None:
+            self._leaving[machine_id] = self.view(spec).document
+        board = self.board(machine_id)
+        if board.find(event_id) is not None:
+            board = states.ended(board, event_id, time.time(), why=ARRIVING)
+        return records.to_text(board).encode()
+
+    def end(self, machine_id: str, event_id: str, lasted_s: float | None, why: str) -> None:
+        """An event is over, or given up."""
+        self._open.pop(event_id, None)
+        self._leaving.pop(machine_id, None)
+        board = self.board(machine_id)
+        if board.find(event_id) is not None:
+            self.change(machine_id, states.ended(board, event_id, time.time(), lasted_s=lasted_s, why=why))
+        _LOG.info("event over", machine=machine_id, event_id=event_id, lasted_s=lasted_s, why=why)
+
+    def leave_open(self, event_id: str) -> None:
+        """This process ends before the event does; the next one goes on with it."""
+        self._open.pop(event_id, None)
+
+    def _set_of(self, spec: MachineSpec) -> Iterator[MachineSpec]:
+        """The other machines of a machine's availability set that are on this host."""
+        if spec.availability_set:
+            for other in self.residents:
+                if other.availability_set == spec.availability_set and other.uuid != spec.uuid:
+                    yield other
+
+    def _listed(self, boards: Iterable[Board]) -> list[Event]:
+        now_s = time.time()
+        found = [event for board in boards for event in states.listed(board, now_s, self._linger_s)]
+        return sorted(found, key=lambda event: (event.announced_s, event.id))
+
+
+class Announced:
+    """One event, in the hands of whoever interrupts the machine."""
+
+    def __init__(self, announcements: Announcements, machine_id: str, event: Event) -> None:
+        self.id = event.id
+        self.machine_id = machine_id
+        self._announcements = announcements
+        self._event = event
+        self._began = time.monotonic()
+        self._approved = asyncio.Event()
+        self._over = False
+
+    async def allowed(self) -> None:
+        """Wait until the guest approves the event, for no longer than it was given notice."""
+        left_s = self._event.not_before_s - self._now_s()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, left_s)):
+                await self._approved.wait()
+        by = self._announcements.board(self.machine_id).find(self.id)
+        span_event("allowed", approved_by=by.approved_by if by is not None else "")
+
+    def notice(self, board: Board) -> None:
+        """Somebody approved something."""
+        event = board.find(self.id)
+        if event is not None and event.approved_by:
+            self._approved.set()
+
+    def started(self) -> None:
+        """The guest is about to be paused."""
+        board = self._announcements.board(self.machine_id)
+        self._announcements.change(self.machine_id, states.started(board, self.id, self._now_s()))
+
+    def hand_on(self) -> bytes:
+        """What the machine takes along to another host; from now on its guest is shown nothing new here."""
+        return self._announcements.hand_on(self.machine_id, self.id)
+
+    def over(self, *, lasted_s: float | None = None, why: str = "") -> None:
+        """The guest goes on, or it is not to be interrupted after all; what comes later changes nothing."""
+        if not self._over:
+            self._over = True
+            self._announcements.end(self.machine_id, self.id, lasted_s, why)
+
+    def leave_open(self) -> None:
+        """The service ends, and its next start goes on."""
+        self._over = True
+        self._announcements.leave_open(self.id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.over(why="" if error is None else f"given up: {error!r}"[:200])
+
+    def _now_s(self) -> float:
+        """The time of day, by a clock that nobody sets back meanwhile."""
+        return self._event.announced_s + time.monotonic() - self._began

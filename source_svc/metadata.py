@@ -1,0 +1,239 @@
+"""The metadata service: answers what guests ask of ``/metadata``, each about itself.
+
+Promise: whose machine it is follows from the socket on which a request arrives, and from nothing in the request;
+every answer comes at once; a listener that cannot be made is named in the log and keeps nobody from working.
+
+Each machine is served in up to three ways: through its own hardware (``guest_link``), on a unix socket in the host's
+``guests_dir`` for whatever the operator puts between it and the guest, and where ``metadata_listen`` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
+from typing import Final
+
+from aiohttp import HttpVersion11, web
+from aiohttp.web_request import BaseRequest
+
+from source_svc.announcing import Announcements
+from source_svc.guest_link import GuestLink
+from source_svc.residents import LOOK_S, Residents
+from vmferry.errors import ConfigError
+from vmferry.events import policy, protocol
+from vmferry.machines.directory import MachineRecord
+from vmferry.machines.paths import MAX_SOCKET_PATH_BYTES
+from vmferry.machines.spec import MachineSpec
+from vmferry.rpc.daemon import Host
+from vmferry.telemetry.logs import get_logger
+
+_LOG: Final = get_logger(__name__)
+_LISTEN: Final = re.compile(
+    r"(?P<name>[a-z][a-z0-9-]*)=(?P<address>\[[0-9a-fA-F:.]+\]|[0-9.]+):(?P<port>[0-9]{1,5})(%(?P<interface>[^\s%/]{1,15}))?"
+)
+_MAX_PORT: Final = 65535
+_KEEP_ALIVE_S: Final = 75.0
+
+
+@dataclass(frozen=True)
+class Listen:
+    """One entry of ``metadata_listen``."""
+
+    machine: str
+    address: str
+    port: int
+    interface: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """Read NAME=ADDRESS:PORT or NAME=ADDRESS:PORT%INTERFACE.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        match = _LISTEN.fullmatch(text)
+        if match is None or not 0 < int(match["port"]) <= _MAX_PORT:
+            raise ConfigError(
+                f"{text!r} is not NAME=ADDRESS:PORT or NAME=ADDRESS:PORT%INTERFACE", field="metadata_listen"
+            )
+        return cls(match["name"], match["address"].strip("[]"), int(match["port"]), match["interface"] or "")
+
+
+@dataclass
+class _Served:
+    """One machine that is being served."""
+
+    record: MachineRecord
+    server: web.Server
+    due: list[Path | Listen]
+    """Where it is to be listened for it, and is not yet."""
+    link: GuestLink | None = None
+    servers: list[asyncio.Server] = field(default_factory=list)
+    said: set[str] = field(default_factory=set)
+    """What stands in the way, as far as the log has it."""
+
+
+class MetadataService:
+    """The metadata service of one host."""
+
+    def __init__(self, host: Host, *, is_busy: Callable[[str], bool]) -> None:
+        self.announcements = Announcements(host.config, is_busy=is_busy)
+        self._config = host.config
+        self._ledger = host.ledger
+        self._listens = [Listen.parse(text) for text in host.config.metadata_listen]
+        self._residents = Residents(host.directory)
+        self._served: dict[str, _Served] = {}
+        self._limits: dict[str, policy.RateLimit] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve the machines that are here, and those that come."""
+        await self._follow()
+        self._task = asyncio.create_task(self._keep(), name="metadata")
+
+    async def close(self) -> None:
+        """Serve nobody any more; safe to call twice."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        for machine_id in list(self._served):
+            await self._leave(machine_id)
+
+    async def answer(self, spec: MachineSpec, request: protocol.Request) -> protocol.Response:
+        """Answer one request of a machine."""
+        limit = self._limits.setdefault(spec.uuid, policy.RateLimit(self._config.metadata_requests_per_s))
+        if not limit.admits(time.monotonic()):
+            return protocol.too_many()
+        found = protocol.answer(request, self.announcements.view(spec))
+        if found.approves:
+            self.announcements.approve(spec, found.approves)
+        return found.response
+
+    # Who is served
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self._follow()
+            except OSError as error:
+                _LOG.error("the machines of this host cannot be looked at", detail=str(error))
+
+    async def _follow(self) -> None:
+        if self._residents.look():
+            records = self._residents.records
+            self.announcements.residents = [record.spec for record in records.values()]
+            for machine_id, served in list(self._served.items()):
+                now = records.get(machine_id)
+                if now is None or now.process != served.record.process:
+                    await self._leave(machine_id)
+            for machine_id in records.keys() - self._served.keys():
+                self._served[machine_id] = self._begin(records[machine_id])
+        for machine_id, served in self._served.items():
+            # One that is still arriving is another host's to speak for; its guest cannot ask yet.
+            if served.due and (await asyncio.to_thread(self._ledger.rights, machine_id)).permitted:
+                await self._listen(served)
+
+    def _begin(self, record: MachineRecord) -> _Served:
+        spec = record.spec
+        due: list[Path | Listen] = [(self._config.guests_dir / f"{spec.name}.sock").absolute()]
+        due += [listen for listen in self._listens if listen.machine == spec.name]
+        served = _Served(record, self._server(spec, close=False), due)
+        if spec.metadata:
+            served.link = GuestLink(record.paths.metadata_socket, self._server(spec, close=True))
+        return served
+
+    async def _listen(self, served: _Served) -> None:
+        for where in list(served.due):
+            try:
+                with contextlib.ExitStack() as undo:
+                    one = undo.enter_context(contextlib.closing(_socket(where)))
+                    served.servers.append(
+                        await asyncio.get_running_loop().create_server(served.server, sock=one)
+                    )
+                    undo.pop_all()
+                served.due.remove(where)
+            except OSError as error:  # tried again at the next look
+                if str(error) not in served.said:
+                    name = served.record.spec.name
+                    _LOG.error(
+                        "the metadata service cannot listen",
+                        machine=name,
+                        where=str(where),
+                        detail=str(error),
+                    )
+                served.said.add(str(error))
+
+    async def _leave(self, machine_id: str) -> None:
+        served = self._served.pop(machine_id)
+        self._limits.pop(machine_id, None)
+        if served.link is not None:
+            await served.link.close()
+        for server in served.servers:
+            server.close()
+        await served.server.shutdown(0)
+        (self._config.guests_dir / f"{served.record.spec.name}.sock").unlink(missing_ok=True)
+
+    def _server(self, spec: MachineSpec, *, close: bool) -> web.Server:
+        async def handle(request: BaseRequest) -> web.StreamResponse:
+            said = await self.answer(spec, await _asked(request))
+            response = web.Response(status=said.status, body=said.body, headers=dict(said.headers))
+            response.headers["Server"] = "vmferry"
+            if said.status != HTTPStatus.NOT_MODIFIED:  # which has no body to have a type
+                response.headers["Content-Type"] = said.content_type
+            if close:
+                response.force_close()
+            return response
+
+        return web.Server(handle, keepalive_timeout=_KEEP_ALIVE_S, access_log=None)
+
+
+def _socket(where: Path | Listen) -> socket.socket:
+    """A socket to listen at; its owner alone may open one that is a file."""
+    if isinstance(where, Path):
+        if len(os.fsencode(where)) > MAX_SOCKET_PATH_BYTES:
+            raise OSError(f"{where} is too long for a socket")
+        where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        where.unlink(missing_ok=True)
+        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    else:
+        one = socket.socket(socket.AF_INET6 if ":" in where.address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        if isinstance(where, Path):
+            one.bind(str(where))
+            return one
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if where.interface:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, where.interface.encode() + b"\0")
+        one.bind((where.address, where.port))
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+async def _asked(request: BaseRequest) -> protocol.Request:
+    """What a request says, its body included: what were left of it would be taken for the next one."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
+    body = bytearray()
+    while chunk := await request.content.readany():
+        if len(body) <= protocol.MAX_BODY_BYTES:
+            body += chunk
+    return protocol.Request(
+        method=request.method,
+        path=request.path,
+        query=list(request.query.items()),
+        headers={name.lower(): value for name, value in request.headers.items()},
+        body=bytes(body),
+    )

@@ -1,0 +1,44 @@
+"""The machines that are on this host, as often as somebody looks.
+
+Promise: looking costs next to nothing while nothing changes: a folder's names and times, and no description is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final
+
+from vmferry.machines.directory import MachineDirectory, MachineRecord
+
+LOOK_S: Final = 0.2
+"""How soon a machine that has come, or has gone, is noticed."""
+
+
+class Residents:
+    """What the last look found."""
+
+    def __init__(self, directory: MachineDirectory) -> None:
+        self._directory = directory
+        self._seen: object = None
+        self.records: Mapping[str, MachineRecord] = {}
+        """By identity; those whose process does not run are left out."""
+
+    def look(self) -> bool:
+        """Look again; true if something is not as it was."""
+        seen = self._times()
+        gone = [one for one in self.records.values() if one.process is None or not one.process.alive()]
+        if seen == self._seen and not gone:
+            return False
+        self._seen = seen
+        self.records = {one.spec.uuid: one for one in self._directory.list() if one.alive}
+        return True
+
+    def _times(self) -> object:
+        try:
+            with os.scandir(self._directory.root) as entries:
+                return sorted(
+                    (entry.name, entry.stat(follow_symlinks=False).st_mtime_ns) for entry in entries
+                )
+        except FileNotFoundError:  # nothing was ever here, or one goes right now
+            return None
