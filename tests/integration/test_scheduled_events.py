@@ -314,7 +314,7 @@ async def test_the_rate_of_requests_is_limited_for_each_machine_alone(world: Wor
     """Five a second, as Azure has it; what one machine asks does not count for another."""
     first, second = await world.run(), await world.run()
     try:
-        async with configured(world.a.source):
+        async with configured(world.a.source, metadata_requests_per_s=5):
             asking, other = await client(world.a, first), await client(world.a, second)
 
             def ask_seven() -> list[int]:

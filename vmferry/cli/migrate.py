@@ -124,6 +124,15 @@ ReconnectOption = Annotated[
         help="How long a broken connection to the destination is tried again; the guest runs meanwhile.",
     ),
 ]
+NoticeOption = Annotated[
+    float | None,
+    typer.Option(
+        "--notice",
+        metavar="SECONDS",
+        min=0,
+        help="How long the guest is told beforehand, unless it approves earlier; 0: it is not waited for.",
+    ),
+]
 
 
 @calls_source
@@ -193,6 +202,7 @@ async def migrate(
     max_throttle_percent: ThrottleOption = None,
     on_no_convergence: ChoiceOption = None,
     reconnect_timeout: ReconnectOption = None,
+    notice: NoticeOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -213,8 +223,9 @@ async def migrate(
         on_no_convergence,
     )
     options = migration_options(bounds, lanes, verify, tracker, path, compression)
-    if reconnect_timeout is not None:
-        options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
+    for field, seconds in ((options.reconnect_timeout, reconnect_timeout), (options.notice, notice)):
+        if seconds is not None:
+            field.FromNanoseconds(int(seconds * 1e9))
     target = destination(to_host, to_address)
     request_id = _request_id(request_id) if request_id else new_request_id()
     with scheduling(trace_dir):
