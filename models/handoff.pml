@@ -6,7 +6,10 @@
  * - A message, once sent, may be taken late, twice or never: messages are facts that are never forgotten.
  * - A crash takes the guest of a host, and its lazy records SEALED and PREPARED, or not them.
  * - A killed service takes no step for a while; a timer or a cancellation is a step that is possible at any time.
- * - Left out, and explored by models/world.py: lost journals, torn ends, operators.
+ * - With OPERATOR somebody may cut a host's power for good and force the other one; what then runs there starts anew.
+ *   Of three hosts two could be forced, one after the other: nothing but that person can know of the first.
+ * - Left out, and explored by models/world.py: lost journals, torn ends, an operator who forces one host while the
+ *   other one runs.
  *
  * Asserted: I1 one guest runs, I1b one host is permitted, I2 nothing stale is resumed and no right taken without a copy,
  * I3 no step takes the last usable copy away.
@@ -24,6 +27,11 @@
 #ifndef CRASHES
 #define CRASHES 2
 #endif
+#if defined(OPERATOR) || defined(BUG_FORCE_UNFENCED) || defined(BUG_FORCE_WITH_MEMORY)
+#define POWER_CUT 1
+#else
+#define POWER_CUT 0
+#endif
 #define NONE ATTEMPTS
 
 #define ABSENT 0
@@ -39,6 +47,7 @@ byte opened[HOSTS] = NONE;             /* the source's open attempt */
 byte granted[HOSTS], left[HOSTS];      /* the newest right granted, and given up, by the journals here */
 bool lazy_out[HOSTS], lazy_in[HOSTS];  /* the last record may be lost in a crash */
 byte newest[HOSTS] = NONE;             /* the newest attempt begun here as a destination */
+bool off[HOSTS];                       /* an operator has cut its power, and will never give it back */
 
 byte used = 0;                         /* attempts so far */
 byte from[ATTEMPTS], to[ATTEMPTS], epoch[ATTEMPTS], state[ATTEMPTS];
@@ -54,7 +63,7 @@ bool lost = 0;
 #define MOVED_ON(h) (phase[h] == handed_off && newest[h] != NONE && epoch[newest[h]] > epoch[opened[h]])
 #define LEAVING(h) (phase[h] != quiet && !MOVED_ON(h))
 #define OWNER(h) (granted[h] > left[h])
-#define MAY_RUN(h) (OWNER(h) && !LEAVING(h))
+#define MAY_RUN(h) (OWNER(h) && !LEAVING(h) && !off[h])
 #define HELD_THERE(h) (newest[h] != NONE && \
     (stands[newest[h]] == prepared || stands[newest[h]] == owned || stands[newest[h]] == ran) && \
     LEAVING(from[newest[h]]) && opened[from[newest[h]]] == newest[h])
@@ -94,7 +103,7 @@ bool lost = 0;
 #define ALONE 0
 #endif
 #ifdef BUG_OPEN_GATE
-#define GATE(h) OWNER(h)
+#define GATE(h) (OWNER(h) && !off[h])
 #else
 #define GATE(h) MAY_RUN(h)
 #endif
@@ -107,6 +116,17 @@ bool lost = 0;
 #define RELEASABLE(h) (vm[h] == PAUSED)
 #else
 #define RELEASABLE(h) (vm[h] == PAUSED && !ARRIVING(h) && !OWNER(h))
+#endif
+
+#ifdef BUG_FORCE_UNFENCED
+#define FENCED(h) 1
+#else
+#define FENCED(h) off[h]
+#endif
+#ifdef BUG_FORCE_WITH_MEMORY
+#define NOTHING_LEFT(h) 1
+#else
+#define NOTHING_LEFT(h) (vm[h] == ABSENT)
 #endif
 
 inline start(h) { latest++; held[h] = latest; vm[h] = RUNNING; lost = 0 }
@@ -126,6 +146,24 @@ inline faults(h) {
   :: GATE(h) && vm[h] == PAUSED -> printf("resume@%d\n", h); assert(held[h] == latest) /* I2 */; start(h)
   :: MAY_RUN(h) && vm[h] == ABSENT -> printf("cold-boot@%d\n", h); start(h)
   :: vm[h] == PAUSED && !ARRIVING(h) && !OWNER(h) && !LEAVING(h) -> printf("discard@%d\n", h); drop(h)
+  :: else
+  fi
+}
+
+/* Whoever cuts a host's power says that what it alone had is given up. */
+inline operator(h, k) {
+  if
+  :: crashes < CRASHES && used > 0 ->
+       printf("power-off@%d\n", h); off[h] = 1; lost = 1; drop(h); crashes++;
+       lazy_out[h] = 0; lazy_in[h] = 0
+  :: opened[h] == k && (phase[h] == sealed || phase[h] == handed_off) && off[to[k]] && vm[h] == PAUSED ->
+       printf("operator-ends-it@%d\n", h); drop(h); lost = 1
+  :: opened[h] == k && !MOVED_ON(h) && FENCED(to[k]) && NOTHING_LEFT(h) ->
+       printf("force-reclaim%d@%d\n", k, h); granted[h] = epoch[k] + 2; close(h); said_abort[k] = 1
+  :: newest[h] == k && (stands[k] == prepared || stands[k] == refused) && FENCED(from[k]) ->
+       printf("force-accept%d@%d\n", k, h);
+       if :: vm[h] == PAUSED && NOTHING_LEFT(h) -> skip :: else -> drop(h) fi;
+       stands[k] = owned; granted[h] = epoch[k] + 1; lazy_in[h] = 0; said_owned[k] = 1
   :: else
   fi
 }
@@ -205,9 +243,11 @@ active proctype world() {
   :: atomic {
        select(h : 0 .. HOSTS - 1);
        if
-       :: faults(h)
-       :: select(d : 0 .. HOSTS - 1); select(k : 0 .. ATTEMPTS - 1); source(h, d, k)
-       :: select(k : 0 .. ATTEMPTS - 1); destination(h, k)
+       :: off[h]
+       :: !off[h] -> faults(h)
+       :: !off[h] -> select(d : 0 .. HOSTS - 1); select(k : 0 .. ATTEMPTS - 1); source(h, d, k)
+       :: !off[h] -> select(k : 0 .. ATTEMPTS - 1); destination(h, k)
+       :: POWER_CUT && !off[h] -> select(k : 0 .. ATTEMPTS - 1); operator(h, k)
        fi;
        h = 0; d = 0; k = 0;
        assert(COUNT(RUNS) <= 1);                       /* I1  */

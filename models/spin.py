@@ -20,6 +20,7 @@ SAFE: Final = {
     "two hosts, two attempts, two crashes": (),
     "three hosts, two attempts, a crash": ("-DHOSTS=3", "-DCRASHES=1"),
     "two hosts, three attempts, a crash": ("-DATTEMPTS=3", "-DCRASHES=1"),
+    "two hosts, one may be forced when the other is off": ("-DOPERATOR",),
 }
 BROKEN: Final = (
     "BUG_TIMEOUT",
@@ -31,6 +32,8 @@ BROKEN: Final = (
     "BUG_OPEN_GATE",
     "BUG_NO_COPY",
     "BUG_RELEASE_ARRIVED",
+    "BUG_FORCE_UNFENCED",
+    "BUG_FORCE_WITH_MEMORY",
 )
 _LIMIT_S: Final = 120
 _FOUND: Final = re.compile(
