@@ -2,12 +2,14 @@
 #
 #   PYTHON=python3.12   the interpreter to work with
 #   ARGS="..."          further arguments of `make demo`, `test`, `bench`, `proof`, `model` and `mutants`
+#   JOBS=1              how many processes `make test` runs tests in; each has hosts and machines of its own
 #   STRIDE=1            each so many-th first fault of two, of `make simulation`
 #   STORMS=2000         how many of them `make simulation` does
 #   VMFERRY_REQUIRE=all what the machine does not offer fails instead of being left out (CI)
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 STRIDE ?= 8
 STORMS ?= 500
 BIN := .venv/bin
@@ -29,7 +31,7 @@ playground: setup ## Run two hosts and a machine to try things on, until Ctrl-C 
 	@$(BIN)/vmferry playground $(ARGS)
 
 test: setup ## Run every test this machine allows; the summary names what is left out, and why
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=worksteal $(ARGS)
 
 bench: setup ## Compare with QEMU's own migration, in turn; ARGS="--all", "--guest idle --runs 1", ...
 	@$(BIN)/python -m benchmarks.compare $(ARGS)

@@ -234,7 +234,9 @@ async def test_begin_names_the_field_that_is_wrong(
 
 
 @pytest.mark.parametrize(
-    "machine_id", ["", "../../../etc/passwd", "a\0b", "x" * 100_000, str(uuid.uuid4()).upper()]
+    "machine_id",
+    ["", "../../../etc/passwd", "a\0b", "x" * 100_000, str(uuid.uuid4()).upper()],
+    ids=["empty", "path", "zero byte", "long", "upper case"],
 )
 async def test_an_identity_that_is_none_goes_nowhere_near_a_file(
     world: World, model: Model, machine_id: str

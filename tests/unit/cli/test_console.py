@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import termios
 import threading
 from collections.abc import Iterator
@@ -99,14 +100,16 @@ def test_a_port_that_is_not_there_is_told(tmp_path: Path) -> None:
     [("file", ExitCode.USAGE, "serial.log"), ("socket", ExitCode.PRECONDITION, "no running process")],
 )
 def test_a_machine_without_a_port_to_type_at_is_refused(
-    run: Run, tmp_path: Path, serial: str, code: ExitCode, culprit: str
+    run: Run, serial: str, code: ExitCode, culprit: str
 ) -> None:
     """One whose port leads to a file is told where that is; one that does not run has no port."""
-    config = tmp_path / "host.toml"
-    config.write_text('state_dir = "state"\nrun_dir = "run"\nram_dir = "ram"\n')
-    home = tmp_path / "run" / "machines" / "web-1"
-    home.mkdir(parents=True)
-    (home / "spec.toml").write_text(SHORT + f'serial = "{serial}"\n')
-    ran = run("machine", "console", "web-1", "--config", config)
+    # A short path, for a machine's sockets lie below it.
+    with tempfile.TemporaryDirectory(prefix="vf-") as folder:
+        config = Path(folder) / "host.toml"
+        config.write_text('state_dir = "state"\nrun_dir = "run"\nram_dir = "ram"\n')
+        home = Path(folder) / "run" / "machines" / "web-1"
+        home.mkdir(parents=True)
+        (home / "spec.toml").write_text(SHORT + f'serial = "{serial}"\n')
+        ran = run("machine", "console", "web-1", "--config", config)
     assert ran.code == code, ran.err
     assert culprit in ran.err

@@ -104,7 +104,7 @@ def test_an_intermediate_authority(tmp_path: Path) -> None:
         ({"key": ed25519.Ed25519PrivateKey.generate()}, "ECDSA P-256 or P-384"),
         ({"key": ec.generate_private_key(ec.SECP521R1())}, "ECDSA P-256 or P-384"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_unfit_certificates(tmp_path: Path, changes: dict[str, object], because: str) -> None:
     """A certificate that would fail later, or would let TLS 1.2 in, is refused at once, naming its file."""
