@@ -189,10 +189,16 @@ _TWICE: Final = ("kill:a/source", "kill:b/destination", "crash:a/lose", "crash:b
 _TWICE_KINDS: Final = ("message", "write", "sync", "start", "stop", "save", "load", "cont", "quit")
 
 
-def one_fault(scenario: str) -> list[Schedule]:
-    """Every fault at every boundary of a scenario."""
+def _baseline(scenario: str) -> Outcome:
+    """What happens without any fault: without it there is nothing to strike at."""
     baseline = run(Schedule(scenario))
     assert not baseline.failure, baseline.failure
+    return baseline
+
+
+def one_fault(scenario: str) -> list[Schedule]:
+    """Every fault at every boundary of a scenario."""
+    baseline = _baseline(scenario)
     return [
         Schedule(scenario, ((number, fault),))
         for number, boundary in enumerate(baseline.boundaries[: baseline.mended_at])
@@ -214,7 +220,7 @@ def _main_faults(outcome: Outcome, start: int) -> Iterator[tuple[int, str]]:
 def first_faults(scenario: str, stride: int = 1) -> list[Schedule]:
     """One schedule for each different way in which a run can go on after one fault, or after each so many-th one."""
     ways: dict[tuple[str, ...], Schedule] = {}
-    for number, fault in list(_main_faults(run(Schedule(scenario)), 0))[::stride]:
+    for number, fault in list(_main_faults(_baseline(scenario), 0))[::stride]:
         outcome = run(Schedule(scenario, ((number, fault),)))
         ways.setdefault((*outcome.boundaries[number:], fault[:5]), outcome.schedule)
     return list(ways.values())

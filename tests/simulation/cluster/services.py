@@ -198,6 +198,44 @@ class NoForecasts:
         """Nothing is learnt."""
 
 
+class NoMetadata:
+    """No guest asks what it is to expect."""
+
+    announcements = None
+
+    def __init__(self, *what: object, **how: object) -> None:
+        """Nobody is served."""
+
+    async def start(self) -> None:
+        """Nobody is served."""
+
+    async def close(self) -> None:
+        """Nobody was served."""
+
+
+class NoNotice:
+    """The guest is told nothing."""
+
+    def __init__(self, *what: object) -> None:
+        """There is nothing to tell."""
+
+    async def give(self) -> None:
+        """It does not have to approve."""
+
+    def started(self) -> None:
+        """It is not told."""
+
+    def hand_on(self) -> bytes:
+        """Nothing of it travels."""
+        return b""
+
+    def resumed(self) -> None:
+        """It is not told."""
+
+    def close(self, *, unsettled: bool) -> None:
+        """Nothing is held."""
+
+
 @contextlib.asynccontextmanager
 async def no_files(*what: Any, **how: Any) -> AsyncIterator[Any]:
     """Machines have no files."""
@@ -242,7 +280,9 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
     parts = {
         "source_svc.outgoing.Copy": Copy,
         "source_svc.service.Forecasts": NoForecasts,
+        "source_svc.outgoing.Notice": NoNotice,
         "source_svc.outgoing.shown": no_files,
+        "source_svc.service.MetadataService": NoMetadata,
         "dest_svc.service.check_begin": any_begin,
         "source_svc.departure.time": clock,
         "source_svc.outgoing.time": clock,

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from tests.simulation.cluster.guests import PAGES, Directory, Machine, memory_root
 from vmferry.errors import (
+    HashMismatchError,
     MachineDeadError,
     PeerUnreachableError,
     PermissionDeniedError,
@@ -236,6 +237,13 @@ class Receiver:
         if self.machine is None or not await self.machine.alive():
             raise MachineDeadError("the waiting copy has died")
         return []
+
+    async def seal_as(self, digest: bytes) -> bytes:
+        """Load it all, if it is what the source sealed."""
+        own = await self.seal()
+        if own != digest:
+            raise HashMismatchError("not what the source sealed", field="digest")
+        return own
 
     async def seal(self) -> bytes:
         """Load the device state; returns the digest of what is here."""
