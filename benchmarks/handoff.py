@@ -34,7 +34,7 @@ from vmferry.handoff.records import attempt_to_ref
 from vmferry.handoff.states import Attempt
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.tls import open_channel
-from vmferry.telemetry.timeline import SpanRecord, load_spans
+from vmferry.telemetry.spans import SpanRecord, load_spans
 from vmferry.v1 import handoff_pb2, handoff_pb2_grpc
 from vmferry.v1 import migration_pb2 as pb
 

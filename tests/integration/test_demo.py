@@ -21,7 +21,7 @@ import vmferry
 from vmferry.errors import ExitCode
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
-from vmferry.telemetry.timeline import load_spans
+from vmferry.telemetry.spans import load_spans
 
 MEMORY_MIB = 64
 REPEAT = 2

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import vmferry
 from tests.integration.hosts import MIB, World
 from tests.integration.services import eventually
 from vmferry.errors import TraceNotFoundError
-from vmferry.telemetry.timeline import SpanNode, SpanRecord, load_spans, span_tree
+from vmferry.telemetry.clocks import estimate_clocks
+from vmferry.telemetry.drawing import pause_of, render_svg
+from vmferry.telemetry.spans import SpanNode, SpanRecord, load_spans, span_tree
 
 pytestmark = pytest.mark.usefixtures("tidy")
 
@@ -129,3 +132,37 @@ async def test_a_failed_migration_is_told_where_it_failed(world: World) -> None:
     assert spans["reserve"].message
     assert not spans["negotiate"].failed
     await world.assert_stays(guest, world.a, world.b)
+
+
+async def test_the_clocks_of_both_hosts_are_compared(world: World, tmp_path: Path) -> None:
+    """By the calls of a real migration: the same clock is found to be the same, and one that is wrong to be wrong."""
+    guest = await world.run()
+    migration = await world.migrate(guest, world.a, world.b)
+
+    def complete() -> list[SpanRecord]:
+        try:
+            spans = load_spans([world.trace_dir], migration.trace_id)
+        except TraceNotFoundError:
+            return []
+        names = {(span.service, span.name) for span in spans}
+        return spans if {(SOURCE, "migrate"), (DESTINATION, "own")} <= names else []
+
+    spans = await eventually(complete, "all spans are written")
+    clock = estimate_clocks(spans)["b"]
+    assert abs(clock.offset_ns) <= clock.error_ns
+    assert clock.calls >= 3
+    assert clock.error_ns < 50e6
+    wrong_ns = -3_600_000_000_000
+    shifted = [
+        replace(span, start_ns=span.start_ns + wrong_ns, end_ns=span.end_ns + wrong_ns)
+        if span.host == "b"
+        else span
+        for span in spans
+    ]
+    assert abs(estimate_clocks(shifted)["b"].offset_ns - wrong_ns) <= clock.error_ns
+    paused = pause_of(spans)
+    assert paused is not None
+    assert (paused[1] - paused[0]) / 1e6 == pytest.approx(migration.downtime.ToNanoseconds() / 1e6, abs=0.01)
+    drawing = tmp_path / "trace.svg"
+    drawing.write_text(render_svg(shifted), encoding="utf-8")
+    assert "the guest&#x27;s pause" in drawing.read_text(encoding="utf-8")

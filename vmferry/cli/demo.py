@@ -34,7 +34,8 @@ from vmferry.machines.qemu import probe
 from vmferry.machines.qemu.guest import append, initramfs, newest_kernel
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MAX_VCPUS, MICROVM, QEMU, new_mac, new_qemu_spec, new_spec
-from vmferry.telemetry.timeline import load_spans, render_timeline
+from vmferry.telemetry.spans import load_spans
+from vmferry.telemetry.timeline import render_timeline
 from vmferry.telemetry.tracing import configure, phase
 
 MIN_STAY_S: Final = 1.0

@@ -15,7 +15,8 @@ from vmferry.cli.output import milliseconds
 from vmferry.cli.progress import outcome_name
 from vmferry.cli.watch import exit_code
 from vmferry.errors import ExitCode
-from vmferry.telemetry.timeline import SpanRecord, span_tree, tree_json
+from vmferry.telemetry.spans import SpanRecord, span_tree
+from vmferry.telemetry.timeline import tree_json
 from vmferry.v1.migration_pb2 import MIGRATION_OUTCOME_COMPLETED, Migration
 
 

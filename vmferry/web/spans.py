@@ -8,7 +8,9 @@ from pathlib import Path
 from aiohttp import web
 
 from vmferry.errors import InvalidArgumentError, TraceNotFoundError
-from vmferry.telemetry.timeline import load_spans, span_tree, tree_json
+from vmferry.telemetry.clocks import align, estimate_clocks
+from vmferry.telemetry.spans import load_spans, span_tree
+from vmferry.telemetry.timeline import tree_json
 
 
 async def trace_document(trace_dir: Path, trace_id: str) -> web.Response:
@@ -21,4 +23,5 @@ async def trace_document(trace_dir: Path, trace_id: str) -> web.Response:
         raise web.HTTPNotFound(reason="No spans of this trace are here") from error
     except InvalidArgumentError as error:
         raise web.HTTPBadRequest(reason="This is no trace") from error
+    spans = align(spans, estimate_clocks(spans))
     return web.json_response({"trace_id": spans[0].trace_id, "spans": tree_json(span_tree(spans))})

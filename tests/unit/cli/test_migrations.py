@@ -35,7 +35,7 @@ from vmferry.errors import (
     ServiceStoppingError,
     VmferryError,
 )
-from vmferry.telemetry.timeline import load_spans
+from vmferry.telemetry.spans import load_spans
 from vmferry.v1 import compatibility_pb2, migration_pb2
 
 COMPLETED = migration_pb2.MIGRATION_OUTCOME_COMPLETED

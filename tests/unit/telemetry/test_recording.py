@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 from tests.support import wait_until
 from vmferry.errors import ConfigError
 from vmferry.telemetry.recording import SpanFileExporter
-from vmferry.telemetry.timeline import load_spans, span_tree
+from vmferry.telemetry.spans import load_spans, span_tree
 
 PROGRAM = """
 import sys

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from vmferry.cli.trace import trace
 from vmferry.errors import ConfigError, InvalidArgumentError, TraceNotFoundError
-from vmferry.telemetry.timeline import SpanNode, SpanRecord, load_spans, render_timeline, span_tree, tree_json
+from vmferry.telemetry.spans import SpanNode, SpanRecord, load_spans, span_tree
+from vmferry.telemetry.timeline import render_timeline, tree_json
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 OTHER = "0af7ffffffffffffffffffffffffffff"

@@ -36,6 +36,7 @@ const Format = {
   capital: (text) => text.charAt(0).toUpperCase() + text.slice(1),
 
   ago(iso, now) {
+    if (!iso) return "";
     const seconds = Math.max(0, (now - Date.parse(iso)) / 1000);
     if (seconds < 60) return "just now";
     if (seconds < 3600) return `${Math.floor(seconds / 60)} min ago`;

@@ -134,7 +134,7 @@ const Page = {
     const predicted = migration.prediction;
     const facts = [["Running for", Format.time(Format.seconds(migration.total))]];
     if (progress.round) facts.push(["Round", String(progress.round), `${Format.size(progress.remaining_bytes)} left of it`]);
-    if (progress.sent_bytes) facts.push(["Sent", Format.size(progress.sent_bytes), `of ${Format.size(progress.memory_bytes)}, zero pages aside`]);
+    if (progress.sent_bytes) facts.push(["Sent", Format.size(progress.sent_bytes), `the machine has ${Format.size(progress.memory_bytes)}`]);
     if (progress.bytes_per_second) facts.push(["Rate", Format.rate(progress.bytes_per_second)]);
     if (progress.dirty_bytes_per_second) facts.push(["Guest writes", Format.rate(progress.dirty_bytes_per_second)]);
     if (migration.downtime) facts.push(["Pause", Format.time(Format.seconds(migration.downtime))]);
@@ -168,8 +168,10 @@ const Page = {
     if (progress.disconnected_since) {
       return `The connection is lost. It is tried again for ${Format.time(Format.seconds(progress.reconnect_left))}; the guest runs on.`;
     }
-    return migration.reason ? `${migration.reason.reason}: ${migration.reason.message} ${migration.reason.remedy || ""}` : "";
+    return migration.reason ? Page.why(migration.reason) : "";
   },
+
+  why: (reason) => `${reason.reason}: ${(reason.message || "").replace(/\.?$/, ".")} ${reason.remedy || ""}`,
 
   arriving(arrivals) {
     Page.list("arriving", arrivals, (one) => one.migration_id, () => {
@@ -245,12 +247,12 @@ const Page = {
     const spans = Page.make("div", {}, Page.make("p", { class: "trace" }, "Reading spans"));
     inside.append(figures);
     if (migration.reason) {
-      inside.append(Page.make("p", { class: "note bad" }, `${migration.reason.reason}: ${migration.reason.message} ${migration.reason.remedy || ""}`));
+      inside.append(Page.make("p", { class: "note bad" }, Page.why(migration.reason)));
     }
     inside.append(Timeline.phases(migration));
     if (migration.trace_id) {
       inside.append(spans);
-      Timeline.spans(migration.trace_id, spans);
+      Timeline.spans(migration, spans);
     }
     inside.append(Page.make("p", { class: "trace" }, `Migration ${migration.id}`));
   },

@@ -24,33 +24,32 @@ const Timeline = {
   },
 
   // The spans of a trace, fetched when they are wanted; says so if there are none.
-  async spans(traceId, place) {
+  async spans(migration, place) {
     let found;
     try {
-      const answer = await fetch(`api/traces/${encodeURIComponent(traceId)}`);
+      const answer = await fetch(`api/traces/${encodeURIComponent(migration.trace_id)}`);
       if (!answer.ok) throw new Error(answer.statusText);
       found = await answer.json();
     } catch (error) {
       place.replaceChildren(Page.make("p", { class: "trace" }, `Spans: ${error.message || "not here"}.`));
       return;
     }
-    place.replaceChildren(Timeline.table(found));
+    place.replaceChildren(Timeline.table(found, 1000 * Format.seconds(migration.downtime)));
   },
 
   flat(nodes, depth = 0) {
     return nodes.flatMap((node) => [{ ...node, depth }, ...Timeline.flat(node.children, depth + 1)]);
   },
 
-  table(found) {
+  table(found, pauseMs) {
     const rows = Timeline.flat(found.spans);
     const end = Math.max(...rows.map((row) => row.start_ms + row.duration_ms), 0.001);
-    const from = rows.find((row) => row.name === "pause");
-    const to = rows.find((row) => row.name === "switchover");
+    const from = pauseMs && rows.find((row) => row.name === "pause");
     const home = (rows.find((row) => row.name === "migrate") || rows[0]).host;
     const body = Page.make("tbody", {});
     for (const row of rows) {
       const lane = Page.make("div", { class: "lane" });
-      if (from && to) lane.append(Timeline.piece("pause", from.start_ms, to.start_ms + to.duration_ms - from.start_ms, end));
+      if (from) lane.append(Timeline.piece("pause", from.start_ms, pauseMs, end));
       lane.append(Timeline.piece(row.host === home ? "span" : "span other", row.start_ms, row.duration_ms, end));
       const name = Page.make("td", { title: `${row.name} on ${row.host}/${row.service}` }, row.name.split("/").pop());
       name.style.paddingLeft = `${Math.min(row.depth, 8) * 0.75}rem`;
@@ -61,10 +60,12 @@ const Timeline = {
     const head = Page.make("thead", {}, Page.make("tr", {}, Page.make("th", { scope: "col" }, "Span"),
       Page.make("th", { scope: "col" }, `0 to ${Format.time(end / 1000)}`),
       Page.make("th", { scope: "col", class: "number" }, "Took")));
-    return Page.make("div", { class: "timeline" },
-      Page.make("h4", {}, `Spans of ${hosts.length > 1 ? "hosts" : "host"} ${hosts.join(" and ")}`),
-      Page.make("table", { class: "spans" }, head, body),
-      Page.make("p", { class: "trace" }, `The shaded part is the pause of the guest. All hosts: vmferry trace ${found.trace_id} --dir … --out trace.html`));
+    const legend = hosts.map((host) => Page.make("li", {}, Page.make("span", { class: host === home ? "swatch" : "swatch other" }),
+      `host ${host}`));
+    if (from) legend.push(Page.make("li", {}, Page.make("span", { class: "swatch pause" }), `the guest's pause, ${Format.time(pauseMs / 1000)}`));
+    return Page.make("div", { class: "timeline" }, Page.make("h4", {}, "Spans"),
+      Page.make("table", { class: "spans" }, head, body), Page.make("ul", { class: "legend" }, ...legend),
+      Page.make("p", { class: "trace" }, `As a drawing, with the spans of all hosts: vmferry trace ${found.trace_id} --dir … --out trace.html`));
   },
 
   piece(kind, start, length, end) {
