@@ -54,6 +54,10 @@ class DestinationPart:
         """None leave by this service."""
         return []
 
+    async def history(self, *, limit: int) -> list[Migration]:  # noqa: ARG002 - the source's
+        """None have left by this service."""
+        return []
+
     def arrivals(self) -> list[Arriving]:
         """What this host is receiving."""
         return [

@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 import uuid
 from dataclasses import dataclass, replace
+from datetime import UTC
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 
 from source_svc.forecasts import Subject
 from source_svc.peer import Destination
+from source_svc.queue_policy import HIGHEST_PRIORITY
 from vmferry.config import HostConfig
 from vmferry.errors import InvalidArgumentError, VmferryError
 from vmferry.machines.qmp import QmpMachine
@@ -121,6 +123,7 @@ def read_order(
         raise InvalidArgumentError(
             "a hypervisor that streams its memory tracks writes itself", field="options.tracker"
         )
+    _check_queueing(options)
     gib = memory_bytes / _GIB
     total_s = max(config.total_timeout_s, config.total_timeout_per_gib_s * gib)
     downtime_s = _seconds(options, "downtime_limit", config.downtime_limit_ms / 1000)
@@ -157,10 +160,10 @@ def read_update(
     """The options of a migration with what a call changes, and what they ask for then."""
     changed = pb.MigrationOptions()
     changed.CopyFrom(options)
-    for name in ("max_bandwidth", "switchover_bandwidth", "max_throttle_percent"):
+    for name in ("max_bandwidth", "switchover_bandwidth", "max_throttle_percent", "priority"):
         if request.HasField(name):
             setattr(changed, name, getattr(request, name))
-    for name in ("downtime_limit", "max_downtime", "total_timeout"):
+    for name in ("downtime_limit", "max_downtime", "total_timeout", "deadline"):
         if request.HasField(name):  # type: ignore[arg-type]  # the name is one of its fields
             getattr(changed, name).CopyFrom(getattr(request, name))
     changed.on_no_convergence = request.on_no_convergence or changed.on_no_convergence
@@ -204,6 +207,17 @@ def check_request_id(request_id: str) -> None:
             field="request_id",
             remedy="Make one up per migration and repeat it when you repeat the call.",
         ) from None
+
+
+def _check_queueing(options: pb.MigrationOptions) -> None:
+    if options.priority > HIGHEST_PRIORITY:
+        raise InvalidArgumentError(
+            f"priority must be between 0 and {HIGHEST_PRIORITY}", field="options.priority"
+        )
+    try:
+        options.deadline.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError("the deadline is no time", field="options.deadline") from None
 
 
 def _seconds(options: pb.MigrationOptions, name: str, default: float) -> float:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Final
 
 from source_svc.announcing import Announcements
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
-from source_svc.device_state import save_device_state
+from source_svc.ending import deadline_passed, has_no_room, seconds_left
 from source_svc.files import incompatible, shown
 from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
@@ -26,9 +26,10 @@ from source_svc.noticing import Notice
 from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
-from source_svc.readiness import UNEXPECTED, Readiness
+from source_svc.readiness import Readiness
 from source_svc.streaming import StreamedCopy
-from source_svc.terms import Terms, time_limit
+from source_svc.switching import Switch
+from source_svc.terms import Terms
 from vmferry.config import HostConfig
 from vmferry.errors import (
     CancelledByCallerError,
@@ -37,6 +38,7 @@ from vmferry.errors import (
     OutcomeUnknownError,
     PointOfNoReturnError,
     ServiceStoppingError,
+    TooManyMigrationsError,
     VmferryError,
     WrongPhaseError,
 )
@@ -44,21 +46,17 @@ from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import QEMU
 from vmferry.machines.throttle import Throttle
 from vmferry.negotiation.path import STREAM
 from vmferry.security.renewal import CurrentMaterial
 from vmferry.telemetry.logs import get_logger
-from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.telemetry.tracing import context_of, phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
 from vmferry.transfer.compression import methods
-from vmferry.transfer.seal import seal_digest
 from vmferry.v1 import handoff_pb2
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
-# Comparing all memory byte for byte while the guest is paused takes as long as sending it again.
-_SLOWEST_COMPARISON_BYTES_PER_S: Final = 20e6
 
 
 class Outgoing(Followed):
@@ -77,8 +75,16 @@ class Outgoing(Followed):
         *,
         forecasts: Forecasts,
         announcements: Announcements,
+        traceparent: str,
     ) -> None:
         self.migration = migration
+        self.taken_in = False
+        """The destination has room for it, and has taken it."""
+        self.on_taken_in: Callable[[], None] = lambda: None
+        self.no_room = False
+        """It ended because the destination had no room; nothing came of it, and it may be begun again."""
+        self.ended_by: VmferryError | None = None
+        """What put an end to it from outside: a caller, or its deadline."""
         self.retry_s = config.handoff_retry_s
         self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = ""
@@ -95,10 +101,12 @@ class Outgoing(Followed):
         self._subject = order.subject(machine, destination, config)
         self._terms = Terms(order)
         self._throttle = Throttle.of(machine, departure.held_back)
+        self._began = False
         self._committed = False
         self._stopping = False
-        self._cancelled: CancelledByCallerError | None = None
-        self._paused_at = 0.0
+        self._traceparent = traceparent
+        self._deadline: asyncio.TimerHandle | None = None
+        self._switch: Switch | None = None
         self._may_be_paused = False
         """The guest was, or is, or will be paused for this migration, even if nobody said that it was."""
         self._last_heard: AttemptState | None = None
@@ -108,8 +116,16 @@ class Outgoing(Followed):
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own."""
-        self._task = asyncio.create_task(self._run(), name=f"migration-{self.migration.id}")
+        # In the trace of whoever asked for it, whatever the queue did meanwhile.
+        context = context_of(self._traceparent)
+        self._task = asyncio.create_task(self._run(), name=f"migration-{self.migration.id}", context=context)
+        self._keep_deadline()
         return self._task
+
+    @property
+    def departure(self) -> Departure:
+        """The machine's journal, which it holds."""
+        return self._departure
 
     def cancel(self, why: str) -> None:
         """Give the machine back, if that is still this host's to decide.
@@ -119,9 +135,11 @@ class Outgoing(Followed):
         """
         if self._committed:
             raise PointOfNoReturnError("the hand-off has begun", migration=self.migration.id)
-        if self._cancelled is None and self._task is not None:
-            self._cancelled = CancelledByCallerError(why)
-            self._task.cancel()
+        self._end(CancelledByCallerError(why))
+
+    def switch_now(self) -> None:
+        """Pause the guest after the round that is being copied, whatever the pause; twice is as good as once."""
+        self._terms.switch_now()
 
     async def update(self, options: pb.MigrationOptions, order: Order) -> None:
         """Go on with other options.
@@ -138,6 +156,7 @@ class Outgoing(Followed):
             )
         self._terms.change(order)
         self.migration.message.options.CopyFrom(options)
+        self._keep_deadline()
         await self.migration.touch()
 
     async def interrupt(self) -> None:
@@ -148,7 +167,25 @@ class Outgoing(Followed):
             self.cancel("the source service stops")
         await asyncio.gather(self._task, return_exceptions=True)
 
+    def _end(self, error: VmferryError) -> None:
+        if not self._committed and self.ended_by is None and self._task is not None:
+            self.ended_by = error
+            if self._began:  # a task that is cancelled before that would do nothing at all
+                self._task.cancel()
+
+    def _keep_deadline(self) -> None:
+        """Give it up when its deadline passes, if the hand-off has not begun by then."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        options = self.migration.message.options
+        if options.HasField("deadline"):
+            loop = asyncio.get_running_loop()
+            self._deadline = loop.call_later(
+                seconds_left(options), lambda: self._end(deadline_passed(options))
+            )
+
     async def _run(self) -> None:
+        self._began = True
         message = self.migration.message
         try:
             async with phase("migrate", machine=message.machine, migration_id=self.migration.id):
@@ -161,11 +198,15 @@ class Outgoing(Followed):
                     await to_the_end(self._give_back(self._translated(error)))
         finally:
             self._notice.close(unsettled=not isinstance(self._departure.state, source.Quiet))
+            if self._deadline is not None:
+                self._deadline.cancel()
             await self._tidy_up()
             await self._destination.close()
             self._departure.close()
 
     async def _work(self) -> None:
+        if self.ended_by is not None:
+            raise self.ended_by
         async with self._terms.total_timeout():
             await self._negotiate()
         await self._notice.give()
@@ -177,7 +218,7 @@ class Outgoing(Followed):
                 await self._copy.converge(self._readiness.both)
         await self.migration.enter(pb.MIGRATION_PHASE_SWITCHING)
         async with phase("switchover"):
-            ready = await self._switch()
+            ready = await self._switch_over()
             self._committed = True  # from here on nobody can cancel
             await self.migration.enter(pb.MIGRATION_PHASE_HANDING_OFF)
             async with phase("commit"):
@@ -209,6 +250,8 @@ class Outgoing(Followed):
             span_attributes(tracker=report.tracker, path=report.path, findings=len(report.findings))
             if report.blocking:
                 raise incompatible(report.blocking)
+            if full := [found.message for found in report.findings if found.id == "host.full"]:
+                raise TooManyMigrationsError(full[0], limit="max_incoming")
             self._attempt = self._plan.attempt(
                 self._order.migration_id, self._departure.next_attempt_number(), self._destination.address
             )
@@ -225,6 +268,8 @@ class Outgoing(Followed):
         ):
             await self._departure.begin(attempt)
             begun = await self._begin(attempt)
+            self.taken_in = True
+            self.on_taken_in()
             reach("source.accepted")
         streamed = self.migration.message.path == STREAM
         self._terms.live(live=not streamed or self._machine.spec.streams_live)
@@ -281,70 +326,23 @@ class Outgoing(Followed):
                 order.reconnect_timeout_s,
             )
 
-    async def _switch(self) -> source.Heard:
+    async def _switch_over(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
         assert self._copy is not None
-        limit_s = self._config.switch_timeout_s
-        if self._order.compare_bytes:
-            limit_s += self._machine.spec.memory_bytes / _SLOWEST_COMPARISON_BYTES_PER_S
-        if isinstance(self._copy, StreamedCopy):  # which may send a good part of memory in the pause
-            limit_s += self._terms.limits.longest_downtime_s
-        limit_s += self._copy.last_round_s * UNEXPECTED
-        async with time_limit("switch_timeout", limit_s):
-            self._may_be_paused = True
-            self._notice.started()
-            async with phase("pause"):
-                self._paused_at = await self._copy.pause()
-            reach("source.paused")
-            if isinstance(self._copy, StreamedCopy):
-                await self._copy.rest()
-                device_state = b""  # it has gone with memory
-            else:
-                device_state = await self._rest(self._copy)
-            async with phase("seal"):
-                return await self._seal(device_state, limit_s)
-
-    async def _rest(self, copy: Copy) -> bytes:
-        """Send what is left of the paused guest; returns its device state."""
-        # Saving takes a while and hardly touches memory, so it goes on beside the last round.
-        device_state: bytes
-        _, device_state = await together(copy.last_round(), save_device_state(self._machine))
-        if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
-            await copy.leftovers()
-        await copy.send_device_state(device_state)
-        if self._order.compare_bytes:
-            async with phase("compare"):
-                await copy.compare_all()
-        return device_state
-
-    async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
-        assert self._copy is not None
         assert self._attempt is not None
-        attempt, rounds = self._attempt, self._copy.round_number
-        digest = seal_digest(
-            attempt,
-            memory_root=await self._copy.root(),
-            device_state=device_state,
-            spec_digest=self._machine.spec.digest(),
+        self._may_be_paused = True
+        self._switch = Switch(
+            self._attempt,
+            self._copy,
+            self._departure,
+            self._destination,
+            self._machine,
+            self._terms,
+            self._notice,
+            compare_bytes=self._order.compare_bytes,
+            switch_timeout_s=self._config.switch_timeout_s,
         )
-        events = self._notice.hand_on()
-        await self._departure.apply(source.Paused(digest))
-        seal = until_reached(
-            lambda: self._destination.seal(
-                attempt, digest, rounds=rounds, events=events, timeout_s=timeout_s
-            ),
-            "Seal",
-            timeout_s,
-        )
-        # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
-        heard: source.Heard
-        _, heard, _ = await together(self._copy.finish(), seal, self._departure.settle_records())
-        if heard.state is not AttemptState.PREPARED or heard.digest != digest:
-            raise WrongPhaseError(
-                f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
-            )
-        reach("source.ready-heard")
-        return replace(heard, memory_intact=True, tail_certain=self._departure.tail_certain)
+        return await self._switch.to_ready()
 
     # Afterwards
 
@@ -353,8 +351,9 @@ class Outgoing(Followed):
         self._last_heard = heard.state
         if heard.state is AttemptState.RUNNING:
             self._notice.resumed()
-            downtime_s = time.monotonic() - self._paused_at
-            if self._paused_at:
+            paused_at = self._switch.paused_at if self._switch is not None else 0.0
+            if paused_at:
+                downtime_s = time.monotonic() - paused_at
                 self.migration.message.downtime.FromNanoseconds(int(downtime_s * 1e9))
                 span_attributes(downtime_ms=round(downtime_s * 1e3, 3))
             self.migration.message.owner = self._destination.expected.uri
@@ -395,9 +394,8 @@ class Outgoing(Followed):
 
     async def _give_back(self, error: VmferryError) -> None:
         """The guest goes on here, and the destination keeps nothing."""
-        _LOG.warning(
-            "giving the machine back", migration=self.migration.id, reason=error.reason, detail=error.message
-        )
+        log = _LOG.info if has_no_room(error) else _LOG.warning
+        log("giving the machine back", migration=self.migration.id, reason=error.reason, detail=error.message)
         span_attributes(reason=error.reason)
         self.reason = f"{error.reason}: {error.message}"
         await self._tidy_up()
@@ -420,6 +418,9 @@ class Outgoing(Followed):
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
         self.migration.message.owner = self._own
+        if has_no_room(error) and not self._departure.overridden:
+            self.no_room = True
+            return
         cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
         await self.migration.end(outcome, self._departure.overridden or error)
@@ -444,6 +445,6 @@ class Outgoing(Followed):
         if isinstance(error, VmferryError):
             return error
         if isinstance(error, asyncio.CancelledError):
-            return self._cancelled or CancelledByCallerError("the migration was interrupted")
+            return self.ended_by or CancelledByCallerError("the migration was interrupted")
         _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
         return InternalError(f"unexpected: {error!r}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
 from typing import Final
 
 from source_svc.departure import Departure, discard_if_gone
@@ -28,19 +27,17 @@ from vmferry.errors import (
     WrongPhaseError,
 )
 from vmferry.handoff import source
-from vmferry.handoff.ledger import HostLedger, Role
-from vmferry.handoff.reading import Reading
+from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
-from vmferry.handoff.states import AttemptState, RecordKind, Tell
+from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
 from vmferry.telemetry.logs import get_logger
-from vmferry.telemetry.tracing import current_trace_id, phase
+from vmferry.telemetry.tracing import context_of, current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
 
 _LOG: Final = get_logger(__name__)
-_OPEN: Final = {RecordKind.BEGUN, RecordKind.SEALED, RecordKind.HANDED_OFF}
 
 
 async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
@@ -62,21 +59,6 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
                 await machine.cont(permit)
     finally:
         await machine.close()
-
-
-def unknown_migration(machine_id: str, readings: Sequence[Reading], own: str) -> pb.Migration | None:
-    """The migration that was open when its journal was last readable: what became of it cannot be known."""
-    entries = next(one.entries for one in readings if one.role is Role.SOURCE)
-    if not entries or entries[-1].record.kind not in _OPEN or entries[-1].record.attempt is None:
-        return None
-    attempt = entries[-1].record.attempt
-    return pb.Migration(
-        id=attempt.migration_id.hex(),
-        machine_id=machine_id,
-        source=own,
-        destination=pb.Destination(host=attempt.destination, address=attempt.destination_address),
-        phase=pb.MIGRATION_PHASE_HANDING_OFF,
-    )
 
 
 class Returned:
@@ -156,7 +138,10 @@ class Recovered(Followed):
         destination: Destination,
         own: str,
         config: HostConfig,
+        *,
+        traceparent: str = "",
     ) -> None:
+        self._traceparent = traceparent
         self.migration = migration
         self.retry_s = config.handoff_retry_s
         self.cold_boot_wait_s = config.cold_boot_wait_s
@@ -170,12 +155,17 @@ class Recovered(Followed):
 
     def start(self) -> asyncio.Task[None]:
         """Begin, in a task of its own."""
-        self._task = asyncio.create_task(self._run(), name=f"recovery-{self.migration.id}")
+        context = context_of(self._traceparent) if self._traceparent else None
+        self._task = asyncio.create_task(self._run(), name=f"recovery-{self.migration.id}", context=context)
         return self._task
 
     def cancel(self, why: str) -> None:
         """There is nothing left to cancel: it is being closed, or only the destination can decide."""
         raise PointOfNoReturnError("the migration is being settled after a restart", why=why)
+
+    def switch_now(self) -> None:
+        """There is nothing left to hurry."""
+        raise WrongPhaseError("the migration is being settled after a restart", migration=self.migration.id)
 
     async def update(self, _options: pb.MigrationOptions, _order: Order) -> None:
         """There is nothing left to change."""
@@ -190,7 +180,7 @@ class Recovered(Followed):
     async def _run(self) -> None:
         try:
             async with phase("recover", migration_id=self.migration.id):
-                self.migration.message.trace_id = current_trace_id()
+                self.migration.message.trace_id = current_trace_id() or self.migration.message.trace_id
                 await self._settle()
         finally:
             await self._destination.close()

@@ -6,13 +6,15 @@ the destination service's to settle, or whose migration goes its way, is left al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from source_svc.farewells import Farewells
 from source_svc.figures import begin_at_zero
+from source_svc.history import Filter, History, key_of
+from source_svc.listing import newest
 from source_svc.migrations import Migrations
-from source_svc.outgoing import Outgoing
-from source_svc.recovery import Recovered, Returned
+from source_svc.recovery import Returned
+from source_svc.underway import Underway
 from vmferry.handoff import destination
 from vmferry.handoff.blocked import Guest
 from vmferry.handoff.rights import Rights, Standing
@@ -28,19 +30,21 @@ class SourcePart:
     def __init__(
         self,
         migrations: Migrations,
-        running: Mapping[str, Outgoing | Recovered],
+        underway: Underway,
         returned: Returned,
         farewells: Farewells,
+        history: History,
     ) -> None:
         self._migrations = migrations
-        self._running = running
+        self._underway = underway
         self._returned = returned
         self._farewells = farewells
+        self._history = history
         begin_at_zero()
 
     def contact(self, machine_id: str) -> Contact:
         """The newest word from the destination of the machine's open migration."""
-        one = self._following(machine_id)
+        one = self._underway.of_machine(machine_id)
         return one.contact if one is not None else Contact()
 
     def migration_of(self, machine_id: str) -> str:
@@ -50,8 +54,12 @@ class SourcePart:
 
     def migrations(self, *, open_only: bool, limit: int) -> list[pb.Migration]:
         """The newest migrations away from this host."""
-        found = self._migrations.select(machine="", open_only=open_only)
-        return [one.snapshot() for one in found[:limit]]
+        found = self._migrations.select(Filter(open_only=open_only))
+        return sorted(found, key=key_of, reverse=True)[:limit]
+
+    async def history(self, *, limit: int) -> list[pb.Migration]:
+        """The newest migrations away from this host, ended ones that are only remembered included."""
+        return await newest(self._migrations, self._history, limit=limit)
 
     def arrivals(self) -> list[Arriving]:
         """None arrive by this service."""
@@ -60,7 +68,7 @@ class SourcePart:
     async def settle(self, known: Known) -> Sequence[str]:
         """Ask the destination again, or resume what is to be resumed, or free what is to be freed."""
         done = list(await self._farewells.hurry(known.machine_id))
-        one = self._following(known.machine_id)
+        one = self._underway.of_machine(known.machine_id)
         if one is not None:
             if one.settling:
                 await one.hurry()
@@ -75,10 +83,6 @@ class SourcePart:
             why_not = await self._returned.hurry(known.machine_id)
             done.append(why_not or "freed what was left here of a machine that belongs to another host")
         return done
-
-    def _following(self, machine_id: str) -> Outgoing | Recovered | None:
-        migration = self._migrations.open_of(machine_id)
-        return self._running.get(migration.id) if migration is not None else None
 
 
 def _to_be_resumed(known: Known) -> bool:

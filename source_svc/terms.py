@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 from source_svc.orders import Order
 from vmferry.errors import TimedOutError, WrongPhaseError
@@ -22,6 +23,7 @@ class Terms:
     def __init__(self, order: Order) -> None:
         self._order = order
         self._live = True
+        self._switch_now = False
         self._paused = False
         self._total: asyncio.Timeout | None = None
         self._began_at = 0.0
@@ -32,7 +34,14 @@ class Terms:
     def live(self, *, live: bool) -> None:
         """Say whether the guest runs while its memory is sent; if not, a longer pause is acceptable."""
         self._live = live
-        self.limits = self._order.limits(live=live)
+        self.limits = self._limits()
+
+    def switch_now(self) -> None:
+        """Switch after the round that is being copied, whatever the pause; nothing more if the guest is paused."""
+        if not self._paused:
+            self._switch_now = True
+            self.limits = self._limits()
+            self._changed.set()
 
     def change(self, order: Order) -> None:
         """Go on as another order would have it.
@@ -46,11 +55,14 @@ class Terms:
                 remedy="Wait for the end of the migration, which is near.",
             )
         self._order = order
-        self.limits = order.limits(live=self._live)
+        self.limits = self._limits()
         self.pacer.change(self.limits.precopy_bytes_per_s)
         if self._total is not None:
             self._total.reschedule(self._began_at + order.total_timeout_s)
         self._changed.set()
+
+    def _limits(self) -> Limits:
+        return replace(self._order.limits(live=self._live), switch_now=self._switch_now)
 
     def guest_pauses(self) -> None:
         """The switch begins: from here on the other rate counts, and nothing changes."""

@@ -107,9 +107,19 @@ class HostConfig:
     """A destination closes an attempt that made no progress for so long before it was prepared; the time for which
     its source tries a broken connection again comes on top."""
     max_outgoing: int = 2
-    """Migrations leaving this host at a time."""
+    """Migrations leaving this host at a time; more wait in its queue."""
     max_incoming: int = 2
-    """Migrations arriving at this host at a time."""
+    """Migrations arriving at this host at a time; more wait at their sources."""
+    max_queued: int = 1000
+    """Migrations that may wait in the queue; more are refused."""
+    queue_retry_s: float = 1.0
+    """How long a destination without room is left alone before it is asked again; doubled after each such answer."""
+    max_queue_retry_s: float = 15.0
+    """The most that this is doubled to."""
+    history_max_age_days: float = 90.0
+    """Ended migrations are remembered for so long."""
+    history_max_count: int = 10000
+    """At most so many ended migrations are remembered, the newest."""
     draining: bool = False
     """Take no newcomers, because this host is being emptied; machines may leave."""
     qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
@@ -141,6 +151,8 @@ class HostConfig:
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
             "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
             "max_reconnect_timeout_s", "metadata_requests_per_s",
+            "max_queued", "queue_retry_s", "max_queue_retry_s",
+            "history_max_age_days", "history_max_count",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
@@ -157,6 +169,8 @@ class HostConfig:
         if self.compression not in {"auto", "none", "lz4", "zstd"}:
             raise ConfigError("compression must be auto, none, lz4 or zstd", field="compression")
         self._check_convergence()
+        if self.max_queue_retry_s < self.queue_retry_s:
+            raise ConfigError("max_queue_retry_s must be at least queue_retry_s", field="max_queue_retry_s")
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise ConfigError("log_level must be debug, info, warning or error", field="log_level")
 
@@ -192,6 +206,11 @@ class HostConfig:
     def guests_dir(self) -> Path:
         """Where the metadata service listens for each machine, as NAME.sock."""
         return self.run_dir / "guests"
+
+    @property
+    def memory_path(self) -> Path:
+        """What the source service remembers besides: its queue and the history of ended migrations."""
+        return self.state_dir / "source.sqlite3"
 
     @property
     def machines_dir(self) -> Path:

@@ -118,29 +118,40 @@ async def test_a_busy_machine_is_told_so(world: World, guest: Guest, link: Proxy
 
 
 async def test_a_host_lets_only_so_many_leave(world: World, guest: Guest, link: Proxy) -> None:
-    """One more than max_outgoing is refused by name; the open one is not disturbed."""
-    other = await world.run()
-    async with configured(world.a.source, max_outgoing=1):
+    """One more than max_outgoing waits, one more than max_queued is refused by name; the open one goes on."""
+    other, third = await world.run(), await world.run()
+    async with configured(world.a.source, max_outgoing=1, max_queued=1):
         migration_id = await start_slowly(world, guest, link)
+        waiting = await world.start(other, world.a, world.b)
+        queued = await world.state(world.a, waiting)
+        assert (queued.phase, queued.queue.position) == (pb.MIGRATION_PHASE_QUEUED, 1)
+        assert "max_outgoing" in queued.queue.waits_for
         async with world.source(world.a) as stub:
-            error = await refusal(stub.StartMigration(world.order(other, world.a, world.b)))
+            error = await refusal(stub.StartMigration(world.order(third, world.a, world.b)))
         assert error.reason == "TOO_MANY_MIGRATIONS"
-        assert error.metadata["limit"] == "max_outgoing"
+        assert error.metadata["limit"] == "max_queued"
         await cancel(world, migration_id)
         await world.ended(world.a, migration_id)
-    await world.assert_crosses(other, world.a, world.b)
+        assert (await world.ended(world.a, waiting)).outcome == pb.MIGRATION_OUTCOME_COMPLETED
+    await world.assert_crosses(third, world.a, world.b)
 
 
-async def test_a_host_takes_in_only_so_many(world: World, guest: Guest, link: Proxy) -> None:
-    """One more than max_incoming fails with what blocks, and the open one completes."""
-    other = await world.run()
+async def test_a_host_takes_in_only_so_many(world: World, link: Proxy) -> None:
+    """One more than max_incoming waits until the open one has completed, and then crosses."""
+    guest, other = await world.run(), await world.run()
     async with configured(world.b.dest, max_incoming=1):
         migration_id = await start_slowly(world, other, link)
-        migration = await world.migrate(guest, world.a, world.b)
-        assert migration.reason.reason == "INCOMPATIBLE"
-        assert "host.full" in migration.reason.message
+        waiting = await world.start(guest, world.a, world.b)
+        queued = await world.reaches(
+            world.a, waiting, lambda now: now.queue.tries, "the destination said that it is full"
+        )
+        assert queued.phase == pb.MIGRATION_PHASE_QUEUED
+        assert world.b.identity.uri in queued.queue.waits_for
         link.up_bytes_per_s = None
         assert (await world.ended(world.a, migration_id)).outcome == pb.MIGRATION_OUTCOME_COMPLETED
+        migration = await world.ended(world.a, waiting)
+        assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+        assert migration.timings[0].phase == pb.MIGRATION_PHASE_QUEUED
 
 
 async def test_a_guest_that_writes_too_fast_is_never_paused_for_long(world: World, link: Proxy) -> None:

@@ -144,6 +144,14 @@ class Service:
         assert self._process is not None
         self._process.send_signal(number)
 
+    def hold(self) -> None:
+        """Let it stand still until :meth:`resume`."""
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self.signal(signal.SIGCONT)
+
     async def kill(self) -> None:
         """End it without notice."""
         assert self._process is not None

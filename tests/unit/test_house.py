@@ -77,6 +77,7 @@ PURE = (
     "vmferry.events.instance",
     "vmferry.events.protocol",
     "vmferry.events.records",
+    "source_svc.queue_policy",
 )
 IMPURE = {
     "asyncio",

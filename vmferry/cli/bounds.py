@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.output import JsonOption, as_document, print_document, say
-from vmferry.cli.units import bytes_per_second
+from vmferry.cli.units import bytes_per_second, moment
 from vmferry.cli.watch import MigrationArgument
 from vmferry.errors import InvalidArgumentError
 from vmferry.transfer.convergence import MAX_THROTTLE_PERCENT
@@ -30,6 +30,7 @@ class NoConvergence(enum.StrEnum):
     SWITCH = "switch"
 
 
+HIGHEST_PRIORITY: Final = 9
 _CHOICES: Final = {
     NoConvergence.ABORT: pb.ON_NO_CONVERGENCE_ABORT,
     NoConvergence.WAIT: pb.ON_NO_CONVERGENCE_WAIT,
@@ -68,6 +69,19 @@ ChoiceOption = Annotated[
     NoConvergence | None, typer.Option("--on-no-convergence", help="What to do when nothing else helps.")
 ]
 
+DeadlineOption = Annotated[
+    str,
+    typer.Option(
+        "--deadline",
+        metavar="TIME",
+        help="Give up if it is not handed off by then: a time, or a span such as 10m.",
+    ),
+]
+PriorityOption = Annotated[
+    int | None,
+    typer.Option("--priority", min=0, max=HIGHEST_PRIORITY, help="In the queue; a higher one begins first."),
+]
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -80,6 +94,8 @@ class Bounds:
     max_throttle_percent: int | None = None
     on_no_convergence: NoConvergence | None = None
     total_timeout_s: float | None = None
+    deadline: str = ""
+    priority: int | None = None
 
     def put_into(self, message: pb.MigrationOptions | pb.UpdateMigrationRequest) -> None:
         """Set the fields of what was given, and no others."""
@@ -91,6 +107,10 @@ class Bounds:
             message.max_throttle_percent = self.max_throttle_percent
         if self.on_no_convergence is not None:
             message.on_no_convergence = _CHOICES[self.on_no_convergence]
+        if self.deadline:
+            message.deadline.FromDatetime(moment(self.deadline, field="--deadline", ahead=True))
+        if self.priority is not None:
+            message.priority = self.priority
         times = {
             "downtime_limit": self.downtime_limit_ms,
             "max_downtime": self.max_downtime_ms,
@@ -117,6 +137,8 @@ async def set_(
         float | None,
         typer.Option("--total-timeout-s", min=0.001, help="Limit before the hand-off, from the beginning."),
     ] = None,
+    deadline: DeadlineOption = "",
+    priority: PriorityOption = None,
     json: JsonOption = False,
 ) -> None:
     """Change limits of a migration that has not paused its guest for the switch yet."""
@@ -128,6 +150,8 @@ async def set_(
         max_throttle_percent,
         on_no_convergence,
         total_timeout_s,
+        deadline,
+        priority,
     )
     if bounds == Bounds():
         raise InvalidArgumentError(

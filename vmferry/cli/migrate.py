@@ -22,8 +22,10 @@ from vmferry.cli.bounds import (
     BandwidthOption,
     Bounds,
     ChoiceOption,
+    DeadlineOption,
     DowntimeOption,
     MaxDowntimeOption,
+    PriorityOption,
     SwitchoverOption,
     ThrottleOption,
 )
@@ -45,6 +47,7 @@ from vmferry.v1.migration_pb2 import (
     Migration,
     MigrationOptions,
     PlanMigrationRequest,
+    SwitchNowRequest,
 )
 
 MIN_LANES: Final = 2
@@ -203,6 +206,8 @@ async def migrate(
     on_no_convergence: ChoiceOption = None,
     reconnect_timeout: ReconnectOption = None,
     notice: NoticeOption = None,
+    deadline: DeadlineOption = "",
+    priority: PriorityOption = None,
     request_id: Annotated[
         str, typer.Option("--request-id", metavar="UUID", help="Of an earlier call whose answer was lost.")
     ] = "",
@@ -221,6 +226,8 @@ async def migrate(
         switchover_bandwidth,
         max_throttle_percent,
         on_no_convergence,
+        deadline=deadline,
+        priority=priority,
     )
     options = migration_options(bounds, lanes, verify, tracker, path, compression)
     for field, seconds in ((options.reconnect_timeout, reconnect_timeout), (options.notice, notice)):
@@ -251,6 +258,18 @@ async def cancel(source: Source, *, migration_id: MigrationArgument, json: JsonO
     else:
         say(
             f"cancelling {answer.migration.id}: {answer.migration.machine} stays at {answer.migration.source}"
+        )
+
+
+@calls_source
+async def switch_now(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
+    """Pause the guest after the round that is being copied, whatever the pause; typed twice, it is done once."""
+    answer = await source.ask(lambda: source.call(source.stub.SwitchNow, SwitchNowRequest(id=migration_id)))
+    if json:
+        print_document(as_document(answer.migration))
+    else:
+        say(
+            f"switching {answer.migration.id} as soon as this round is over: vmferry watch {answer.migration.id}"
         )
 
 

@@ -76,6 +76,9 @@ def facts(migration: Migration) -> str:
     """The figures of a migration, those that are known."""
     progress = migration.progress
     parts = []
+    if migration.HasField("queue"):
+        queue = migration.queue
+        return f"place {queue.position} of {queue.length}: {queue.waits_for}"
     if progress.HasField("disconnected_since"):
         left_s = milliseconds(progress.reconnect_left) / 1e3
         parts = [f"connection lost, trying again for {left_s:.0f} s"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated
 
 import typer
@@ -12,13 +13,40 @@ from vmferry.cli.machine import print_machines
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, print_table
 from vmferry.cli.prediction import outcome_lines
 from vmferry.cli.progress import facts, outcome_name, phase_name
+from vmferry.cli.units import moment
 from vmferry.cli.watch import MigrationArgument
 from vmferry.errors import InvalidArgumentError
 from vmferry.v1.migration_pb2 import (
+    MIGRATION_PHASE_ENDED,
     GetMigrationRequest,
+    ListMigrationsRequest,
     Migration,
+    MigrationOutcome,
     MigrationPhase,
 )
+
+
+class Phase(enum.StrEnum):
+    """How far a migration has come."""
+
+    QUEUED = "queued"
+    NEGOTIATING = "negotiating"
+    ANNOUNCED = "announced"
+    RESERVING = "reserving"
+    PRECOPYING = "precopying"
+    SWITCHING = "switching"
+    HANDING_OFF = "handing_off"
+    RELEASING = "releasing"
+    ENDED = "ended"
+
+
+class Outcome(enum.StrEnum):
+    """How a migration came out."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    UNKNOWN = "unknown"
 
 
 @calls_source
@@ -37,18 +65,46 @@ async def list_(
     *,
     machine: Annotated[str, typer.Option("--machine", help="Only migrations of this machine.")] = "",
     open_only: Annotated[bool, typer.Option("--open", help="Only migrations that have not ended.")] = False,
+    ended: Annotated[bool, typer.Option("--ended", help="Only migrations that have ended.")] = False,
+    to_host: Annotated[str, typer.Option("--to-host", metavar="URI", help="Only those to this host.")] = "",
+    phase: Annotated[
+        list[Phase] | None, typer.Option("--phase", help="Only in this phase; may be repeated.")
+    ] = None,
+    outcome: Annotated[
+        list[Outcome] | None, typer.Option("--outcome", help="Only that came out so; may be repeated.")
+    ] = None,
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since", metavar="TIME", help="Only accepted since then: a time, or a span such as 2h."
+        ),
+    ] = "",
+    before: Annotated[str, typer.Option("--before", metavar="TIME", help="Only accepted before then.")] = "",
     machines: Annotated[bool, typer.Option("--machines", help="List machines instead.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the migrations a source knows, newest first, or the machines on its host."""
+    """List the migrations a source knows, ended ones of its history included, newest first, or its machines."""
+    request = ListMigrationsRequest(
+        machine=machine,
+        open_only=open_only,
+        destination=to_host,
+        phases=[MigrationPhase.Value(f"MIGRATION_PHASE_{one.name}") for one in phase or ()],
+        outcomes=[MigrationOutcome.Value(f"MIGRATION_OUTCOME_{one.name}") for one in outcome or ()],
+    )
+    if ended:
+        request.phases.append(MIGRATION_PHASE_ENDED)
+    if since:
+        request.created_since.FromDatetime(moment(since, field="--since", ahead=False))
+    if before:
+        request.created_before.FromDatetime(moment(before, field="--before", ahead=False))
     if machines:
-        if machine or open_only:
+        if request != ListMigrationsRequest():
             raise InvalidArgumentError(
-                "--machines goes with neither --machine nor --open", field="--machines"
+                "--machines lists machines, and goes with no option about migrations", field="--machines"
             )
         print_machines(await source.list_machines(), json=json)
         return
-    migrations = await source.history(machine=machine, open_only=open_only)
+    migrations = await source.migrations(request)
     if json:
         print_document({"migrations": [as_document(migration) for migration in migrations]})
         return
@@ -63,7 +119,7 @@ async def list_(
         )
         for migration in migrations
     ]
-    print_table(("ID", "MACHINE", "PHASE", "OUTCOME", "DESTINATION", "STARTED"), rows, empty="no migrations")
+    print_table(("ID", "MACHINE", "PHASE", "OUTCOME", "DESTINATION", "ACCEPTED"), rows, empty="no migrations")
 
 
 def _details(migration: Migration) -> list[str]:
@@ -76,9 +132,15 @@ def _details(migration: Migration) -> list[str]:
         f"outcome     {outcome_name(migration)}",
         f"owner       {migration.owner or 'not known yet'}",
         f"progress    round {migration.progress.round}, {facts(migration)}",
-        f"started     {_time(migration.create_time)}",
+        f"accepted    {_time(migration.create_time)}",
         f"trace       {migration.trace_id}",
     ]
+    if migration.caller:
+        lines += [f"asked for   by {migration.caller}, request {migration.request_id}"]
+    if migration.options.HasField("deadline"):
+        lines += [f"deadline    {_time(migration.options.deadline)}"]
+    if migration.HasField("queue"):
+        lines += [f"queue       {facts(migration)}; priority {migration.options.priority}"]
     if migration.path:
         lines += [f"path        {migration.path}: {migration.path_reason}"]
     for timing in migration.timings:

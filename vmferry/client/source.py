@@ -12,7 +12,7 @@ import contextlib
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
@@ -252,10 +252,12 @@ class SourceClient:
         on_lost: Callable[[], None] = lambda: None,
     ) -> AsyncGenerator[pb.Migration, None]:
         """A migration now and after each change, until it has ended or has stayed unknown; see :func:`watch`."""
+        request = pb.WatchMigrationRequest(id=migration_id)
 
         async def states(_last: pb.Migration | None) -> AsyncGenerator[pb.Migration, None]:
             self._connect_anew()
-            async for answer in self.stub.WatchMigration(pb.WatchMigrationRequest(id=migration_id)):
+            async for answer in self.stub.WatchMigration(request):
+                request.resume_token = answer.resume_token
                 yield answer.migration
 
         watched = Watched(
@@ -291,9 +293,14 @@ class SourceClient:
         return (await self.ask(lambda: self.call(self.stub.GetMigration, request))).migration
 
     async def history(self, *, machine: str = "", open_only: bool = False) -> list[pb.Migration]:
-        """The migrations that the host knows, newest first."""
+        """The migrations that the host knows, ended ones included, newest first."""
+        return await self.migrations(pb.ListMigrationsRequest(machine=machine, open_only=open_only))
+
+    async def migrations(self, wanted: pb.ListMigrationsRequest) -> list[pb.Migration]:
+        """All pages of the migrations that are wanted, newest first."""
         found: list[pb.Migration] = []
-        request = pb.ListMigrationsRequest(machine=machine, open_only=open_only)
+        request = pb.ListMigrationsRequest()
+        request.CopyFrom(wanted)
         while True:
             answer = await self.ask(lambda: self.call(self.stub.ListMigrations, request))
             found.extend(answer.migrations)
@@ -310,6 +317,11 @@ class SourceClient:
         request = pb.CancelMigrationRequest(id=migration_id)
         return (await self.ask(lambda: self.call(self.stub.CancelMigration, request))).migration
 
+    async def switch_now(self, migration_id: str) -> pb.Migration:
+        """Have the guest paused after this round, whatever the pause; asked for twice it is done once."""
+        request = pb.SwitchNowRequest(id=migration_id)
+        return (await self.ask(lambda: self.call(self.stub.SwitchNow, request))).migration
+
     async def set_limits(
         self,
         migration_id: str,
@@ -321,6 +333,8 @@ class SourceClient:
         total_timeout: timedelta | None = None,
         max_throttle_percent: int | None = None,
         on_no_convergence: pb.OnNoConvergence.ValueType = pb.ON_NO_CONVERGENCE_UNSPECIFIED,
+        deadline: datetime | None = None,
+        priority: int | None = None,
     ) -> pb.Migration:
         """Change limits of a migration that has not paused its guest; what is not given stays as it is.
 
@@ -332,7 +346,10 @@ class SourceClient:
             switchover_bandwidth=switchover_bandwidth,
             max_throttle_percent=max_throttle_percent,
             on_no_convergence=on_no_convergence,
+            priority=priority,
         )
+        if deadline is not None:
+            request.deadline.FromDatetime(deadline)
         for part, value in (
             (request.downtime_limit, downtime_limit),
             (request.max_downtime, max_downtime),

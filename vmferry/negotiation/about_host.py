@@ -34,7 +34,7 @@ def about_room(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
             f"{offer.host} takes in {offer.max_incoming_migrations} migrations at a time and has "
             f"{offer.incoming_migrations}",
             offer.host,
-            "Wait for one to end, or raise max_incoming there.",
+            "Nothing needs to be done: a migration waits for room in the queue. More room: max_incoming there.",
         )
     if machine.machine_id in offer.held_machine_ids:
         yield finding(

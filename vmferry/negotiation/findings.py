@@ -60,7 +60,7 @@ FINDINGS: Final[Mapping[str, tuple[Severity, ...]]] = {
     "file.unverified": _WARNS,
     "host.cpus": _WARNS,
     "host.draining": _BLOCKS,
-    "host.full": _BLOCKS,
+    "host.full": _WARNS,
     "hypervisor.not-allowed": _BLOCKS,
     "hypervisor.older": _WARNS,
     "hypervisor.too-old": _BLOCKS,

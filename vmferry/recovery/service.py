@@ -51,6 +51,9 @@ class Part(Protocol):
     def migrations(self, *, open_only: bool, limit: int) -> list[Migration]:
         """The newest migrations away from this host."""
 
+    async def history(self, *, limit: int) -> list[Migration]:
+        """The same, with those that ended before this process began."""
+
     def arrivals(self) -> list[Arriving]:
         """What this host is receiving."""
 
@@ -126,7 +129,7 @@ class RecoveryService(recovery_pb2_grpc.RecoveryServiceServicer):
 
     async def migrations(self, *, limit: int) -> list[Migration]:
         """The newest migrations away from this host."""
-        return self._part.migrations(open_only=False, limit=limit)
+        return await self._part.history(limit=limit)
 
     def open_migrations(self) -> list[Migration]:
         """Those that have not ended."""

@@ -39,6 +39,7 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.SourceService/WatchMigration": _OPERATORS,
         "/vmferry.v1.SourceService/CancelMigration": _OPERATORS,
         "/vmferry.v1.SourceService/UpdateMigration": _OPERATORS,
+        "/vmferry.v1.SourceService/SwitchNow": _OPERATORS,
         "/vmferry.v1.SourceService/ListMachines": _OPERATORS,
         "/vmferry.v1.SourceService/GetMachine": _OPERATORS,
         "/vmferry.v1.SourceService/ForceReclaim": _ADMINS,

@@ -7,14 +7,16 @@ Spans of calls, which carry the trace from host to host, are made in ``vmferry.r
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeAlias
 
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.trace import Span, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from vmferry.errors import VmferryError
 from vmferry.telemetry import semconv
@@ -22,6 +24,7 @@ from vmferry.telemetry import semconv
 Attribute: TypeAlias = str | bool | int | float
 
 _TRACER: Final = trace.get_tracer("vmferry")
+_PROPAGATOR: Final = TraceContextTextMapPropagator()
 _LONGEST_SHOWN_BYTES: Final = 32
 
 
@@ -48,6 +51,30 @@ def current_trace_id() -> str:
     """The trace this code runs in, as 32 hexadecimal digits; empty outside of any."""
     context = trace.get_current_span().get_span_context()
     return trace.format_trace_id(context.trace_id) if context.is_valid else ""
+
+
+def current_traceparent() -> str:
+    """The span this code runs in, as text that :func:`context_of` understands; empty outside of any."""
+    carrier: dict[str, str] = {}
+    _PROPAGATOR.inject(carrier)
+    return carrier.get("traceparent", "")
+
+
+def context_of(traceparent: str) -> contextvars.Context:
+    """A context for a task whose spans are children of the span named, whoever starts the task and when."""
+    made = contextvars.Context()
+    made.run(context.attach, _PROPAGATOR.extract({"traceparent": traceparent}, context=context.Context()))
+    return made
+
+
+def past_phase(name: str, /, start_ns: int, *, parent: str, **attributes: object) -> None:
+    """A piece of work that began at ``start_ns`` and is over now, as a child of the span that ``parent`` names."""
+    _TRACER.start_span(
+        name,
+        context=_PROPAGATOR.extract({"traceparent": parent}, context=context.Context()),
+        start_time=start_ns,
+        attributes=_own(attributes),
+    ).end()
 
 
 def span_event(name: str, /, **attributes: object) -> None:

@@ -6,8 +6,9 @@ What is tried, in this order, each step only when the one before did not help::
                        up to the longest allowed  up to what is allowed    abort, wait, or switch all the same
 
 Promise: the guest is paused only when the pause is predicted to fit what is accepted at that moment, and as soon as
-another round is not predicted to make it much shorter; the only exception is a caller who chose to switch whatever it
-costs, and the cost is in the decision. Nothing that the caller did not allow is tried.
+another round is not predicted to make it much shorter; the only exceptions are a caller who chose to switch whatever
+it costs when nothing is left to try, and one who wants it now, and the cost is in the decision. Nothing that the
+caller did not allow is tried.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class Limits:
     """What may be sent per second while the guest runs."""
     pause_bytes_per_s: float | None = None
     """What may be sent per second while it is paused."""
+    switch_now: bool = False
+    """A caller wants no more rounds, whatever the pause."""
 
     @property
     def longest_downtime_s(self) -> float:
@@ -152,6 +155,8 @@ def decide(
     fits = last.dirty_bytes == 0 or downtime <= allowed
     eta = last.dirty_bytes / (rate - dirty_rate) if dirty_rate < rate else None
     found = Decision(Verdict.CONTINUE, rate, dirty_rate, downtime, eta, allowed, effort)
+    if limits.switch_now:
+        return replace(found, verdict=Verdict.SWITCH, eta_s=0.0, forced=not fits, why="a caller wants it now")
     last_chance = last.number >= limits.max_rounds
     if fits:
         if last_chance or effort != NO_EFFORT or not _worth_another_round(last, rate, dirty_rate):

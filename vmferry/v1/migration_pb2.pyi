@@ -48,6 +48,8 @@ class _MigrationPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Migrat
     """Nothing more will happen; see the outcome."""
     MIGRATION_PHASE_ANNOUNCED: _MigrationPhase.ValueType  # 8
     """The guest has been told, and has not approved yet; comes after NEGOTIATING if there is a notice."""
+    MIGRATION_PHASE_QUEUED: _MigrationPhase.ValueType  # 9
+    """Accepted, and waiting for room at this host or at its destination; nothing was begun. Comes before all others."""
 
 class MigrationPhase(_MigrationPhase, metaclass=_MigrationPhaseEnumTypeWrapper):
     """How far a migration has come."""
@@ -70,6 +72,8 @@ MIGRATION_PHASE_ENDED: MigrationPhase.ValueType  # 7
 """Nothing more will happen; see the outcome."""
 MIGRATION_PHASE_ANNOUNCED: MigrationPhase.ValueType  # 8
 """The guest has been told, and has not approved yet; comes after NEGOTIATING if there is a notice."""
+MIGRATION_PHASE_QUEUED: MigrationPhase.ValueType  # 9
+"""Accepted, and waiting for room at this host or at its destination; nothing was begun. Comes before all others."""
 Global___MigrationPhase: _TypeAlias = MigrationPhase  # noqa: Y015
 
 class _MigrationOutcome:
@@ -200,6 +204,8 @@ class MigrationOptions(_message.Message):
     MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
     RECONNECT_TIMEOUT_FIELD_NUMBER: _builtins.int
     NOTICE_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     lanes: _builtins.int
     """Number of parallel lanes, each its own connection; at least 2."""
     verify: Global___VerifyMode.ValueType
@@ -220,6 +226,8 @@ class MigrationOptions(_message.Message):
     """What to do when nothing else is left to try."""
     max_throttle_percent: _builtins.int
     """How far a guest that writes too fast may be slowed down: 1 to 95 per cent of its time; never, unless asked for."""
+    priority: _builtins.int
+    """From 0 to 9; what waits with a higher one begins first."""
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """Longest pause the guest may see; pre-copy goes on until the rest fits."""
@@ -250,6 +258,12 @@ class MigrationOptions(_message.Message):
         total_timeout.
         """
 
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """When it is given up if its hand-off has not begun by then, by this host's clock, wherever it stands, the queue
+        included; never afterwards. Absent: never.
+        """
+
     def __init__(
         self,
         *,
@@ -269,14 +283,56 @@ class MigrationOptions(_message.Message):
         max_throttle_percent: _builtins.int = ...,
         reconnect_timeout: _duration_pb2.Duration | None = ...,
         notice: _duration_pb2.Duration | None = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "notice", b"notice", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "downtime_limit", b"downtime_limit", "max_downtime", b"max_downtime", "notice", b"notice", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "notice", b"notice", "on_no_convergence", b"on_no_convergence", "path", b"path", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compression", b"compression", "deadline", b"deadline", "downtime_limit", b"downtime_limit", "lanes", b"lanes", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "notice", b"notice", "on_no_convergence", b"on_no_convergence", "path", b"path", "priority", b"priority", "reconnect_timeout", b"reconnect_timeout", "reserve_timeout", b"reserve_timeout", "stall_timeout", b"stall_timeout", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout", "tracker", b"tracker", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MigrationOptions: _TypeAlias = MigrationOptions  # noqa: Y015
+
+@_typing.final
+class QueueState(_message.Message):
+    """Why a migration waits, and for how long."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    WAITS_FOR_FIELD_NUMBER: _builtins.int
+    TRIES_FIELD_NUMBER: _builtins.int
+    NEXT_TRY_TIME_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Its place among all that wait at this host; the first is 1."""
+    length: _builtins.int
+    """How many wait."""
+    waits_for: _builtins.str
+    """What it waits for, as a sentence."""
+    tries: _builtins.int
+    """How often its destination was asked and had no room."""
+    @_builtins.property
+    def next_try_time(self) -> _timestamp_pb2.Timestamp:
+        """When the destination is asked again at the latest, by this host's clock; absent if that is not what it waits for."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        length: _builtins.int = ...,
+        waits_for: _builtins.str = ...,
+        tries: _builtins.int = ...,
+        next_try_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next_try_time", b"next_try_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "next_try_time", b"next_try_time", "position", b"position", "tries", b"tries", "waits_for", b"waits_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
 
 @_typing.final
 class MigrationReason(_message.Message):
@@ -494,6 +550,9 @@ class Migration(_message.Message):
     PATH_REASON_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
     EVENT_ID_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: 32 hexadecimal digits."""
     machine: _builtins.str
@@ -520,6 +579,10 @@ class Migration(_message.Message):
     """Why that way, as a sentence."""
     event_id: _builtins.str
     """The event by which the guest was told, a GUID; empty while it has not been."""
+    caller: _builtins.str
+    """SPIFFE identity of who asked for it; empty if that is not known any more."""
+    request_id: _builtins.str
+    """The request that it was started by; empty if that is not known any more."""
     @_builtins.property
     def destination(self) -> Global___Destination:
         """Where it goes."""
@@ -566,6 +629,10 @@ class Migration(_message.Message):
     def prediction(self) -> _compatibility_pb2.Prediction:
         """What was predicted before it began."""
 
+    @_builtins.property
+    def queue(self) -> Global___QueueState:
+        """Its place in the queue; absent unless it is in phase QUEUED."""
+
     def __init__(
         self,
         *,
@@ -593,10 +660,13 @@ class Migration(_message.Message):
         path_reason: _builtins.str = ...,
         prediction: _compatibility_pb2.Prediction | None = ...,
         event_id: _builtins.str = ...,
+        queue: Global___QueueState | None = ...,
+        caller: _builtins.str = ...,
+        request_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "event_id", b"event_id", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "reason", b"reason", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "event_id", b"event_id", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "request_id", b"request_id", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -708,7 +778,7 @@ Global___StartMigrationRequest: _TypeAlias = StartMigrationRequest  # noqa: Y015
 
 @_typing.final
 class StartMigrationResponse(_message.Message):
-    """The migration that was started, or had been started by the same request_id."""
+    """The migration that was accepted, or had been accepted for the same request_id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -786,6 +856,11 @@ class ListMigrationsRequest(_message.Message):
     OPEN_ONLY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DESTINATION_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    CREATED_SINCE_FIELD_NUMBER: _builtins.int
+    CREATED_BEFORE_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """Only those of this machine (name or UUID), if set."""
     open_only: _builtins.bool
@@ -793,7 +868,25 @@ class ListMigrationsRequest(_message.Message):
     page_size: _builtins.int
     """At most this many; 0 means 50, more than 500 means 500."""
     page_token: _builtins.str
-    """From the previous answer."""
+    """From the previous answer, to the same question. What begins or ends meanwhile moves nothing to another page."""
+    destination: _builtins.str
+    """Only those to this host (SPIFFE identity), if set."""
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[Global___MigrationPhase.ValueType]:
+        """Only those in one of these phases, if any is named."""
+
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedScalarFieldContainer[Global___MigrationOutcome.ValueType]:
+        """Only those that came out in one of these ways, if any is named."""
+
+    @_builtins.property
+    def created_since(self) -> _timestamp_pb2.Timestamp:
+        """Only those accepted at this time or later."""
+
+    @_builtins.property
+    def created_before(self) -> _timestamp_pb2.Timestamp:
+        """Only those accepted before this time."""
+
     def __init__(
         self,
         *,
@@ -801,10 +894,15 @@ class ListMigrationsRequest(_message.Message):
         open_only: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        destination: _builtins.str = ...,
+        phases: _abc.Iterable[Global___MigrationPhase.ValueType] | None = ...,
+        outcomes: _abc.Iterable[Global___MigrationOutcome.ValueType] | None = ...,
+        created_since: _timestamp_pb2.Timestamp | None = ...,
+        created_before: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_before", b"created_before", "created_since", b"created_since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine", "open_only", b"open_only", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_before", b"created_before", "created_since", b"created_since", "destination", b"destination", "machine", b"machine", "open_only", b"open_only", "outcomes", b"outcomes", "page_size", b"page_size", "page_token", b"page_token", "phases", b"phases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -822,7 +920,7 @@ class ListMigrationsResponse(_message.Message):
     """For the next page; empty on the last."""
     @_builtins.property
     def migrations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Migration]:
-        """Newest first."""
+        """Newest first, by the time at which they were accepted."""
 
     def __init__(
         self,
@@ -845,16 +943,20 @@ class WatchMigrationRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity of the migration."""
+    resume_token: _builtins.str
+    """The last one that this watcher was sent, also by an earlier run of the service: it hears only what is newer."""
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -867,6 +969,9 @@ class WatchMigrationResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MIGRATION_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """For a watch that goes on after this one."""
     @_builtins.property
     def migration(self) -> Global___Migration:
         """The migration."""
@@ -875,10 +980,11 @@ class WatchMigrationResponse(_message.Message):
         self,
         *,
         migration: Global___Migration | None = ...,
+        resume_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -944,6 +1050,9 @@ class UpdateMigrationRequest(_message.Message):
     TOTAL_TIMEOUT_FIELD_NUMBER: _builtins.int
     ON_NO_CONVERGENCE_FIELD_NUMBER: _builtins.int
     MAX_THROTTLE_PERCENT_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity of the migration."""
     max_bandwidth: _builtins.int
@@ -954,6 +1063,10 @@ class UpdateMigrationRequest(_message.Message):
     """As in MigrationOptions; unspecified leaves it as it is."""
     max_throttle_percent: _builtins.int
     """As in MigrationOptions."""
+    priority: _builtins.int
+    """As in MigrationOptions; of a migration that waits in the queue."""
+    ticket: _builtins.bytes
+    """A new ticket for the same migration_id, for one that waits in the queue longer than its ticket is good for."""
     @_builtins.property
     def downtime_limit(self) -> _duration_pb2.Duration:
         """As in MigrationOptions."""
@@ -966,6 +1079,10 @@ class UpdateMigrationRequest(_message.Message):
     def total_timeout(self) -> _duration_pb2.Duration:
         """As in MigrationOptions; counted from the beginning of the migration."""
 
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """As in MigrationOptions."""
+
     def __init__(
         self,
         *,
@@ -977,21 +1094,28 @@ class UpdateMigrationRequest(_message.Message):
         total_timeout: _duration_pb2.Duration | None = ...,
         on_no_convergence: Global___OnNoConvergence.ValueType = ...,
         max_throttle_percent: _builtins.int | None = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        priority: _builtins.int | None = ...,
+        ticket: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_priority", b"_priority", "_switchover_bandwidth", b"_switchover_bandwidth", "deadline", b"deadline", "downtime_limit", b"downtime_limit", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "priority", b"priority", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_switchover_bandwidth", b"_switchover_bandwidth", "downtime_limit", b"downtime_limit", "id", b"id", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "switchover_bandwidth", b"switchover_bandwidth", "total_timeout", b"total_timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth", "_max_throttle_percent", b"_max_throttle_percent", "_priority", b"_priority", "_switchover_bandwidth", b"_switchover_bandwidth", "deadline", b"deadline", "downtime_limit", b"downtime_limit", "id", b"id", "max_bandwidth", b"max_bandwidth", "max_downtime", b"max_downtime", "max_throttle_percent", b"max_throttle_percent", "on_no_convergence", b"on_no_convergence", "priority", b"priority", "switchover_bandwidth", b"switchover_bandwidth", "ticket", b"ticket", "total_timeout", b"total_timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_bandwidth: _TypeAlias = _typing.Literal["max_bandwidth"]  # noqa: Y015
     _WhichOneofArgType__max_bandwidth: _TypeAlias = _typing.Literal["_max_bandwidth", b"_max_bandwidth"]  # noqa: Y015
     _WhichOneofReturnType__max_throttle_percent: _TypeAlias = _typing.Literal["max_throttle_percent"]  # noqa: Y015
     _WhichOneofArgType__max_throttle_percent: _TypeAlias = _typing.Literal["_max_throttle_percent", b"_max_throttle_percent"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__switchover_bandwidth: _TypeAlias = _typing.Literal["switchover_bandwidth"]  # noqa: Y015
     _WhichOneofArgType__switchover_bandwidth: _TypeAlias = _typing.Literal["_switchover_bandwidth", b"_switchover_bandwidth"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_bandwidth) -> _WhichOneofReturnType__max_bandwidth | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_throttle_percent) -> _WhichOneofReturnType__max_throttle_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__switchover_bandwidth) -> _WhichOneofReturnType__switchover_bandwidth | None: ...
 
@@ -1020,6 +1144,52 @@ class UpdateMigrationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateMigrationResponse: _TypeAlias = UpdateMigrationResponse  # noqa: Y015
+
+@_typing.final
+class SwitchNowRequest(_message.Message):
+    """Names the migration to switch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Identity of the migration."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchNowRequest: _TypeAlias = SwitchNowRequest  # noqa: Y015
+
+@_typing.final
+class SwitchNowResponse(_message.Message):
+    """The migration as it was when that was accepted; an ended one stays as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIGRATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def migration(self) -> Global___Migration:
+        """The migration."""
+
+    def __init__(
+        self,
+        *,
+        migration: Global___Migration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["migration", b"migration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwitchNowResponse: _TypeAlias = SwitchNowResponse  # noqa: Y015
 
 @_typing.final
 class ListMachinesRequest(_message.Message):

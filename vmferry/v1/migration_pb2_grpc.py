@@ -70,6 +70,11 @@ class SourceServiceStub:
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
                 _registered_method=True)
+        self.SwitchNow = channel.unary_unary(
+                '/vmferry.v1.SourceService/SwitchNow',
+                request_serializer=vmferry_dot_v1_dot_migration__pb2.SwitchNowRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_migration__pb2.SwitchNowResponse.FromString,
+                _registered_method=True)
         self.ListMachines = channel.unary_unary(
                 '/vmferry.v1.SourceService/ListMachines',
                 request_serializer=vmferry_dot_v1_dot_migration__pb2.ListMachinesRequest.SerializeToString,
@@ -99,7 +104,8 @@ class SourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartMigration(self, request, context):
-        """Starts a migration and returns at once; idempotent by request_id.
+        """Accepts a migration and returns at once; idempotent by request_id, across restarts too. It begins when there is
+        room for it here and at its destination, and waits in this host's queue until then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +119,7 @@ class SourceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListMigrations(self, request, context):
-        """Lists the migrations this host knows, newest first.
+        """Lists the migrations this host knows, newest first, ended ones of its history included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,6 +141,13 @@ class SourceServiceServicer:
 
     def UpdateMigration(self, request, context):
         """Changes limits of a migration that has not paused its guest for the switch yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SwitchNow(self, request, context):
+        """Pauses the guest as soon as the round that is being copied is over, whatever the pause will cost; idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -198,6 +211,11 @@ def add_SourceServiceServicer_to_server(servicer, server):
                     servicer.UpdateMigration,
                     request_deserializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.SerializeToString,
+            ),
+            'SwitchNow': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwitchNow,
+                    request_deserializer=vmferry_dot_v1_dot_migration__pb2.SwitchNowRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_migration__pb2.SwitchNowResponse.SerializeToString,
             ),
             'ListMachines': grpc.unary_unary_rpc_method_handler(
                     servicer.ListMachines,
@@ -405,6 +423,33 @@ class SourceService:
             '/vmferry.v1.SourceService/UpdateMigration',
             vmferry_dot_v1_dot_migration__pb2.UpdateMigrationRequest.SerializeToString,
             vmferry_dot_v1_dot_migration__pb2.UpdateMigrationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwitchNow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.SourceService/SwitchNow',
+            vmferry_dot_v1_dot_migration__pb2.SwitchNowRequest.SerializeToString,
+            vmferry_dot_v1_dot_migration__pb2.SwitchNowResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -36,17 +36,21 @@ class SourceServiceStub:
     PlanMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.PlanMigrationRequest, _migration_pb2.PlanMigrationResponse]
     """Asks both hosts whether a machine could move, and changes nothing."""
     StartMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]
-    """Starts a migration and returns at once; idempotent by request_id."""
+    """Accepts a migration and returns at once; idempotent by request_id, across restarts too. It begins when there is
+    room for it here and at its destination, and waits in this host's queue until then.
+    """
     GetMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]
     """Returns one migration."""
     ListMigrations: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]
-    """Lists the migrations this host knows, newest first."""
+    """Lists the migrations this host knows, newest first, ended ones of its history included."""
     WatchMigration: _grpc.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
     UpdateMigration: _grpc.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]
     """Changes limits of a migration that has not paused its guest for the switch yet."""
+    SwitchNow: _grpc.UnaryUnaryMultiCallable[_migration_pb2.SwitchNowRequest, _migration_pb2.SwitchNowResponse]
+    """Pauses the guest as soon as the round that is being copied is over, whatever the pause will cost; idempotent."""
     ListMachines: _grpc.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]
     """Lists the machines on this host."""
     GetMachine: _grpc.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]
@@ -62,17 +66,21 @@ class SourceServiceAsyncStub(SourceServiceStub):
     PlanMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.PlanMigrationRequest, _migration_pb2.PlanMigrationResponse]  # type: ignore[assignment]
     """Asks both hosts whether a machine could move, and changes nothing."""
     StartMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.StartMigrationRequest, _migration_pb2.StartMigrationResponse]  # type: ignore[assignment]
-    """Starts a migration and returns at once; idempotent by request_id."""
+    """Accepts a migration and returns at once; idempotent by request_id, across restarts too. It begins when there is
+    room for it here and at its destination, and waits in this host's queue until then.
+    """
     GetMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMigrationRequest, _migration_pb2.GetMigrationResponse]  # type: ignore[assignment]
     """Returns one migration."""
     ListMigrations: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMigrationsRequest, _migration_pb2.ListMigrationsResponse]  # type: ignore[assignment]
-    """Lists the migrations this host knows, newest first."""
+    """Lists the migrations this host knows, newest first, ended ones of its history included."""
     WatchMigration: _aio.UnaryStreamMultiCallable[_migration_pb2.WatchMigrationRequest, _migration_pb2.WatchMigrationResponse]  # type: ignore[assignment]
     """Sends the migration now and after each change until it has ended."""
     CancelMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.CancelMigrationRequest, _migration_pb2.CancelMigrationResponse]  # type: ignore[assignment]
     """Cancels a migration that has not begun its hand-off; the machine runs on here."""
     UpdateMigration: _aio.UnaryUnaryMultiCallable[_migration_pb2.UpdateMigrationRequest, _migration_pb2.UpdateMigrationResponse]  # type: ignore[assignment]
     """Changes limits of a migration that has not paused its guest for the switch yet."""
+    SwitchNow: _aio.UnaryUnaryMultiCallable[_migration_pb2.SwitchNowRequest, _migration_pb2.SwitchNowResponse]  # type: ignore[assignment]
+    """Pauses the guest as soon as the round that is being copied is over, whatever the pause will cost; idempotent."""
     ListMachines: _aio.UnaryUnaryMultiCallable[_migration_pb2.ListMachinesRequest, _migration_pb2.ListMachinesResponse]  # type: ignore[assignment]
     """Lists the machines on this host."""
     GetMachine: _aio.UnaryUnaryMultiCallable[_migration_pb2.GetMachineRequest, _migration_pb2.GetMachineResponse]  # type: ignore[assignment]
@@ -97,7 +105,9 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.StartMigrationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.StartMigrationResponse, _abc.Awaitable[_migration_pb2.StartMigrationResponse]]:
-        """Starts a migration and returns at once; idempotent by request_id."""
+        """Accepts a migration and returns at once; idempotent by request_id, across restarts too. It begins when there is
+        room for it here and at its destination, and waits in this host's queue until then.
+        """
 
     @_abc_1.abstractmethod
     def GetMigration(
@@ -113,7 +123,7 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _migration_pb2.ListMigrationsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.ListMigrationsResponse, _abc.Awaitable[_migration_pb2.ListMigrationsResponse]]:
-        """Lists the migrations this host knows, newest first."""
+        """Lists the migrations this host knows, newest first, ended ones of its history included."""
 
     @_abc_1.abstractmethod
     def WatchMigration(
@@ -138,6 +148,14 @@ class SourceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_migration_pb2.UpdateMigrationResponse, _abc.Awaitable[_migration_pb2.UpdateMigrationResponse]]:
         """Changes limits of a migration that has not paused its guest for the switch yet."""
+
+    @_abc_1.abstractmethod
+    def SwitchNow(
+        self,
+        request: _migration_pb2.SwitchNowRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_migration_pb2.SwitchNowResponse, _abc.Awaitable[_migration_pb2.SwitchNowResponse]]:
+        """Pauses the guest as soon as the round that is being copied is over, whatever the pause will cost; idempotent."""
 
     @_abc_1.abstractmethod
     def ListMachines(

@@ -191,7 +191,7 @@ async def test_a_machine_on_its_way(world: World, link: Proxy) -> None:
         link.up_bytes_per_s = MIB
         migration_id = await world.start(moving, world.a, world.b, address=link.address)
         await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
-        full = blocks("host.full", world.b.identity.uri)
+        full = warns("host.full", world.b.identity.uri)
         assert await told(world, moving) == [blocks("machine.busy", moving.spec.name)]
         assert await told(world, waiting) == [full]
         async with world.source(world.a) as stub:

@@ -42,6 +42,7 @@ class FakeSource(SourceServiceServicer):
         script: what WatchMigration sends; an error ends the stream, and the next call goes on behind it.
         lost_answers: how many calls of StartMigration end as if the service were away, after being carried out.
         requests: what came in, newest last.
+        resumed: the tokens that WatchMigration was called with.
     """
 
     def __init__(self, tls_dir: Path) -> None:
@@ -49,6 +50,8 @@ class FakeSource(SourceServiceServicer):
         self._ca_pem = material.ca_pem
         self.script: list[migration_pb2.Migration | VmferryError] = []
         self.lost_answers = 0
+        self.away = ServiceStoppingError("the service is stopping")
+        self.resumed: list[str] = []
         self.migrations = [migration(), migration(outcome=migration_pb2.MIGRATION_OUTCOME_COMPLETED)]
         self.report = compatibility_pb2.CompatibilityReport(
             compatible=True, protocol_version=1, tracker="pagemap-scan"
@@ -143,12 +146,13 @@ class FakeSource(SourceServiceServicer):
 
     def WatchMigration(self, request: Any, context: Any) -> Iterator[Any]:
         self._find_migration(request.id, context)
+        self.resumed.append(request.resume_token)
         while self._position < len(self.script):
             item = self.script[self._position]
             self._position += 1
             if isinstance(item, VmferryError):
                 _abort(context, item)
-            yield migration_pb2.WatchMigrationResponse(migration=item)
+            yield migration_pb2.WatchMigrationResponse(migration=item, resume_token=f"token-{self._position}")
         last = self.script[-1] if self.script else None
         ended = (
             isinstance(last, migration_pb2.Migration) and last.phase == migration_pb2.MIGRATION_PHASE_ENDED
@@ -161,6 +165,10 @@ class FakeSource(SourceServiceServicer):
         if self.migrations[0].phase == migration_pb2.MIGRATION_PHASE_HANDING_OFF:
             _abort(context, PointOfNoReturnError("the hand-off has begun"))
         return migration_pb2.CancelMigrationResponse(migration=self.migrations[0])
+
+    def SwitchNow(self, request: Any, context: Any) -> Any:
+        self._find_migration(request.id, context)
+        return migration_pb2.SwitchNowResponse(migration=self.migrations[0])
 
     def UpdateMigration(self, request: Any, context: Any) -> Any:
         self._find_migration(request.id, context)

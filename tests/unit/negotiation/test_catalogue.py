@@ -36,7 +36,7 @@ def test_names_are_in_order_and_of_one_form() -> None:
 @pytest.mark.parametrize(
     ("name", "severity", "remedy"),
     [
-        ("host.full", Severity.WARNS, "wait"),
+        ("host.full", Severity.BLOCKS, "wait"),
         ("clock.source", None, "wait"),
         ("host.full", None, ""),
     ],

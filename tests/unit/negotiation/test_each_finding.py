@@ -178,7 +178,7 @@ def test_lost_features_are_named() -> None:
         ({"draining": True}, [("host.draining", BLOCKS)]),
         ({"cpus": 1}, [("host.cpus", WARNS)]),
         ({"cpus": 0}, []),
-        ({"incoming_migrations": 2}, [("host.full", BLOCKS)]),
+        ({"incoming_migrations": 2}, [("host.full", WARNS)]),
         ({"machine_names": ("web",)}, [("machine.name-taken", BLOCKS)]),
         ({"held_machine_ids": (QEMU.machine_id,)}, [("machine.already-there", BLOCKS)]),
     ],
