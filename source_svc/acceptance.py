@@ -118,6 +118,18 @@ class Acceptance:
         )
         return Accepted(Migration(message), request.ticket, ticket.start_by + CLOCK_SKEW, traceparent)
 
+    def resume(self, migration: Migration, ticket: bytes, traceparent: str) -> Accepted:
+        """What waited when an earlier run of the service ended.
+
+        Raises:
+            VmferryError: it cannot begin any more.
+        """
+        message = migration.message
+        host, _ = read_destination(message.destination, self._host.own)
+        record = self._host.directory.find(message.machine_id)
+        start_by = self.check_ticket(ticket, record, host).start_by + CLOCK_SKEW
+        return Accepted(migration, ticket, start_by, traceparent)
+
     def begin(self, accepted: Accepted) -> Outgoing:
         """Make what moves the machine; it has still to be started.
 

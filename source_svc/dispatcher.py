@@ -179,7 +179,7 @@ class Dispatcher:
         while True:
             self._due.clear()
             try:
-                seconds = await self._decide()
+                seconds: float | None = await self._decide()
             except Exception:  # noqa: BLE001 - of one migration; the others must not wait for it for ever
                 _LOG.exception("the queue met an error")
                 seconds = self._config.queue_retry_s
@@ -187,11 +187,11 @@ class Dispatcher:
                 async with asyncio.timeout(seconds):
                     await self._due.wait()
 
-    async def _decide(self) -> float:
-        """Let begin whatever can; returns after how many seconds that must be asked again at the latest."""
+    async def _decide(self) -> float | None:
+        """Let begin whatever can; returns after how many seconds to ask again, if there is anything to wait for."""
         async with self._deciding:
             if self._stopping:
-                return _LONGEST_SLEEP_S
+                return None
             await self._end_expired()
             while True:
                 now_s = asyncio.get_running_loop().time()
@@ -207,7 +207,7 @@ class Dispatcher:
             times += [
                 (self._expires(one) - datetime.now(UTC)).total_seconds() for one in self._waiting.values()
             ]
-            return max(0.0, min([*times, _LONGEST_SLEEP_S]))
+            return max(0.0, min([*times, _LONGEST_SLEEP_S])) if self._waiting else None
 
     def _facts(self, now_s: float) -> queue_policy.Facts:
         waiting = [

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Final
 
-from source_svc.acceptance import Accepted
+from source_svc.acceptance import Acceptance
 from source_svc.dispatcher import Dispatcher
 from source_svc.farewells import Farewells
 from source_svc.history import History, Remembered
@@ -23,8 +22,6 @@ from source_svc.underway import Underway
 from vmferry.errors import (
     JournalDamagedError,
     MachineFailedError,
-    MachineNotOwnedError,
-    TicketExpiredError,
     VmferryError,
     WrongPhaseError,
 )
@@ -35,7 +32,6 @@ from vmferry.handoff.states import RecordKind
 from vmferry.machines import cpulimit
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
-from vmferry.security.tickets import CLOCK_SKEW, open_ticket
 from vmferry.telemetry.logs import get_logger
 from vmferry.v1 import migration_pb2 as pb
 
@@ -57,6 +53,7 @@ class Restart:
         farewells: Farewells,
         *,
         history: History,
+        acceptance: Acceptance,
         dispatcher: Dispatcher,
     ) -> None:
         self._host = host
@@ -66,6 +63,7 @@ class Restart:
         self._returned = returned
         self._farewells = farewells
         self._history = history
+        self._acceptance = acceptance
         self._dispatcher = dispatcher
 
     async def recover(self) -> None:
@@ -148,7 +146,7 @@ class Restart:
         last = await asyncio.to_thread(self._last_record, message)
         if last is None:
             try:
-                accepted = self._waiting(migration, one)
+                accepted = self._acceptance.resume(migration, one.ticket, one.traceparent)
             except VmferryError as error:
                 self._migrations.add(migration)
                 await migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
@@ -176,24 +174,6 @@ class Restart:
             if entry.record.attempt is not None and entry.record.attempt.migration_id == migration_id
         ]
         return kinds[-1] if kinds else None
-
-    def _waiting(self, migration: Migration, one: Remembered) -> Accepted:
-        """What waits again.
-
-        Raises:
-            VmferryError: it cannot begin any more.
-        """
-        if not one.ticket:
-            raise TicketExpiredError(f"{_RESTARTED}, and its ticket is not known any more", field="ticket")
-        now = datetime.now(UTC)
-        ticket = open_ticket(one.ticket, ca_pem=self._host.tls.load().ca_pem, now=now)
-        rights = self._host.ledger.rights(migration.message.machine_id)
-        if not rights.permitted:
-            raise MachineNotOwnedError(
-                f"this host may not send {migration.message.machine} away: {rights.standing.name}",
-                machine=migration.message.machine_id,
-            )
-        return Accepted(migration, one.ticket, ticket.start_by + CLOCK_SKEW, one.traceparent)
 
 
 def unknown_migration(machine_id: str, readings: Sequence[Reading], own: str) -> pb.Migration | None:

@@ -101,6 +101,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._returned,
             self._farewells,
             history=self._history,
+            acceptance=self._acceptance,
             dispatcher=self._dispatcher,
         )
         self._underway.on_end.append(lambda one: self._say_farewell(one.migration.message.machine_id))

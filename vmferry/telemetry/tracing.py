@@ -61,8 +61,8 @@ def current_traceparent() -> str:
 
 
 def context_of(traceparent: str) -> contextvars.Context:
-    """A context for a task whose spans are children of the span named, whoever starts the task and when."""
-    made = contextvars.Context()
+    """This context, for a task whose spans are children of the span named, whoever starts the task and when."""
+    made = contextvars.copy_context()
     made.run(context.attach, _PROPAGATOR.extract({"traceparent": traceparent}, context=context.Context()))
     return made
 

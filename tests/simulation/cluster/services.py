@@ -18,12 +18,15 @@ from unittest import mock
 
 from dest_svc.judging import Judge
 from dest_svc.service import DestinationService
+from source_svc.acceptance import Acceptance
 from source_svc.forecasts import Forecast
+from source_svc.means import Means
 from source_svc.outgoing import Outgoing
 from source_svc.peer import Destination
 from source_svc.planning import Plan
 from source_svc.recovery import Recovered
 from source_svc.service import SourceService
+from source_svc.underway import Underway
 from tests.simulation.cluster.clock import Loop, Process
 from tests.simulation.cluster.network import Network, identity_of
 from tests.simulation.cluster.transfer import Copy, Frame, Receiver
@@ -102,25 +105,75 @@ class SimulatedDestination(DestinationService):
 class SimulatedSource(SourceService):
     """A source service whose peers are reached over the simulated network."""
 
-    network: Network
-    process: Process
-    unexpected: Callable[[str], None]
+    def __init__(
+        self, host: Host, network: Network, process: Process, unexpected: Callable[[str], None]
+    ) -> None:
+        with (
+            mock.patch("source_svc.service.Means", return_value=SimulatedMeans(host, network, process)),
+            mock.patch("source_svc.service.Underway", return_value=SimulatedUnderway(unexpected)),
+        ):
+            super().__init__(host)
+
+
+class SimulatedMeans(Means):
+    """Peers over the simulated network, and plans that find nothing."""
+
+    def __init__(self, host: Host, network: Network, process: Process) -> None:
+        super().__init__(host)
+        self._network = network
+        self._process = process
+
+    def peer(self, address: str, host: Identity) -> Destination:
+        """A destination over the simulated network."""
+        return Peer(self._network, self._process, address, host)
+
+    def plan(self, record: MachineRecord, host: Identity) -> Plan:
+        """A plan to which nothing is incompatible."""
+        until, own = _FOREVER.timestamp(), self._host.own.uri
+        return AnyPlan(record.spec, self._host.ledger, (), own, host.uri, until, 1.0, 1.0, Contents())
+
+
+class SimulatedUnderway(Underway):
+    """Says when a migration ends in what it never should."""
+
+    def __init__(self, unexpected: Callable[[str], None]) -> None:
+        super().__init__()
+        self._unexpected = unexpected
 
     def _forget(self, one: Outgoing | Recovered, task: asyncio.Task[None]) -> None:
         super()._forget(one, task)
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception) and not isinstance(error, VmferryError):
-            self.unexpected(f"a migration ended in {error!r}")
+            self._unexpected(f"a migration ended in {error!r}")
 
-    def _peer(self, address: str, host: Identity) -> Destination:
-        return Peer(self.network, self.process, address, host)
 
-    def _plan(self, record: MachineRecord, host: Identity) -> Plan:
-        until = _FOREVER.timestamp()
-        return AnyPlan(record.spec, self._ledger, (), self._own.uri, host.uri, until, 1.0, 1.0, Contents())
+class AnyTicket(Acceptance):
+    """Anybody's ticket is good, and is the migration's identity."""
 
-    def _check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> Any:
-        return SimpleNamespace(migration_id=data)
+    def check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> Any:
+        """Nothing is checked."""
+        return SimpleNamespace(migration_id=data, start_by=_TICKET_UNTIL)
+
+
+class NoStore:
+    """A source service that remembers nothing: what it decides must not need its memory."""
+
+    def __init__(self, path: Path, schemas: object) -> None:
+        """There is no file."""
+
+    async def open(self) -> None:
+        """There is no thread."""
+
+    async def tell(self, work: object) -> bool:
+        """Nothing is on disk."""
+        return False
+
+    async def ask(self, work: object, otherwise: Any) -> Any:
+        """Nothing is found."""
+        return otherwise
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
 
 class Peer(Destination):
@@ -268,8 +321,12 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         """Nothing else happens meanwhile."""
 
+    def time(self) -> float:
+        """The wall clock is the same one."""
+        return self.monotonic()
+
     def time_ns(self) -> int:
-        """No wall clock is needed."""
+        """The same."""
         return int(self.monotonic() * 1e9)
 
 
@@ -287,7 +344,12 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
         "source_svc.departure.time": clock,
         "source_svc.outgoing.time": clock,
         "source_svc.migrations.time": clock,
-        "source_svc.service.gc": SimpleNamespace(collect=lambda: None),
+        "source_svc.underway.gc": SimpleNamespace(collect=lambda: None),
+        "source_svc.service.Store": NoStore,
+        "source_svc.service.current_caller": lambda: identity_of("scheduler"),
+        "source_svc.service.Acceptance": AnyTicket,
+        "source_svc.dispatcher.time": clock,
+        "source_svc.history.time": clock,
         "dest_svc.service.Receiver": Receiver,
         "dest_svc.service.time": clock,
         "dest_svc.watching.time": clock,

@@ -14,6 +14,7 @@ from contextvars import Context
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from source_svc.history import ALL
 from tests.simulation.cluster.clock import Killed, Loop, Process, spawn
 from tests.simulation.cluster.disk import HostDisk, View
 from tests.simulation.cluster.guests import Directory, Guest
@@ -148,9 +149,7 @@ class World:
 
         stands_on = make_host(host, ledger, directory, journal_broken)
         if role is Role.SOURCE:
-            service: Any = SimulatedSource(stands_on)
-            service.network, service.process = self.network, process
-            service.unexpected = self.unexpected
+            service: Any = SimulatedSource(stands_on, self.network, process, self.unexpected)
         else:
             service = SimulatedDestination(stands_on)
         running = Running(process, service)
@@ -333,10 +332,8 @@ class World:
             message.reason.message
             for site in self.sites.values()
             if Role.SOURCE in site.services
-            for migration in site.services[Role.SOURCE].service._migrations.select(
-                machine="", open_only=False
-            )
-            if (message := migration.message).reason.reason == InternalError.reason
+            for message in site.services[Role.SOURCE].service._migrations.select(ALL)
+            if message.reason.reason == InternalError.reason
         ]
 
     def settled(self) -> bool:
