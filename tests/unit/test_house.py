@@ -45,16 +45,17 @@ MIDDLE = {
     "vmferry.security",
     "vmferry.web",
 }
-OUTER = {"vmferry.cli", "vmferry.bench", "vmferry.client", *SERVICES}
+OUTER = {"vmferry.cli", "vmferry.bench", "vmferry.client", "vmferry.fleet", *SERVICES}
 
 MAY_NOT_IMPORT = {
     **dict.fromkeys(INNER, MIDDLE | OUTER),
     **dict.fromkeys(MIDDLE, OUTER),
-    "vmferry.client": SERVICES | {"vmferry.cli", "vmferry.bench"},
+    "vmferry.client": SERVICES | {"vmferry.cli", "vmferry.bench", "vmferry.fleet"},
+    "vmferry.fleet": SERVICES | {"vmferry.cli", "vmferry.bench"},
     "vmferry.cli": SERVICES,
     "vmferry.bench": SERVICES,
-    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench", "vmferry.client"},
-    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench", "vmferry.client"},
+    "source_svc": {"dest_svc", "vmferry.cli", "vmferry.bench", "vmferry.client", "vmferry.fleet"},
+    "dest_svc": {"source_svc", "vmferry.cli", "vmferry.bench", "vmferry.client", "vmferry.fleet"},
 }
 
 PURE = (
@@ -71,6 +72,8 @@ PURE = (
     "vmferry.transfer.convergence",
     "vmferry.transfer.prediction",
     "vmferry.transfer.patience",
+    "vmferry.fleet.plan",
+    "vmferry.fleet.rollout",
     "vmferry.events.states",
     "vmferry.events.document",
     "vmferry.events.policy",

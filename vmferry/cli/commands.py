@@ -14,6 +14,7 @@ from vmferry.cli import (
     bounds,
     certs,
     demo,
+    fleet,
     handoff,
     machine,
     migrate,
@@ -68,3 +69,4 @@ app.add_typer(machine.app, name="machine")
 app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")
 app.add_typer(bench.app, name="bench")
+app.add_typer(fleet.app, name="fleet")

@@ -10,6 +10,7 @@
 #   vf.echo=PORT  a TCP server that sends back what it gets
 #   vf.dial=A:PORT
 #                 connects there again and again, and keeps one more connection for as long as it lasts
+#   vf.events=A   asks the metadata service at 169.254.169.254 for its events; A: ack, which approves them, or watch
 # Kernel modules in /modules are loaded before all else, in the order of their names.
 # What it says, one line each:
 #   memory available=N         KiB of memory that are left, if vf.leave was given
@@ -21,6 +22,10 @@
 #                              a file of the disk, written and brought to the disk before this is said; the last 16 stay
 #   dial n=N answer=TEXT       what came back over the Nth connection; nothing if none could be made
 #   held n=N ended=T           the connection that was kept ended at tick T, after N lines had come back
+#   events n=N number=I status=S id=ID
+#                              the Nth time it asked, what it was told is new: the document's number, and its first event
+#   events n=N unanswered      the Nth time it asked, nothing came back
+#   approved id=ID answer=TEXT what came back when it approved an event
 #   BAD ...                    a fault, by name
 export PATH=/bin
 /bin/busybox mkdir -p /bin /proc /data /state
@@ -31,7 +36,7 @@ mount -t tmpfs tmpfs /state
 for module in /modules/*.ko; do
   [ -e "$module" ] && insmod "$module"
 done
-files=8 writes=0 disk='' leave='' ip='' echo='' dial=''
+files=8 writes=0 disk='' leave='' ip='' echo='' dial='' events=''
 for word in $(cat /proc/cmdline); do
   case $word in
     vf.disk=*) disk=${word#*=} ;;
@@ -41,6 +46,7 @@ for word in $(cat /proc/cmdline); do
     vf.ip=*) ip=${word#*=} ;;
     vf.echo=*) echo=${word#*=} ;;
     vf.dial=*) dial=${word#*=} ;;
+    vf.events=*) events=${word#*=} ;;
   esac
 done
 touch /state/bad
@@ -126,6 +132,38 @@ hold() {
   echo "held n=$(wc -l </state/held) ended=$(cat /state/tick)"
 }
 
+approve() {
+  body="{\"StartRequests\":[{\"EventId\":\"$1\"}]}"
+  answer=$(printf 'POST /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\nHost: %s\r\nMetadata: true\r\nContent-Length: %d\r\n\r\n%s' \
+    $metadata ${#body} "$body" | timeout 3 nc $metadata 80 | head -n 1 | tr -d '\r')
+  echo "approved id=$1 answer=$answer"
+}
+
+watch_events() {
+  k=0 metadata=169.254.169.254 seen=''
+  while :; do
+    k=$((k + 1))
+    # Debian's static busybox crashes at wget's own -T.
+    if timeout 3 wget -q -O /state/events --header 'Metadata: true' \
+      "http://$metadata/metadata/scheduledevents?api-version=2020-07-01" 2>/dev/null; then
+      told=$(cat /state/events)
+      number=${told#*DocumentIncarnation\":} id=none status=none
+      case $told in
+        *EventId*)
+          id=${told#*EventId\":\"} status=${told#*EventStatus\":\"}
+          ;;
+      esac
+      now="number=${number%%,*} status=${status%%\"*} id=${id%%\"*}"
+      [ "$now" = "$seen" ] || echo "events n=$k $now"
+      seen=$now
+      [ "$events ${status%%\"*}" = "ack Scheduled" ] && approve "${id%%\"*}"
+    else
+      echo "events n=$k unanswered"
+    fi
+    usleep 300000
+  done
+}
+
 check &
 [ -n "$disk" ] && write_disk &
 [ "$writes" -gt 0 ] && write &
@@ -135,6 +173,7 @@ if [ -n "$ip" ]; then
   ip link set eth0 up
 fi
 [ -n "$echo" ] && nc -ll -p "$echo" -e cat &
+[ -n "$events" ] && watch_events &
 if [ -n "$dial" ]; then
   again &
   hold &

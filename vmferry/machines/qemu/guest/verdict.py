@@ -12,6 +12,8 @@ from typing import Final
 _TICK: Final = re.compile(r"^tick n=(\d+) up=(\d+)\.(\d\d) gap=(\d+) wall=(\d+) bad=(\d+)\r?$", re.MULTILINE)
 _CHECK: Final = re.compile(r"^check n=(\d+) begun=(\d+) bad=(\d+)\r?$", re.MULTILINE)
 _WRITTEN: Final = re.compile(r"^disk n=(\d+) name=(\w+) md5=([0-9a-f]{32}) bad=(\d+)\r?$", re.MULTILINE)
+_TOLD: Final = re.compile(r"^events n=(\d+) number=(\d+) status=(\w+) id=([\w-]+)\r?$", re.MULTILINE)
+_APPROVED: Final = re.compile(r"^approved id=([\w-]+) answer=(.*?)\r?$", re.MULTILINE)
 _READY: Final = re.compile(r"^ready files=(\d+)\r?$", re.MULTILINE)
 _FAULT: Final = re.compile(
     r"^.*(?:BAD |Kernel panic|BUG: |Oops|general protection|segfault|soft lockup|rcu: INFO"
@@ -51,6 +53,18 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the metadata service said that was new."""
+
+    times_asked: int
+    number: int
+    """Of the document."""
+    status: str
+    """Of its first event; ``none`` if it has none."""
+    event_id: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the guest said, as far as it is whole."""
 
@@ -59,6 +73,9 @@ class Verdict:
     checks: tuple[Check, ...]
     faults: tuple[str, ...]
     written: tuple[Written, ...] = ()
+    told: tuple[Told, ...] = ()
+    approved: tuple[tuple[str, str], ...] = ()
+    """Events that it approved, each with the first line that came back."""
 
     @property
     def ok(self) -> bool:
@@ -96,4 +113,9 @@ def verdict(serial: str) -> Verdict:
         checks=checks,
         faults=tuple(_FAULT.findall(whole)),
         written=tuple(Written(int(n), name, md5, int(bad)) for n, name, md5, bad in _WRITTEN.findall(whole)),
+        told=tuple(
+            Told(int(n), int(number), status, event_id)
+            for n, number, status, event_id in _TOLD.findall(whole)
+        ),
+        approved=tuple(_APPROVED.findall(whole)),
     )

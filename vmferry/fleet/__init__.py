@@ -1,0 +1,1 @@
+"""Updates of many hosts, one update domain at a time."""
