@@ -7,7 +7,7 @@ import email.utils
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -248,6 +248,36 @@ async def test_machines_of_a_set_see_each_others_events_and_nobody_elses(world: 
         assert named.json["compute"]["name"] == "WestNO_0"
     finally:
         assert await world.end_guests() == []
+
+
+async def test_a_micro_vm_approves_by_its_own_device(world: World) -> None:
+    """Its guest asks and approves through the device, there and back; the numbers that it reads only grow."""
+    guest = await world.run(program="asker", metadata=True, params={"poll-us": "50000", "approve": "1"})
+    try:
+        last = await _told(guest, world.a, lambda told: told["Events"] == [])
+        for here, there in ((world.a, world.b), (world.b, world.a)):
+            migration_id = await world.start(guest, here, there, notice=300.0)
+            migration = await world.ended(here, migration_id)
+            assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+            assert past(here, guest, migration.event_id).event.approved_by == guest.spec.name
+            now = await _told(guest, there, lambda told: told["Events"] == [])
+            assert now["DocumentIncarnation"] > last["DocumentIncarnation"]
+            last = now
+            assert "unanswered" not in guest.serial(there)
+    finally:
+        assert await world.end_guests() == []
+
+
+async def _told(guest: Guest, host: Host, condition: Callable[[Any], bool]) -> Any:
+    """The newest document that a guest says it was given, once it is so."""
+
+    def newest() -> Any:
+        lines = guest.serial(host).split("\n")[:-1]
+        found = [line.removeprefix("asker told=") for line in lines if line.startswith("asker told=")]
+        told = json.loads(found[-1]) if found else None
+        return told if told and condition(told) else None
+
+    return await eventually(newest, "the guest is told")
 
 
 async def test_what_http_libraries_send(world: World, guest: Guest) -> None:

@@ -197,7 +197,7 @@ class MicrovmSpec(_message.Message):
     SELF_TRACK_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     program: _builtins.str
-    """Guest program: "canary" or "writer"."""
+    """Guest program: "canary", "writer" or "asker"."""
     mac: _builtins.str
     """MAC address of its network interface."""
     netdev: _builtins.str

@@ -37,6 +37,7 @@ def main() -> int:
 async def _run(options: MachineOptions, qmp: Path, *, start: bool) -> None:
     machine = Machine(options)
     try:
+        await machine.listen()
         server = QmpServer(machine, qmp)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, server.quit)
@@ -62,6 +63,7 @@ def _options(arguments: argparse.Namespace) -> MachineOptions:
         parameters=program.slots(_parameters(arguments.param)),
         incoming=arguments.incoming is not None,
         self_track=arguments.self_track == "on",
+        metadata=arguments.metadata,
     )
 
 
@@ -87,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--serial-file", required=True, type=Path, help="serial output is appended to it")
     parser.add_argument("--mac", required=True, help="e.g. 52:54:00:aa:bb:cc")
     parser.add_argument("--netdev", help="dgram:unix:PATH or dgram:HOST:PORT")
+    parser.add_argument(
+        "--metadata", type=Path, help="where the host's metadata service connects (a unix socket)"
+    )
     parser.add_argument("--program", required=True, choices=sorted(PROGRAMS))
     parser.add_argument("--param", action="append", default=[], metavar="KEY=VALUE", help="see guests/*.S")
     parser.add_argument("-S", dest="paused", action="store_true", help="do not run the guest before `cont`")

@@ -26,6 +26,7 @@ from vmferry.machines.microvm.cpu import Cpu
 from vmferry.machines.microvm.devices import NOT_GIVEN, Boot, Clock, Power, Serial
 from vmferry.machines.microvm.engine import Ending, Engine
 from vmferry.machines.microvm.guests import IMAGE_BASE, Program
+from vmferry.machines.microvm.metadata import Metadata
 from vmferry.machines.microvm.nic import Backend, Nic
 from vmferry.machines.microvm.ports import Part, PortBus
 from vmferry.machines.microvm.ram import Ram
@@ -77,6 +78,8 @@ class MachineOptions:
     parameters: list[int | None]
     incoming: bool
     self_track: bool
+    metadata: Path | None = None
+    """Where the host's metadata service finds the device that leads to it; None: there is no such device."""
 
 
 class Machine:
@@ -102,11 +105,19 @@ class Machine:
         parameters = [NOT_GIVEN if value is None else value for value in options.parameters]
         program = options.program.name
         self._boot = Boot(bus, memory_bytes=options.memory_bytes, program=program, parameters=parameters)
+        self._metadata = Metadata(bus, options.metadata) if options.metadata is not None else None
         parts: tuple[Part, ...] = (self._boot, self._cpu, self._clock, power, self.serial, self._nic)
+        if self._metadata is not None:  # no part of other machines, whose state older releases understand
+            parts = (*parts, self._metadata)
         self._parts = {part.name: part for part in parts}
         self._activity = Activity.of(options.uuid, os.environ)
         self._engine = Engine(self._cpu, bus, self._clock, power, self._activity, self._on_ending)
         self.times = self._engine.times
+
+    async def listen(self) -> None:
+        """Let the host's services reach the devices that wait for them."""
+        if self._metadata is not None:
+            await self._metadata.listen()
 
     def cont(self) -> None:
         """Let the guest run; returns when it has begun.
@@ -184,6 +195,8 @@ class Machine:
         self._engine.close()
         self._activity.close()
         self.serial.close()
+        if self._metadata is not None:
+            self._metadata.close()
         if self._backend is not None:
             self._backend.close()
 

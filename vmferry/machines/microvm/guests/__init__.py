@@ -50,6 +50,7 @@ PROGRAMS: Final = {
     program.name: program
     for program in (
         Program("canary", ("resident-mib", "tick-us", "dirty-mib-per-s", "working-set-mib", "full-pages")),
+        Program("asker", ("poll-us", "approve")),
         Program("writer", ("dirty-mib-per-s", "working-set-mib", "full-pages")),
     )
 }
