@@ -18,6 +18,26 @@
         .equ    STATUS_AT,      9               # behind "HTTP/1.1 "
         .equ    ID_BYTES,       36
 
+# Before the code: to the assembler, the name of a length that it has not met yet is an address.
+ask:    .ascii  "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\n"
+        .ascii  "Host: 169.254.169.254\r\nMetadata: true\r\n\r\n"
+        .equ    ASK_BYTES, . - ask
+approve:
+        .ascii  "POST /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\n"
+        .ascii  "Host: 169.254.169.254\r\nMetadata: true\r\nContent-Length: 70\r\n\r\n"
+        .ascii  "{\"StartRequests\":[{\"EventId\":\""
+identity:
+        .fill   ID_BYTES, 1, '-'
+        .ascii  "\"}]}"
+        .equ    APPROVE_BYTES, . - approve
+blank:  .ascii  "\r\n\r\n"
+        .equ    BLANK_BYTES, . - blank
+scheduled:
+        .ascii  "\"EventStatus\":\"Scheduled\""
+        .equ    SCHEDULED_BYTES, . - scheduled
+event:  .ascii  "\"EventId\":\""
+        .equ    EVENT_BYTES, . - event
+
 start:
         mov     esp, STACK_TOP
         PARAM   0, 300000
@@ -143,22 +163,3 @@ print_bytes:
         dec     rcx
         jmp     1b
 2:      ret
-
-ask:    .ascii  "GET /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\n"
-        .ascii  "Host: 169.254.169.254\r\nMetadata: true\r\n\r\n"
-        .equ    ASK_BYTES, . - ask
-approve:
-        .ascii  "POST /metadata/scheduledevents?api-version=2020-07-01 HTTP/1.1\r\n"
-        .ascii  "Host: 169.254.169.254\r\nMetadata: true\r\nContent-Length: 70\r\n\r\n"
-        .ascii  "{\"StartRequests\":[{\"EventId\":\""
-identity:
-        .fill   ID_BYTES, 1, '-'
-        .ascii  "\"}]}"
-        .equ    APPROVE_BYTES, . - approve
-blank:  .ascii  "\r\n\r\n"
-        .equ    BLANK_BYTES, . - blank
-scheduled:
-        .ascii  "\"EventStatus\":\"Scheduled\""
-        .equ    SCHEDULED_BYTES, . - scheduled
-event:  .ascii  "\"EventId\":\""
-        .equ    EVENT_BYTES, . - event
