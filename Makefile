@@ -15,11 +15,12 @@ STORMS ?= 500
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo playground test bench proof model simulation mutants check check-style check-types check-protos \
+.PHONY: help setup demo playground test bench proof model simulation mutants image e2e-containers check \
+        check-style check-types check-protos \
         check-guests check-contract format protos guests lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: ## Make .venv, or bring it up to date (all targets below do this first)
 	@$(PYTHON) -I scripts/setup_env.py
@@ -51,6 +52,12 @@ simulation: setup ## Strike the services with every fault at every boundary, wit
 
 mutants: setup ## Take each guard and each sync from the hand-off's core: some suite must notice
 	@$(BIN)/python scripts/mutants.py $(ARGS)
+
+image: setup ## Build the container image (needs root and podman); ARGS="--tag NAME"
+	@$(BIN)/python scripts/image.py $(ARGS)
+
+e2e-containers: setup ## Build the image, and move guests between two containers whose plugs are pulled (root, podman)
+	@VMFERRY_REQUIRE=all $(BIN)/python -m pytest tests/containers $(ARGS)
 
 check: check-style check-types check-protos check-guests check-contract ## Run all checks that need no test to run
 

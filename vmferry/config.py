@@ -106,6 +106,9 @@ class HostConfig:
     receive_timeout_s: float = 60.0
     """A destination closes an attempt that made no progress for so long before it was prepared; the time for which
     its source tries a broken connection again comes on top."""
+    stop_timeout_s: float = 0.0
+    """A service that is told to stop takes nothing new, and gives migrations that run so long to end; what has not begun
+    its hand-off by then is given back. 0: give back at once."""
     max_outgoing: int = 2
     """Migrations leaving this host at a time; more wait in its queue."""
     max_incoming: int = 2
@@ -171,6 +174,8 @@ class HostConfig:
         self._check_convergence()
         if self.max_queue_retry_s < self.queue_retry_s:
             raise ConfigError("max_queue_retry_s must be at least queue_retry_s", field="max_queue_retry_s")
+        if self.stop_timeout_s < 0:
+            raise ConfigError("stop_timeout_s must not be negative", field="stop_timeout_s")
         if self.log_level not in {"debug", "info", "warning", "error"}:
             raise ConfigError("log_level must be debug, info, warning or error", field="log_level")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,18 @@ program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *rule) for r
 header = ctypes.create_string_buffer(struct.pack("=HxxxxxxQ", len(rules), ctypes.addressof(program)))
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, header) == 0
+"""
+
+
+HARMLESS_FILTER = KILL_ON_USERFAULTFD.replace("0x80000000", "0x7FFF0000")
+
+UNPRIVILEGED = """
+import sys
+from vmferry.memory.surgeon import open_userfault_in
+from vmferry.errors import TrackerUnavailableError
+try: open_userfault_in(int(sys.argv[1]))
+except TrackerUnavailableError as exc: print("refused:", exc)
+else: print("taken")
 """
 
 
@@ -333,6 +346,33 @@ def test_a_filter_that_kills_on_the_call_does_not_kill_the_machine(start: Callab
     except TrackerUnavailableError as exc:
         assert "seccomp" in exc.message  # noqa: PT017 (either outcome is right)
     assert target.status("Seccomp") == "2"
+    assert target.ping() == "pong"
+
+
+@pytest.mark.parametrize(
+    ("filters", "arguments", "said"),
+    [
+        (HARMLESS_FILTER, ("-sandbox", "on"), "taken"),
+        (HARMLESS_FILTER, (), "refused"),
+        (KILL_ON_USERFAULTFD, (), "refused"),
+        (HARMLESS_FILTER + KILL_ON_USERFAULTFD, ("-sandbox", "on"), "refused"),
+    ],
+)
+def test_without_the_privilege_only_known_filters_stay_in_force(
+    start: Callable[..., Target], filters: str, arguments: tuple[str, ...], said: str
+) -> None:
+    """Who may not suspend filters takes QEMU's own sandbox for harmless, and no other; no machine is killed by a try."""
+    require(os.geteuid() == 0 and shutil.which("setpriv"), "root and setpriv, to lose a capability")
+    target = start(filters + WAITING["read"], *arguments)
+    assert target.ping() == "pong"
+    tried = subprocess.run(
+        ["setpriv", "--bounding-set", "-sys_admin", sys.executable, "-c", UNPRIVILEGED, str(target.pid)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": PACKAGES},
+    )
+    assert said in tried.stdout
     assert target.ping() == "pong"
 
 

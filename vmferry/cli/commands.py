@@ -16,6 +16,7 @@ from vmferry.cli import (
     demo,
     fleet,
     handoff,
+    health,
     machine,
     migrate,
     playground,
@@ -63,6 +64,7 @@ app.command()(watch.watch)
 app.command()(recover.recover)
 app.command()(trace.trace)
 app.command()(ticket.ticket)
+app.command()(health.health)
 app.command()(probe)
 app.command()(version)
 app.add_typer(machine.app, name="machine")

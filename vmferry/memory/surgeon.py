@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.errors import InternalError, MachineDeadError, TrackerUnavailableError, VmferryError
+from vmferry.memory.filters import harmlessly_filtered
 from vmferry.memory.pagemap import clear_soft_dirty, read_entries
 from vmferry.memory.ptrace import Tracee
 from vmferry.memory.userfault import OPEN_FLAGS, SYS_USERFAULTFD
@@ -114,11 +115,21 @@ def open_userfault_in(pid: int) -> int:
         for _ in range(_THREAD_TRIES):
             thread = _threads(pid)[0]
             try:
-                with Tracee(pid, thread.tid, filtered=thread.filtered) as tracee:
+                with _attached(pid, thread) as tracee:
                     return _take_userfault(tracee, pid, pidfd)
             except ProcessLookupError:
                 continue  # that thread ended meanwhile
     raise TrackerUnavailableError(f"process {pid}: its threads end as soon as they are chosen", pid=pid)
+
+
+def _attached(pid: int, thread: _Thread) -> Tracee:
+    """Attach to a thread; its filters stay in force if suspending them is refused and they are known to do no harm."""
+    try:
+        return Tracee(pid, thread.tid, filtered=thread.filtered)
+    except TrackerUnavailableError:
+        if not thread.filtered or not harmlessly_filtered(pid):
+            raise
+    return Tracee(pid, thread.tid)
 
 
 def _take_userfault(tracee: Tracee, pid: int, pidfd: int) -> int:
