@@ -107,8 +107,8 @@ class HostConfig:
     """A destination closes an attempt that made no progress for so long before it was prepared; the time for which
     its source tries a broken connection again comes on top."""
     stop_timeout_s: float = 0.0
-    """A service that is told to stop takes nothing new, and gives migrations that run so long to end; what has not begun
-    its hand-off by then is given back. 0: give back at once."""
+    """A service that is told to stop takes nothing new, and gives migrations that run so long to end; what has not
+    begun its hand-off by then is given back. 0: give back at once."""
     max_outgoing: int = 2
     """Migrations leaving this host at a time; more wait in its queue."""
     max_incoming: int = 2

@@ -16,12 +16,13 @@ from vmferry.machines.qemu import guest
 
 
 @pytest.fixture(scope="session")
-def image() -> Iterator[str]:
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image of this checkout."""
     require(os.geteuid() == 0, "only root can make containers here")
     for command in ("podman", "runc", "nsenter", "ip"):
         require(shutil.which(command), f"{command} (apt install podman runc netavark aardvark-dns iproute2)")
-    with built_image() as tag:
+    base = tmp_path_factory.getbasetemp()
+    with built_image(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) as tag:
         yield tag
 
 

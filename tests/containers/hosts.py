@@ -90,22 +90,20 @@ class ContainerHost:
 
     def processes(self, text: str) -> list[int]:
         """Processes in it whose command line has this text; by their numbers outside of it."""
-        space = os.readlink(f"/proc/{self.container.pid}/ns/pid")
+        space = Path(f"/proc/{self.container.pid}/ns/pid").readlink()
         found = []
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if folder.name.isdecimal() and os.readlink(folder / "ns/pid") == space:
-                    if text.encode() in (folder / "cmdline").read_bytes():
-                        found.append(int(folder.name))
+                here = folder.name.isdecimal() and (folder / "ns/pid").readlink() == space
+                if here and text.encode() in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
         return found
 
     def holdings(self, spec: MachineSpec) -> list[str]:
         """All that a machine has here: folder, memory file, processes."""
         root = self.container.root
         files = [root / f"run/vmferry/machines/{spec.name}", root / f"dev/shm/vmferry/{spec.uuid}.ram"]
-        processes = [
-            pid for pid in self.processes(spec.uuid) if "vmferry" not in Path(f"/proc/{pid}/comm").read_text()
-        ]
+        processes = self.processes(f"/{spec.name}/")
         return [str(path) for path in files if path.exists()] + [f"process {pid}" for pid in processes]
 
     async def machine(self, spec: MachineSpec) -> machine_pb2.Machine:

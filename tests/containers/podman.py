@@ -7,6 +7,7 @@ volumes, networks, and the image that was built for it. Only what the build of i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -49,18 +50,36 @@ def podman(*arguments: str, check: bool = True, timeout_s: float = 120.0) -> str
 
 
 @contextlib.contextmanager
-def built_image() -> Iterator[str]:
-    """The image, built from this checkout and removed at the end; or the one that VMFERRY_IMAGE names."""
+def built_image(shared: Path) -> Iterator[str]:
+    """The image, built from this checkout and removed at the end; or the one that VMFERRY_IMAGE names.
+
+    Processes that test together share one: the first builds it, and the last removes it. ``shared`` is their folder.
+    """
     if named := os.environ.get("VMFERRY_IMAGE"):
         yield named
         return
-    tag = f"localhost/vmferry-test:{secrets.token_hex(4)}"
+    tag = f"localhost/vmferry-test:{os.environ.get('PYTEST_XDIST_TESTRUNUID') or secrets.token_hex(4)}"
+    users = shared / "users-of-the-image"
+    users.mkdir(exist_ok=True)
+    mine = users / secrets.token_hex(4)
     try:
-        yield run(sys.executable, str(ROOT / "scripts/image.py"), "--tag", tag, timeout_s=580).splitlines()[
-            -1
-        ]
+        with _alone(shared):
+            mine.touch()
+            if subprocess.run([*PODMAN, "image", "exists", tag], check=False).returncode:
+                run(sys.executable, str(ROOT / "scripts/image.py"), "--tag", tag, timeout_s=580)
+        yield tag
     finally:
-        podman("rmi", "--force", tag, check=False)
+        with _alone(shared):
+            mine.unlink()
+            if not any(users.iterdir()):
+                podman("rmi", "--force", tag, check=False)
+
+
+@contextlib.contextmanager
+def _alone(shared: Path) -> Iterator[None]:
+    with (shared / "image.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -174,9 +193,9 @@ class Fleet:
     def _options(self, name: str, service: dict[str, Any]) -> list[str]:
         """The options of podman for what a service of the file of compose asks for."""
         known = {
-            "image", "build", "command", "read_only", "cap_drop", "security_opt", "networks", "network_mode", "restart",
-            "stop_grace_period", "shm_size", "tmpfs", "environment", "depends_on", "healthcheck", "hostname", "ports",
-            "volumes",
+            "image", "build", "command", "read_only", "cap_drop", "security_opt", "networks", "network_mode",
+            "restart", "stop_grace_period", "shm_size", "tmpfs", "environment", "depends_on", "healthcheck",
+            "hostname", "ports", "volumes",
         }  # fmt: skip
         assert set(service) <= known, f"not translated for podman: {set(service) - known}"
         options = []
@@ -192,9 +211,8 @@ class Fleet:
         options += [f"--env={key}={value}" for key, value in service.get("environment", {}).items()]
         for mount in service.get("volumes", []):
             what, _, where = mount.partition(":")
-            options.append(
-                f"--volume={(DEPLOY / what).resolve() if what.startswith('.') else f'{self.mark}-{what}'}:{where}"
-            )
+            place = (DEPLOY / what).resolve() if what.startswith(".") else f"{self.mark}-{what}"
+            options.append(f"--volume={place}:{where}")
         if "shm_size" in service:
             options.append(f"--shm-size={service['shm_size'].removesuffix('b')}")
         if "hostname" in service:

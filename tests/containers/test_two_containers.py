@@ -1,4 +1,4 @@
-"""Two hosts in containers, as deploy/compose.yaml describes them: guests cross, and survive what happens to containers."""
+"""Two hosts in containers, as deploy/compose.yaml has them: guests cross, and survive what happens to containers."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_the_destination_loses_power_in_the_middle(world: TwoContainers) -
 
 
 async def test_the_source_loses_power_in_the_middle(world: TwoContainers) -> None:
-    """The machine was in that container and is gone with it; nobody else runs it, its host may boot it, and it crosses."""
+    """The machine is gone with its container; nobody else runs it, its host may boot it, and then it crosses."""
     guest = new_canary()
     world.a.run(guest.spec)
     await guest.speaks(world.a)
@@ -160,7 +160,7 @@ async def test_the_network_is_cut_for_too_long(world: TwoContainers) -> None:
 
 
 def test_it_ends_when_told_to(world: TwoContainers) -> None:
-    """Told to stop, the first process ends its services in order, and says so by its exit code; then it starts again."""
+    """Told to stop, the first process ends its services in order, which its exit code says; then it starts again."""
     podman("stop", "--time", "60", world.b.container.name)
     assert world.b.container.inspect(".State.ExitCode") == "0"
     assert '"event": "stopping"' in world.b.container.logs()

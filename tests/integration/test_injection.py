@@ -361,7 +361,7 @@ def test_a_filter_that_kills_on_the_call_does_not_kill_the_machine(start: Callab
 def test_without_the_privilege_only_known_filters_stay_in_force(
     start: Callable[..., Target], filters: str, arguments: tuple[str, ...], said: str
 ) -> None:
-    """Who may not suspend filters takes QEMU's own sandbox for harmless, and no other; no machine is killed by a try."""
+    """Who may not suspend filters takes QEMU's own sandbox for harmless and no other; a try kills no machine."""
     require(os.geteuid() == 0 and shutil.which("setpriv"), "root and setpriv, to lose a capability")
     target = start(filters + WAITING["read"], *arguments)
     assert target.ping() == "pong"

@@ -123,7 +123,7 @@ def open_userfault_in(pid: int) -> int:
 
 
 def _attached(pid: int, thread: _Thread) -> Tracee:
-    """Attach to a thread; its filters stay in force if suspending them is refused and they are known to do no harm."""
+    """Attach to a thread; filters that cannot be suspended stay in force if they are known to do no harm."""
     try:
         return Tracee(pid, thread.tid, filtered=thread.filtered)
     except TrackerUnavailableError:
