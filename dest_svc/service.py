@@ -107,6 +107,11 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 )
         self._watcher = asyncio.create_task(watch(self._arrivals, self._config))
 
+    def wind_down(self) -> int:
+        """Take nothing new; how many machines are arriving."""
+        self._stopping = True
+        return sum(arrival.receiver is not None for arrival in self._arrivals.values())
+
     async def stop(self) -> None:
         """Give back what unfinished attempts hold; prepared copies stay."""
         self._stopping = True

@@ -2,8 +2,8 @@
 
 Promise: the image is what deploy/Containerfile says. Where its base cannot be pulled, a Debian of the same release is
 made by mmdebstrap from the mirror of this computer's apt. That, and the layer with QEMU, are kept under names of
-their own (``localhost/vmferry-base``, ``localhost/vmferry-system``), so that the next build finds them; nothing else stays.
-Python packages are fetched here, by whatever index this computer's pip is configured for, in the versions of
+their own (``localhost/vmferry-base``, ``localhost/vmferry-system``), so that the next build finds them; nothing else
+stays. Python packages are fetched here, by whatever index this computer's pip is configured for, in the versions of
 constraints.txt, and handed to the build, which asks nobody. Needs root, as podman does here.
 """
 

@@ -1,7 +1,8 @@
 """What both services do around their work: command line, logs, traces, signals, and the line that says ready.
 
-Promise: a service says that it is ready, once, as one JSON line on its standard output; SIGTERM and SIGINT end it in
-order; an error at the start is one sentence with its remedy and the catalogue's exit code.
+Promise: a service says that it is ready, once, as one JSON line on its standard output, and to a service manager that
+asks for it (``notify``); signals end it in order or have it reload (``lifetime``); an error at the start is one
+sentence with its remedy and the catalogue's exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,9 @@ from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.machines.directory import MachineDirectory
 from vmferry.memory.probe import TrackerFinding, probe_trackers
+from vmferry.rpc.lifetime import Lifetime
 from vmferry.rpc.measures import measured
+from vmferry.rpc.notify import Notifier
 from vmferry.rpc.server import start_server
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsFiles
@@ -70,6 +72,9 @@ class Service(Protocol):
     async def recover(self) -> None:
         """Go on where the journals say that an earlier process stopped; before the first call."""
 
+    def wind_down(self) -> int:
+        """Take nothing new; returns how many migrations still run here."""
+
     async def stop(self) -> None:
         """Take nothing new and give back what can be given back; calls may still come."""
 
@@ -85,6 +90,7 @@ def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Serv
     )
     parser.add_argument("--config", type=Path, help="configuration file of this host (TOML)")
     arguments = parser.parse_args()
+    notifier = Notifier.take(os.environ)
     try:
         failpoints.activate(os.environ)
         config = load_config(arguments.config)
@@ -93,7 +99,7 @@ def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Serv
         logs.configure(f"vmferry-{role}", host=own.name, level=config.log_level)
         finish = tracing.configure(f"vmferry-{role}", config.trace_dir, host=own.name)
         try:
-            return asyncio.run(_run(role, ledger_role, make_service, config, tls))
+            return asyncio.run(_run(role, ledger_role, make_service, config, tls, arguments.config, notifier))
         finally:
             finish()
     except VmferryError as error:
@@ -103,17 +109,22 @@ def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Serv
 
 
 async def _run(
-    role: str, ledger_role: Role, make_service: Callable[[Host], Service], config: HostConfig, tls: TlsFiles
+    role: str,
+    ledger_role: Role,
+    make_service: Callable[[Host], Service],
+    config: HostConfig,
+    tls: TlsFiles,
+    config_file: Path | None,
+    notifier: Notifier,
 ) -> int:
-    stop, failures = asyncio.Event(), list[VmferryError]()
+    failures = list[VmferryError]()
+    lifetime = Lifetime(notifier, config_file, tls)
 
     def journal_broken(error: VmferryError) -> None:
         _LOG.critical("ending the service", reason=error.reason, detail=error.message)
         failures.append(error)
-        stop.set()
+        lifetime.end_now()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     ledger = HostLedger(config.journal_dir)
     with contextlib.closing(ledger.lock_role(ledger_role)):
         host = Host(
@@ -127,11 +138,12 @@ async def _run(
             await asyncio.to_thread(probe_trackers),
             journal_broken,
         )
-        await _serve(role, host, make_service(host), stop)
+        async with notifier.alive():
+            await _serve(role, host, make_service(host), lifetime)
     return int(failures[0].exit_code) if failures else 0
 
 
-async def _serve(role: str, host: Host, service: Service, stop: asyncio.Event) -> None:
+async def _serve(role: str, host: Host, service: Service, lifetime: Lifetime) -> None:
     listen = host.config.source_listen if role == "source" else host.config.dest_listen
     site = Site(role, host.own.uri, host.config, host.views)
     try:
@@ -151,7 +163,9 @@ async def _serve(role: str, host: Host, service: Service, stop: asyncio.Event) -
             # What is there now stays; walking it again and again would hold up the one moment that matters.
             gc.collect()
             gc.freeze()
-            await stop.wait()
+            await lifetime.until_stopped(f"{role} service of {host.own} on port {servers.port}")
+            await servers.say_not_serving()
+            await lifetime.wind_down(service.wind_down, host.config.stop_timeout_s)
             await service.stop()
             await servers.stop(_GRACE_S)
     finally:

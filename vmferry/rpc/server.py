@@ -45,6 +45,10 @@ class RunningServers:
     _admin: grpc.aio.Server
     _admin_socket: Path | None
 
+    async def say_not_serving(self) -> None:
+        """Say NOT_SERVING to whoever asks for health; calls still come."""
+        await self._health.enter_graceful_shutdown()
+
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse new calls, and give running ones ``grace_s`` to end before they are cancelled."""
         await self._health.enter_graceful_shutdown()

@@ -66,6 +66,11 @@ def configure(service: str, *, host: str, level: str) -> None:
     )
 
 
+def set_level(level: str) -> None:
+    """Log from this level on: debug, info, warning or error."""
+    logging.getLogger().setLevel(level.upper())
+
+
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Replace what must not be written down: secrets by their keys, bytes and messages by what they are."""
     return {key: _harmless(key, value) for key, value in event.items()}
