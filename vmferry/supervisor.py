@@ -1,9 +1,10 @@
 """``vmferry-host``: both services of a host below one process, for a container whose first process it is.
 
-Promise: a service that ends is started again, after a pause that grows while it keeps ending, and the machines it
-started live on: they become children of this process, which also collects whatever else ends below it. Being told to
-stop, it tells both services and waits for them. Only what cannot start at all, such as a wrong configuration, ends it
-by itself, and then with that service's exit code: later its end would take every machine of the container along.
+Promise: a service that ends is started again, after a pause that grows while it keeps ending, and so is one whose
+event loop stands, so that it says nothing on the socket it was given. The machines it started live on: they become
+children of this process, which also collects whatever else ends below it. Being told to stop, it tells both services
+and waits for them. Only what cannot start at all, such as a wrong configuration, ends it by itself, and then with
+that service's exit code: later its end would take every machine of the container along.
 
 It knows neither gRPC nor an event loop, so that nothing that fails in a service can fail here.
 """
@@ -15,6 +16,7 @@ import datetime as dt
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +35,12 @@ FIRST_START_S: Final = 15.0
 """A service that fails within so long of the very first start will not do better by being repeated."""
 SLACK_S: Final = 20.0
 """What a stop may take beyond the time that running migrations are given."""
+WATCHDOG_S: Final = 30.0
+"""A service that says nothing for so long hangs."""
+LOOK_S: Final = 1.0
+"""How often what services say is looked at."""
+_US: Final = 1_000_000
+_LONGEST_MESSAGE: Final = 4096
 _HEARD: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
 
 
@@ -42,17 +50,22 @@ class Child:
 
     role: str
     command: list[str]
+    notify: socket.socket
+    """Where it says that it lives, by the protocol of service managers."""
     pid: int = 0
     """Its process; 0 while there is none."""
     started_at: float = 0.0
     pause_s: float = 0.0
     due: float = 0.0
     """When it is to be started."""
+    fed_at: float = 0.0
+    """When it last said that it lives; 0 before it has."""
 
-    def start(self, now: float) -> None:
+    def start(self, now: float, watchdog_s: float) -> None:
         """Start it; it hears all signals, whatever this process blocks."""
-        self.pid = os.posix_spawn(sys.executable, self.command, os.environ, setsigmask=[])
-        self.started_at = now
+        told = {"NOTIFY_SOCKET": self.notify.getsockname(), "WATCHDOG_USEC": str(int(watchdog_s * _US))}
+        self.pid = os.posix_spawn(self.command[0], self.command, os.environ | told, setsigmask=[])
+        self.started_at, self.fed_at = now, 0.0
         _say("info", "service started", role=self.role, pid=self.pid)
 
     def ended(self, now: float) -> None:
@@ -63,6 +76,16 @@ class Child:
         self.due = now + self.pause_s
         self.pause_s = min(max(SHORTEST_PAUSE_S, 2 * self.pause_s), LONGEST_PAUSE_S)
 
+    def listen(self, now: float) -> None:
+        """Take what it has said since the last look."""
+        while True:
+            try:
+                said = self.notify.recv(_LONGEST_MESSAGE)
+            except BlockingIOError:
+                return
+            if b"WATCHDOG=1" in said.splitlines():
+                self.fed_at = now
+
     def tell(self, number: signal.Signals) -> None:
         """Send it a signal. Until it is reaped, which only happens here, its number is its own."""
         if self.pid:
@@ -72,8 +95,12 @@ class Child:
 class Supervisor:
     """Keeps the services of a host running until told to stop."""
 
-    def __init__(self, children: list[Child], *, stop_timeout_s: float) -> None:
+    def __init__(
+        self, children: list[Child], *, stop_timeout_s: float, watchdog_s: float = WATCHDOG_S
+    ) -> None:
         self._children = children
+        self._watchdog_s = watchdog_s
+        self._looked_at = time.monotonic()
         self._stop_timeout_s = stop_timeout_s
         self._began = time.monotonic()
         self._deadline: float | None = None
@@ -89,20 +116,23 @@ class Supervisor:
             if self._deadline is None:
                 for child in self._children:
                     if not child.pid and now >= child.due:
-                        child.start(now)
+                        child.start(now, self._watchdog_s)
             elif now >= self._deadline:
                 self._tell(signal.SIGKILL)
             heard = signal.sigtimedwait(_HEARD, self._longest_wait_s(now))
             if heard is not None:
                 self._hear(signal.Signals(heard.si_signo))
             self._reap()
+            self._end_those_that_hang()
         return self._exit_code
 
     def _longest_wait_s(self, now: float) -> float:
-        moments = [child.due for child in self._children if not child.pid and self._deadline is None]
+        moments = [now + min(LOOK_S, self._watchdog_s / 4)]
         if self._deadline is not None:
             moments.append(self._deadline)
-        return max(0.01, min(moments, default=now + LONGEST_PAUSE_S) - now)
+        else:
+            moments += [child.due for child in self._children if not child.pid]
+        return max(0.01, min(moments) - now)
 
     def _hear(self, number: signal.Signals) -> None:
         if number is signal.SIGHUP:
@@ -119,6 +149,19 @@ class Supervisor:
     def _tell(self, number: signal.Signals) -> None:
         for child in self._children:
             child.tell(number)
+
+    def _end_those_that_hang(self) -> None:
+        now = time.monotonic()
+        stood = now - self._looked_at > self._watchdog_s / 2
+        self._looked_at = now
+        for child in self._children:
+            child.listen(now)
+            if child.fed_at and stood:  # not it, but all of this container, was halted
+                child.fed_at = now
+            if child.pid and child.fed_at and now - child.fed_at > self._watchdog_s:
+                _say("error", "a service hangs and is ended", role=child.role, pid=child.pid)
+                child.fed_at = 0.0
+                child.tell(signal.SIGKILL)
 
     def _reap(self) -> None:
         """Collect everything that has ended: services, and orphans such as machines whose service went first."""
@@ -160,9 +203,27 @@ def main() -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     options = [] if arguments.config is None else ["--config", str(arguments.config)]
     children = [
-        Child(role, [sys.executable, "-m", module, *options]) for role, module in sorted(MODULES.items())
+        Child(
+            role,
+            [sys.executable, "-m", module, *options],
+            notify_socket(config.run_dir / f"{role}-notify.sock"),
+        )
+        for role, module in sorted(MODULES.items())
     ]
     sys.exit(Supervisor(children, stop_timeout_s=config.stop_timeout_s + SLACK_S).run())
+
+
+def notify_socket(path: Path) -> socket.socket:
+    """A socket on which a service says that it lives; only this user can write to it."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    listening.setblocking(False)
+    before = os.umask(0o177)
+    try:
+        listening.bind(os.fspath(path))
+    finally:
+        os.umask(before)
+    return listening
 
 
 def _say(level: str, event: str, **fields: object) -> None:
