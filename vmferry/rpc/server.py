@@ -85,7 +85,7 @@ async def start_server(
     data = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
     admin = grpc.aio.server(options=_ADMIN_OPTIONS)
     names = services(data)
-    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined] # missing in its stubs
+    servicer = _Health()
     for name in names:
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     _add_common(data, servicer, names)
@@ -120,6 +120,16 @@ def _bind_admin(server: grpc.aio.Server, target: str, setting: str) -> Path | No
     with private_files(), _naming(setting, target):
         server.add_insecure_port(f"{UNIX}{path}")
     return path
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[name-defined,misc] # missing in its stubs
+    """The library's, which has no method for the list that its contract has."""
+
+    async def List(self, _request: object, _context: object) -> health_pb2.HealthListResponse:  # noqa: N802 - named there
+        """How every service is."""
+        asked = {name: health_pb2.HealthCheckRequest(service=name) for name in self._server_status}
+        statuses = {name: await self.Check(request, None) for name, request in asked.items()}
+        return health_pb2.HealthListResponse(statuses=statuses)
 
 
 @contextlib.contextmanager
