@@ -107,7 +107,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 )
         self._watcher = asyncio.create_task(watch(self._arrivals, self._config))
 
-    def wind_down(self) -> int:
+    async def wind_down(self) -> int:
         """Take nothing new; how many machines are arriving."""
         self._stopping = True
         return sum(arrival.receiver is not None for arrival in self._arrivals.values())

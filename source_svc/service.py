@@ -109,10 +109,11 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         await self._metadata.start()
         self._dispatcher.start()
 
-    def wind_down(self) -> int:
-        """Take nothing new; how many migrations still run."""
+    async def wind_down(self) -> int:
+        """Take nothing new, and let nothing begin that waits; how many migrations still run."""
         self._stopping = True
-        return len(self._running)
+        await self._dispatcher.stop()
+        return len(self._underway)
 
     async def stop(self) -> None:
         """Give machines back whose hand-off has not begun; leave the others, and what waits, to the next start."""

@@ -72,7 +72,7 @@ class Service(Protocol):
     async def recover(self) -> None:
         """Go on where the journals say that an earlier process stopped; before the first call."""
 
-    def wind_down(self) -> int:
+    async def wind_down(self) -> int:
         """Take nothing new; returns how many migrations still run here."""
 
     async def stop(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -53,12 +53,12 @@ class Lifetime:
         self._notifier.ready(status)
         await self._stop.wait()
 
-    async def wind_down(self, count_running: Callable[[], int], within_s: float) -> None:
+    async def wind_down(self, count_running: Callable[[], Awaitable[int]], within_s: float) -> None:
         """Wait until nothing runs any more, for so long at most, or until the service is told again."""
         deadline = asyncio.get_running_loop().time() + within_s
-        _LOG.info("stopping", running=count_running(), within_s=within_s)
+        _LOG.info("stopping", running=await count_running(), within_s=within_s)
         while True:
-            running = count_running()
+            running = await count_running()
             self._notifier.stopping(f"stopping; {running} migrations still run", within_s + _GIVING_BACK_S)
             left_s = deadline - asyncio.get_running_loop().time()
             if not running or left_s <= 0 or self._hurry.is_set():
