@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.grpcurl.page import calls, script
+from tests.grpcurl.page import Call, calls, script
 from tests.integration.test_contract import find_buf
 from tests.support import require
 from vmferry.cli.demo_hosts import two_hosts
@@ -52,5 +52,9 @@ async def test_the_page_works_as_pasted(tmp_path: Path) -> None:
         )
         said, _ = await asyncio.wait_for(process.communicate(text.encode()), LIMIT_S)
     made = [json.loads(line) for line in noted.read_text(encoding="utf-8").splitlines()]
-    found = [(call["method"], call["refused"]) for call in made]
-    assert found == [(call.method, call.refused) for call in calls()], said.decode()[-6000:]
+    found = [Call(call["method"], call["refused"]) for call in made]
+    others = [
+        f"{there} instead of {meant}" for there, meant in zip(found, calls(), strict=False) if there != meant
+    ]
+    assert not others, f"{said.decode()}\n{others}"
+    assert len(found) == len(calls()), said.decode()
