@@ -3,9 +3,6 @@
 Promise: a resource changes only through its methods, each change has a higher revision, also than those of earlier
 runs of the service, and wakes every watcher; an ended migration never changes again. What has ended is handed to the
 history, and tried again if that could not take it; nobody waits for that.
-
-For figures: a function in :attr:`Migrations.listeners` is called after every change, in the event loop, with the
-resource, which it must not change or keep.
 """
 
 from __future__ import annotations
@@ -152,7 +149,6 @@ class Migrations:
     """All migrations of this host."""
 
     def __init__(self, history: History) -> None:
-        self.listeners: list[Callable[[pb.Migration], None]] = []
         self._history = history
         self._by_id: dict[str, Migration] = {}
         self._by_request: dict[str, Migration] = {}
@@ -226,8 +222,6 @@ class Migrations:
             await asyncio.gather(*self._saving)
 
     def _changed(self, migration: Migration) -> None:
-        for listener in self.listeners:
-            listener(migration.message)
         if migration.ended:
             self._unsaved[migration.id] = migration
         begins_to_copy = (

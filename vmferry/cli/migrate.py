@@ -240,13 +240,19 @@ async def migrate(
         if not wait:
             _print_started(migration, json=json)
             return
-        try:
-            with progress_view() as view:
-                migration = await follow(source, migration.id, view, last=migration)
-        except asyncio.CancelledError:
-            say(f"the migration goes on: vmferry watch {migration.id}, or vmferry cancel {migration.id}")
-            raise
+        migration = await _followed(source, migration)
     finish(migration, json=json)
+
+
+async def _followed(source: Source, migration: Migration) -> Migration:
+    """Show it to its end; Ctrl-C ends the showing only."""
+    try:
+        async with source.keeping_ticket(migration):
+            with progress_view() as view:
+                return await follow(source, migration.id, view, last=migration)
+    except asyncio.CancelledError:
+        say(f"the migration goes on: vmferry watch {migration.id}, or vmferry cancel {migration.id}")
+        raise
 
 
 @calls_source

@@ -20,13 +20,20 @@ import grpc.aio
 
 from vmferry.client.places import Target, check_address, host_identity
 from vmferry.client.watching import AWAY, PATIENCE, Patience, Watched, watch
-from vmferry.errors import PeerIdentityError, PeerUnreachableError, TimedOutError, VmferryError
+from vmferry.errors import (
+    MachineNotFoundError,
+    PeerIdentityError,
+    PeerUnreachableError,
+    TimedOutError,
+    VmferryError,
+    WrongPhaseError,
+)
 from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.material import TlsMaterial
 from vmferry.security.renewal import CurrentMaterial
-from vmferry.security.tickets import TicketSigner
+from vmferry.security.tickets import MAX_VALID_S, TicketSigner
 from vmferry.security.tls import TlsFiles, is_identity_mismatch, open_channel
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.compatibility_pb2 import CompatibilityReport
@@ -39,6 +46,8 @@ if TYPE_CHECKING:  # the stub's type exists for checkers only
 CALL_TIMEOUT_S: Final = 30.0
 """Limit of one call; the source may have to ask another host before it can answer."""
 _MIB: Final = 1024 * 1024
+_PAGE: Final = 500
+"""The most that a page of a list may hold."""
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -216,8 +225,13 @@ class SourceClient:
                 request_id=request_id,
             ) from error
 
-    def ticket(self, machine: Machine, to_host: str) -> bytes:
+    def ticket(self, machine: Machine, to_host: str, *, migration_id: bytes | None = None) -> bytes:
         """A ticket for moving a machine from here to a host, signed with the key in the TLS directory.
+
+        Args:
+            machine: what is to move.
+            to_host: where it may go.
+            migration_id: of a migration that waits already; without it one is made up.
 
         Raises:
             ConfigError: there is no usable key.
@@ -228,7 +242,23 @@ class SourceClient:
             destination=Identity.parse(to_host),
             max_memory_bytes=machine.spec.memory_mib * _MIB,
             max_vcpus=machine.spec.vcpus,
+            migration_id=migration_id,
         )
+
+    async def keep_ticket(self, migration: pb.Migration, *, every_s: float = MAX_VALID_S / 2) -> None:
+        """Give a migration new tickets for as long as it waits in the queue; ends when it has left it."""
+        migration_id = bytes.fromhex(migration.id)
+        while migration.phase == pb.MIGRATION_PHASE_QUEUED:
+            await asyncio.sleep(every_s)
+            try:
+                machine = await self.get_machine(migration.machine_id)
+                ticket = self.ticket(machine, migration.destination.host, migration_id=migration_id)
+                request = pb.UpdateMigrationRequest(id=migration.id, ticket=ticket)
+                migration = (await self.call(self.stub.UpdateMigration, request)).migration
+            except AWAY:
+                continue
+            except (WrongPhaseError, MachineNotFoundError):  # it has begun, or has gone
+                return
 
     async def migrate(
         self,
@@ -241,7 +271,18 @@ class SourceClient:
     ) -> pb.Migration:
         """Move a machine; returns how it came out, and raises nothing because it came out badly."""
         started = await self.start(machine, to, options=options, request_id=request_id)
-        return await self.wait(started.id, last=started, patience=patience)
+        async with self.keeping_ticket(started):
+            return await self.wait(started.id, last=started, patience=patience)
+
+    @contextlib.asynccontextmanager
+    async def keeping_ticket(self, migration: pb.Migration) -> AsyncIterator[None]:
+        """Have :meth:`keep_ticket` done meanwhile; what it meets harms nobody but the ticket."""
+        keeping = asyncio.create_task(self.keep_ticket(migration))
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
 
     async def watch(
         self,
@@ -301,6 +342,7 @@ class SourceClient:
         found: list[pb.Migration] = []
         request = pb.ListMigrationsRequest()
         request.CopyFrom(wanted)
+        request.page_size = wanted.page_size or _PAGE
         while True:
             answer = await self.ask(lambda: self.call(self.stub.ListMigrations, request))
             found.extend(answer.migrations)

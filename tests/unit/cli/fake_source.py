@@ -42,6 +42,7 @@ class FakeSource(SourceServiceServicer):
         script: what WatchMigration sends; an error ends the stream, and the next call goes on behind it.
         lost_answers: how many calls of StartMigration end as if the service were away, after being carried out.
         requests: what came in, newest last.
+        updates: what UpdateMigration answers with, in turn, before it answers with the migration.
         resumed: the tokens that WatchMigration was called with.
     """
 
@@ -52,6 +53,7 @@ class FakeSource(SourceServiceServicer):
         self.lost_answers = 0
         self.away = ServiceStoppingError("the service is stopping")
         self.resumed: list[str] = []
+        self.updates: list[migration_pb2.Migration | VmferryError] = []
         self.migrations = [migration(), migration(outcome=migration_pb2.MIGRATION_OUTCOME_COMPLETED)]
         self.report = compatibility_pb2.CompatibilityReport(
             compatible=True, protocol_version=1, tracker="pagemap-scan"
@@ -173,7 +175,10 @@ class FakeSource(SourceServiceServicer):
     def UpdateMigration(self, request: Any, context: Any) -> Any:
         self._find_migration(request.id, context)
         self.requests.append(request)
-        return migration_pb2.UpdateMigrationResponse(migration=self.migrations[0])
+        answer = self.updates.pop(0) if self.updates else self.migrations[0]
+        if isinstance(answer, VmferryError):
+            _abort(context, answer)
+        return migration_pb2.UpdateMigrationResponse(migration=answer)
 
     def _find(self, name: str, context: Any) -> None:
         if name not in ("web-1", MACHINE_ID):

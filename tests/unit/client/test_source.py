@@ -24,6 +24,7 @@ from vmferry.errors import (
     TicketInvalidError,
 )
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1.ticket_pb2 import SignedTicket, Ticket
 
 THERE = Target(HOST_B, "127.0.0.1:1")
 QUICK = Tries(attempts=4, pause_s=0.01)
@@ -51,6 +52,22 @@ async def test_a_migration_is_started_once_however_often_the_answer_is_lost(
     assert len(source.requests) == 4
     assert len({(request.request_id, request.ticket) for request in source.requests}) == 1
     assert len(source.tickets) == 1
+
+
+async def test_a_ticket_is_renewed_for_as_long_as_it_waits(client: SourceClient, source: FakeSource) -> None:
+    """Each is for the same migration and a new one; a lost answer costs one of them, and it ends with the queue."""
+    waiting = migration(phase=pb.MIGRATION_PHASE_QUEUED)
+    source.migrations = [waiting]
+    source.updates = [waiting, AWAY, waiting, migration()]
+
+    await client.keep_ticket(waiting, every_s=0.01)
+
+    assert len(source.requests) == 4
+    tickets = [SignedTicket.FromString(request.ticket).ticket for request in source.requests]
+    read = [Ticket.FromString(ticket) for ticket in tickets]
+    assert {one.migration_id.hex() for one in read} == {MIGRATION_ID}
+    assert len({one.nonce for one in read}) == 4
+    assert {one.destination for one in read} == {HOST_B}
 
 
 async def test_a_start_whose_answer_stays_lost_says_that_it_may_have_begun(
