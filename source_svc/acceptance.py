@@ -47,6 +47,8 @@ class Accepted:
     """Its place in the order of arrival."""
     tries: int = 0
     """How often its destination had no room."""
+    remembered: bool = True
+    """Whether it would be there after a restart."""
     ended_by: VmferryError | None = None
     """What put an end to it just as it came back to the queue."""
 

@@ -91,7 +91,10 @@ class Dispatcher:
         """Let nothing begin any more; what waits is left to the next start."""
         self._stopping = True
         if self._task is not None:
-            self._task.cancel()
+            async with (
+                self._deciding
+            ):  # what is just being begun is begun, and then interrupted like the others
+                self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def order(
@@ -121,8 +124,8 @@ class Dispatcher:
             accepted = await self._acceptance.accept(request, caller, traceparent=traceparent)
             migration = accepted.migration
             self._migrations.add(migration)
-            await self._migrations.remember(migration, ticket=accepted.ticket, traceparent=traceparent)
             self._add(accepted)
+            await self._remember(accepted)
         await self._decide()
         return migration
 
@@ -134,11 +137,16 @@ class Dispatcher:
 
     async def cancel(self, migration_id: str, why: str) -> bool:
         """End a migration that waits; false if it does not."""
-        accepted = self._waiting.pop(migration_id, None)
+        error = CancelledByCallerError(why)
+        if migration_id in self._begun and self._underway.get(migration_id) is None:
+            self._begun[migration_id].ended_by = error  # it is just about to leave the queue
+            return True
+        accepted = self._waiting.get(migration_id)
         if accepted is None:
             return False
-        await accepted.migration.end(pb.MIGRATION_OUTCOME_CANCELLED, CancelledByCallerError(why))
+        await self._end(accepted, error)
         self._due.set()
+        await self._migrations.flush()  # no journal knows of it, and a restart must not let it begin
         return True
 
     async def update(self, migration_id: str, request: pb.UpdateMigrationRequest) -> bool:
@@ -193,13 +201,18 @@ class Dispatcher:
             if self._stopping:
                 return None
             await self._end_expired()
+            for back in [one for one in self._waiting.values() if not one.remembered]:
+                await self._remember(back)
             while True:
                 now_s = asyncio.get_running_loop().time()
                 plan = queue_policy.decide(self._facts(now_s))
-                if not plan.start:
+                if not plan.start or self._stopping:
                     break
                 for migration_id in plan.start:
-                    await self._begin(self._waiting.pop(migration_id))
+                    if (
+                        migration_id in self._waiting and not self._stopping
+                    ):  # both may have changed meanwhile
+                        await self._begin(self._waiting[migration_id])
             for migration_id, place in plan.places.items():
                 if (accepted := self._waiting.get(migration_id)) is not None:
                     await self._show(accepted, place, len(plan.places), now_s)
@@ -232,23 +245,34 @@ class Dispatcher:
             waiting, running, self._config.max_outgoing, now_s, self._full, self._served
         )
 
+    async def _remember(self, accepted: Accepted) -> None:
+        accepted.remembered = True
+        await self._migrations.remember(
+            accepted.migration, ticket=accepted.ticket, traceparent=accepted.traceparent
+        )
+
     async def _begin(self, accepted: Accepted) -> None:
         migration = accepted.migration
+        self._begun[migration.id] = self._waiting.pop(migration.id)
+        accepted.remembered = False
+        await self._migrations.begun(migration)
+        if accepted.ended_by is not None:  # meanwhile
+            await self._end(accepted, accepted.ended_by)
+            return
         self._served[migration.message.caller] = max(self._served.values(), default=0) + 1
         try:
             outgoing = self._acceptance.begin(accepted)
         except VmferryError as error:
-            await migration.end(pb.MIGRATION_OUTCOME_FAILED, error)
+            await self._end(accepted, error)
             return
         except Exception as error:  # noqa: BLE001 - of one migration; the others must not wait for it
             _LOG.exception("a migration could not begin", migration=migration.id)
-            await migration.end(pb.MIGRATION_OUTCOME_FAILED, InternalError(f"unexpected: {error!r}"))
+            await self._end(accepted, InternalError(f"unexpected: {error!r}"))
             return
         if migration.message.HasField("queue"):
             began_ns = migration.message.create_time.ToNanoseconds()
             past_phase("queue", began_ns, parent=accepted.traceparent, migration_id=migration.id)
         outgoing.on_taken_in = self._taken_in(accepted.destination)
-        self._begun[migration.id] = accepted
         self._underway.follow(outgoing, outgoing.departure)
 
     async def _show(self, accepted: Accepted, place: queue_policy.Place, length: int, now_s: float) -> None:
@@ -291,11 +315,14 @@ class Dispatcher:
     async def _end_expired(self) -> None:
         now = datetime.now(UTC)
         for accepted in [one for one in self._waiting.values() if self._expires(one) <= now]:
-            del self._waiting[accepted.migration.id]
-            error = accepted.ended_by or _why_expired(accepted, now)
-            cancelled = isinstance(error, CancelledByCallerError)
-            outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
-            await accepted.migration.end(outcome, error)
+            await self._end(accepted, accepted.ended_by or _why_expired(accepted, now))
+
+    async def _end(self, accepted: Accepted, error: VmferryError) -> None:
+        self._waiting.pop(accepted.migration.id, None)
+        self._begun.pop(accepted.migration.id, None)
+        cancelled = isinstance(error, CancelledByCallerError)
+        outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
+        await accepted.migration.end(outcome, error)
 
     def _expires(self, accepted: Accepted) -> datetime:
         if accepted.ended_by is not None:

@@ -2,8 +2,8 @@
 
 Promise: it is memory, not truth. What became of an attempt is said by the journals; a row that was never written, or
 was lost, costs an answer to "what was that?" and nothing else. One row for each migration, written when it is
-accepted (with what is needed to begin it after a restart), when it begins to copy, and when it has ended (then
-without its ticket). Rows of ended migrations are removed by age and by count.
+accepted (with the ticket to begin it after a restart), when it begins (from then on without), when it begins to copy,
+and when it has ended. Rows of ended migrations are removed by age and by count.
 
 For readers (lists, the web page, figures)::
 
@@ -58,7 +58,7 @@ class Remembered:
 
     message: pb.Migration
     ticket: bytes
-    """To begin it with; empty once it cannot be used again."""
+    """To begin it with; empty once it has begun."""
     traceparent: str
     """Of whoever asked for it."""
 
@@ -158,6 +158,12 @@ class History:
                 self._prune(db)
 
         return await self._store.tell(write)
+
+    async def begun(self, migration_id: str) -> None:
+        """Note that a migration has left the queue, so that a restart does not begin it a second time."""
+        await self._store.tell(
+            lambda db: db.execute("UPDATE migrations SET ticket = NULL WHERE id = ?", (migration_id,))
+        )
 
     async def prune(self) -> None:
         """Remove what is too old or too much."""

@@ -176,6 +176,10 @@ class Migrations:
         """Have what is asked of a migration that waits known after a restart, too."""
         await self._history.save(migration.snapshot(), ticket=ticket, traceparent=traceparent)
 
+    async def begun(self, migration: Migration) -> None:
+        """Have it known that a migration has left the queue."""
+        await self._history.begun(migration.id)
+
     async def find(self, migration_id: str) -> Migration:
         """The migration of this id, ended ones of the history included.
 

@@ -2,7 +2,7 @@
 
 Promise: what became of an attempt is said by the journals alone; memory gives it back its name, its request and its
 trace. A migration that no journal knows was never begun and waits again, if it still may; nothing that was begun is
-begun a second time. A memory that is lost changes none of that.
+begun a second time, and what had left the queue counts as begun. A memory that is lost changes none of that.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class Restart:
         message = one.message
         migration = Migration(message)
         last = await asyncio.to_thread(self._last_record, message)
-        if last is None:
+        if last is None and one.ticket:
             try:
                 accepted = self._acceptance.resume(migration, one.ticket, one.traceparent)
             except VmferryError as error:
@@ -153,7 +153,7 @@ class Restart:
             else:
                 await self._dispatcher.restore(accepted)
             return
-        # It ended, and the service did before that could be remembered.
+        # It had begun, and the service ended before the end of it could be remembered.
         self._migrations.add(migration)
         if last is RecordKind.DONE:
             message.owner = message.destination.host

@@ -109,6 +109,22 @@ async def test_cancelled_while_it_negotiates(world: World, guest: Guest) -> None
     await world.assert_stays(guest, world.a, world.b)
 
 
+async def test_killed_while_it_negotiates(world: World, guest: Guest) -> None:
+    """What had left the queue is not begun again by itself after a restart, although no journal knows of it."""
+    world.b.dest.hold()
+    try:
+        migration_id = await world.start(guest, world.a, world.b)
+        await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_NEGOTIATING)
+        await world.a.source.kill()
+        await world.a.source.start()
+        ended = await world.ended(world.a, migration_id)
+        assert (ended.outcome, ended.reason.reason) == (FAILED, "WRONG_PHASE")
+        assert "restarted" in ended.reason.message
+    finally:
+        world.b.dest.resume()
+    await world.assert_stays(guest, world.a, world.b)
+
+
 async def test_too_late_once_the_hand_off_has_begun(world: World, guest: Guest) -> None:
     """Neither a caller nor a deadline can end it any more, and both are told so by name; it completes."""
     async with armed(world, "dest.recording.owned", "stop") as service:

@@ -128,12 +128,14 @@ async def test_the_queue_and_the_history_survive_a_kill(world: World, slow: str)
     await world.enters(world.a, kept, PRECOPYING)
     requests = [world.order(await world.run(), world.a, world.b, priority=one) for one in (1, 7)]
     low, high = [await started(world, request) for request in requests]
+    gone = await cancel(world, await world.start(await world.run(), world.a, world.b))
     before = await listed(world)
 
     await world.a.source.kill()
     await world.a.source.start()
 
     assert await world.state(world.a, crossed.id) == crossed
+    assert await world.state(world.a, gone.id) == gone
     assert {one.id for one in await listed(world)} == {one.id for one in before}
     aborted = await world.ended(world.a, kept)  # its attempt was open, and closed by the restart
     assert (aborted.outcome, aborted.options.max_bandwidth) == (FAILED, SLOW)
