@@ -1,13 +1,15 @@
-"""What puts an end to a migration from outside, as errors: its deadline; and the one answer that does not end it.
+"""What puts an end to a migration from outside: its deadline.
 
 Promise: a deadline is by this host's clock, and counts until the hand-off begins, never afterwards.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 
-from vmferry.errors import TimedOutError, TooManyMigrationsError
+from vmferry.errors import TimedOutError, VmferryError
 from vmferry.v1 import migration_pb2 as pb
 
 
@@ -37,6 +39,22 @@ def deadline_passed(options: pb.MigrationOptions) -> TimedOutError:
     )
 
 
-def has_no_room(error: BaseException) -> bool:
-    """Whether a destination takes in as many migrations as it may, and may have room later."""
-    return isinstance(error, TooManyMigrationsError) and error.metadata.get("limit") == "max_incoming"
+class Deadline:
+    """The deadline of a migration that is under way, which may be changed."""
+
+    def __init__(self, end: Callable[[VmferryError], None]) -> None:
+        """``end`` is called with the reason when it passes."""
+        self._end = end
+        self._timer: asyncio.TimerHandle | None = None
+
+    def keep(self, options: pb.MigrationOptions) -> None:
+        """From now on this is the deadline, if there is one."""
+        self.cancel()
+        if options.HasField("deadline"):
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(seconds_left(options), lambda: self._end(deadline_passed(options)))
+
+    def cancel(self) -> None:
+        """It does not count any more."""
+        if self._timer is not None:
+            self._timer.cancel()

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from source_svc.announcing import Announcements
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
-from source_svc.ending import deadline_passed, has_no_room, seconds_left
+from source_svc.ending import Deadline
 from source_svc.files import incompatible, shown
 from source_svc.following import Followed
 from source_svc.forecasts import Forecasts
@@ -27,6 +28,7 @@ from source_svc.orders import Order
 from source_svc.peer import Destination
 from source_svc.planning import Plan
 from source_svc.readiness import Readiness
+from source_svc.room import has_no_room, until_room
 from source_svc.streaming import StreamedCopy
 from source_svc.switching import Switch
 from source_svc.terms import Terms
@@ -105,7 +107,7 @@ class Outgoing(Followed):
         self._committed = False
         self._stopping = False
         self._traceparent = traceparent
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline = Deadline(self._end)
         self._switch: Switch | None = None
         self._may_be_paused = False
         """The guest was, or is, or will be paused for this migration, even if nobody said that it was."""
@@ -119,7 +121,7 @@ class Outgoing(Followed):
         # In the trace of whoever asked for it, whatever the queue did meanwhile.
         context = context_of(self._traceparent)
         self._task = asyncio.create_task(self._run(), name=f"migration-{self.migration.id}", context=context)
-        self._keep_deadline()
+        self._deadline.keep(self.migration.message.options)
         return self._task
 
     @property
@@ -156,7 +158,7 @@ class Outgoing(Followed):
             )
         self._terms.change(order)
         self.migration.message.options.CopyFrom(options)
-        self._keep_deadline()
+        self._deadline.keep(self.migration.message.options)
         await self.migration.touch()
 
     async def interrupt(self) -> None:
@@ -173,17 +175,6 @@ class Outgoing(Followed):
             if self._began:  # a task that is cancelled before that would do nothing at all
                 self._task.cancel()
 
-    def _keep_deadline(self) -> None:
-        """Give it up when its deadline passes, if the hand-off has not begun by then."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-        options = self.migration.message.options
-        if options.HasField("deadline"):
-            loop = asyncio.get_running_loop()
-            self._deadline = loop.call_later(
-                seconds_left(options), lambda: self._end(deadline_passed(options))
-            )
-
     async def _run(self) -> None:
         self._began = True
         message = self.migration.message
@@ -198,8 +189,7 @@ class Outgoing(Followed):
                     await to_the_end(self._give_back(self._translated(error)))
         finally:
             self._notice.close(unsettled=not isinstance(self._departure.state, source.Quiet))
-            if self._deadline is not None:
-                self._deadline.cancel()
+            self._deadline.cancel()
             await self._tidy_up()
             await self._destination.close()
             self._departure.close()
@@ -309,22 +299,21 @@ class Outgoing(Followed):
         order, machine = self._order, self._machine
         async with shown(machine.spec, self._plan.contents, pid=machine.pid) as files:
             files.check()
-            return await until_reached(
-                lambda: self._destination.begin(
-                    attempt,
-                    ticket=order.ticket,
-                    spec=machine.spec,
-                    lanes=order.lanes,
-                    protocol_version=self._protocol_version,
-                    files=files.identities,
-                    path=self.migration.message.path,
-                    encodings=self._encodings,
-                    reconnect_timeout_s=order.reconnect_timeout_s,
-                    timeout_s=order.reserve_timeout_s,
-                ),
-                "Begin",
-                order.reconnect_timeout_s,
+            ask = partial(
+                self._destination.begin,
+                attempt,
+                ticket=order.ticket,
+                spec=machine.spec,
+                lanes=order.lanes,
+                protocol_version=self._protocol_version,
+                files=files.identities,
+                path=self.migration.message.path,
+                encodings=self._encodings,
+                reconnect_timeout_s=order.reconnect_timeout_s,
+                timeout_s=order.reserve_timeout_s,
             )
+            reached = partial(until_reached, ask, "Begin", order.reconnect_timeout_s)
+            return await until_room(reached, self.migration, self._config)
 
     async def _switch_over(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
@@ -394,7 +383,8 @@ class Outgoing(Followed):
 
     async def _give_back(self, error: VmferryError) -> None:
         """The guest goes on here, and the destination keeps nothing."""
-        log = _LOG.info if has_no_room(error) else _LOG.warning
+        self.no_room = has_no_room(error)
+        log = _LOG.info if self.no_room else _LOG.warning
         log("giving the machine back", migration=self.migration.id, reason=error.reason, detail=error.message)
         span_attributes(reason=error.reason)
         self.reason = f"{error.reason}: {error.message}"
@@ -418,8 +408,7 @@ class Outgoing(Followed):
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
         self.migration.message.owner = self._own
-        if has_no_room(error) and not self._departure.overridden:
-            self.no_room = True
+        if self.no_room:
             return
         cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED

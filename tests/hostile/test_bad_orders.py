@@ -155,14 +155,12 @@ async def test_a_host_takes_in_only_so_many(world: World, link: Proxy) -> None:
 
 
 async def test_two_that_ask_at_once_both_arrive(world: World) -> None:
-    """Where one has room and both have seen it, one is refused when it begins, waits, and goes after the other."""
+    """Where one has room and both have seen it, the second one waits, whatever it has begun, and goes then."""
     guests = [await world.run(), await world.run()]
     async with configured(world.b.dest, max_incoming=1):
         started = [world.start(guest, world.a, world.b) for guest in guests]
         ended = [await world.ended(world.a, one) for one in await asyncio.gather(*started)]
         assert [one.outcome for one in ended] == [pb.MIGRATION_OUTCOME_COMPLETED] * 2, ended
-        waited = [one for one in ended if one.timings[0].phase == pb.MIGRATION_PHASE_QUEUED]
-        assert len(waited) == 1
         for guest in guests:
             await world.assert_stays(guest, world.b, world.a)
 

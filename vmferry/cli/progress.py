@@ -78,7 +78,8 @@ def facts(migration: Migration) -> str:
     parts = []
     if migration.HasField("queue"):
         queue = migration.queue
-        return f"place {queue.position} of {queue.length}: {queue.waits_for}"
+        place = f"place {queue.position} of {queue.length}: " if queue.position else ""
+        return f"{place}{queue.waits_for}"
     if progress.HasField("disconnected_since"):
         left_s = milliseconds(progress.reconnect_left) / 1e3
         parts = [f"connection lost, trying again for {left_s:.0f} s"]

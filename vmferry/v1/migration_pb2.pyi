@@ -306,7 +306,7 @@ class QueueState(_message.Message):
     TRIES_FIELD_NUMBER: _builtins.int
     NEXT_TRY_TIME_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Its place among all that wait at this host; the first is 1."""
+    """Its place among all that wait at this host; the first is 1. 0 if it has left the queue."""
     length: _builtins.int
     """How many wait."""
     waits_for: _builtins.str
@@ -631,7 +631,7 @@ class Migration(_message.Message):
 
     @_builtins.property
     def queue(self) -> Global___QueueState:
-        """Its place in the queue; absent unless it is in phase QUEUED."""
+        """What it waits for, in phase QUEUED; in RESERVING, that its destination filled up after it had been asked."""
 
     def __init__(
         self,
