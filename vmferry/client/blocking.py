@@ -118,6 +118,10 @@ class BlockingSourceClient:
         """Cancel a migration whose hand-off has not begun."""
         return self.run(self._client.cancel(migration_id))
 
+    def switch_now(self, migration_id: str) -> pb.Migration:
+        """Have the guest paused after this round, whatever the pause."""
+        return self.run(self._client.switch_now(migration_id))
+
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

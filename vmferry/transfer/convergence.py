@@ -116,7 +116,7 @@ class Decision:
     waiting: bool = False
     """Nothing is left to try, and the caller wants to wait."""
     forced: bool = False
-    """Nothing is left to try, and the caller wants to switch whatever the pause."""
+    """Whatever the pause: nothing is left to try and the caller chose that, or a caller wants it now."""
 
 
 # Pausing, device state, seal, two synced records and the resume: measured at 5 to 15 ms, allowed for generously.
@@ -156,7 +156,7 @@ def decide(
     eta = last.dirty_bytes / (rate - dirty_rate) if dirty_rate < rate else None
     found = Decision(Verdict.CONTINUE, rate, dirty_rate, downtime, eta, allowed, effort)
     if limits.switch_now:
-        return replace(found, verdict=Verdict.SWITCH, eta_s=0.0, forced=not fits, why="a caller wants it now")
+        return replace(found, verdict=Verdict.SWITCH, eta_s=0.0, forced=True, why="a caller wants it now")
     last_chance = last.number >= limits.max_rounds
     if fits:
         if last_chance or effort != NO_EFFORT or not _worth_another_round(last, rate, dirty_rate):
