@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmferry.config import load_config
-from vmferry.errors import VmferryError
+from vmferry.config import HostConfig, load_config
+from vmferry.errors import ConfigError, VmferryError
 
 MODULES: Final = {"source": "source_svc", "dest": "dest_svc"}
 SHORTEST_PAUSE_S: Final = 0.5
@@ -63,6 +63,7 @@ class Child:
 
     def start(self, now: float, watchdog_s: float) -> None:
         """Start it; it hears all signals, whatever this process blocks."""
+        self.listen(now)  # what the one before has said is not this one's
         told = {"NOTIFY_SOCKET": self.notify.getsockname(), "WATCHDOG_USEC": str(int(watchdog_s * _US))}
         self.pid = os.posix_spawn(self.command[0], self.command, os.environ | told, setsigmask=[])
         self.started_at, self.fed_at = now, 0.0
@@ -196,21 +197,29 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config)
+        children = _children(config, arguments.config)
     except VmferryError as error:
         sys.stderr.write(f"vmferry-host: {error.message}. {error.instance_remedy}\n")
         sys.exit(int(error.exit_code))
-    for folder in (config.state_dir, config.run_dir):  # on volumes and memory that begin empty
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    options = [] if arguments.config is None else ["--config", str(arguments.config)]
-    children = [
-        Child(
-            role,
-            [sys.executable, "-m", module, *options],
-            notify_socket(config.run_dir / f"{role}-notify.sock"),
-        )
-        for role, module in sorted(MODULES.items())
-    ]
     sys.exit(Supervisor(children, stop_timeout_s=config.stop_timeout_s + SLACK_S).run())
+
+
+def _children(config: HostConfig, config_file: Path | None) -> list[Child]:
+    """Both services, not started yet, and the folders that they need."""
+    options = [] if config_file is None else ["--config", str(config_file)]
+    children = []
+    try:
+        for folder in (config.state_dir, config.run_dir):  # on volumes and memory that begin empty
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for role, module in sorted(MODULES.items()):
+            listening = notify_socket(config.run_dir / f"{role}-notify.sock")
+            children.append(Child(role, [sys.executable, "-m", module, *options], listening))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot use {error.filename or config.run_dir}: {error.strerror or error}",
+            remedy=f"Give state_dir and run_dir to the user with the number {os.getuid()}.",
+        ) from error
+    return children
 
 
 def notify_socket(path: Path) -> socket.socket:

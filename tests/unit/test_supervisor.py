@@ -141,3 +141,31 @@ def test_what_cannot_start_ends_the_container(first: Callable[..., First]) -> No
     log = (one.folder / "log.txt").read_text(encoding="utf-8")
     events = [json.loads(line)["event"] for line in log.splitlines()]
     assert "a service cannot start" in events
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('state_dir = "/proc/nothing"', "cannot use /proc/nothing"),
+        ('run_dir = "{folder}/service.py"', "cannot use"),
+        ("no_such_setting = 1", "unknown setting"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, text: str, said: str) -> None:
+    """A folder or setting that cannot be used gives a sentence, and the exit code of a bad configuration."""
+    (tmp_path / "service.py").touch()
+    config = tmp_path / "host.toml"
+    elsewhere = "" if "state_dir" in text else f'state_dir = "{tmp_path}/state"\n'
+    config.write_text(elsewhere + text.format(folder=tmp_path), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "vmferry.supervisor", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
