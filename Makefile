@@ -68,6 +68,7 @@ check-style: setup ## Lint, and check the formatting
 check-types: setup ## Check the types, strictly
 	@$(BIN)/mypy
 	@$(BIN)/mypy scripts
+	@$(BIN)/mypy examples
 
 check-protos: setup ## Check that vmferry/v1 is what protos/ says
 	@$(BIN)/python scripts/gen_protos.py --check

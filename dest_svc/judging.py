@@ -13,6 +13,7 @@ from typing import Final
 from dest_svc.admission import Refusal, refusals
 from dest_svc.files import file_refusals
 from vmferry.config import HostConfig
+from vmferry.drain.record import DrainFile
 from vmferry.errors import InvalidArgumentError
 from vmferry.handoff.states import Attempt
 from vmferry.machines.fileidentity import Contents
@@ -24,7 +25,8 @@ from vmferry.negotiation.path import path_problem
 from vmferry.negotiation.report import PROTOCOL_VERSIONS
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller, current_caller_key
-from vmferry.security.tickets import VerifiedTicket, open_ticket
+from vmferry.security.tickets import VerifiedTicket
+from vmferry.security.warrants import open_permission
 from vmferry.v1 import compatibility_pb2, handoff_pb2
 
 _MIB: Final = 1024 * 1024
@@ -36,6 +38,12 @@ class Judge:
     def __init__(self, config: HostConfig) -> None:
         self._config = config
         self._contents = Contents()
+        self._drain = DrainFile(config.state_dir)
+
+    @property
+    def draining(self) -> bool:
+        """Whether this host takes no newcomers: by its configuration, or because it is being emptied."""
+        return self._config.draining or self._drain.draining
 
     async def against(
         self,
@@ -56,7 +64,7 @@ def check_begin(
     tls = host.tls.load()
     spec = spec_from_message(request.spec)
     memory_bytes = spec.memory_bytes
-    ticket = open_ticket(request.ticket, ca_pem=tls.ca_pem, now=datetime.now(UTC))
+    ticket = open_permission(request.ticket, ca_pem=tls.ca_pem, now=datetime.now(UTC))
     ticket.check(
         machine_id=attempt.machine_id,
         source=current_caller(),

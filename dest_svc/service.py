@@ -159,7 +159,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         """Accept an attempt and make an empty, waiting copy for it."""
         if self._stopping:
             raise ServiceStoppingError("the destination service is stopping")
-        if self._config.draining:
+        if self._judge.draining:
             raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
         attempt = self._attempt(request.attempt)
         spec, ticket = await asyncio.to_thread(check_begin, request, attempt, self._host)
@@ -444,7 +444,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=sum(receiver.spec.uuid != newcomer for receiver in receivers),
             max_incoming=self._config.max_incoming,
-            draining=self._config.draining,
+            draining=self._judge.draining,
             certificate_not_after=self._host.tls.load().not_after,
             newcomer=newcomer,
         )

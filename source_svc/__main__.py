@@ -8,14 +8,14 @@ from vmferry.security.tls13 import enforce_tls13
 
 enforce_tls13()  # before anything imports gRPC
 
-from source_svc.service import SourceService  # noqa: E402 - see above
+from source_svc.endpoint import SourceEndpoint  # noqa: E402 - see above
 from vmferry.handoff.ledger import Role  # noqa: E402 - see above
 from vmferry.rpc.daemon import run_daemon  # noqa: E402 - see above
 
 
 def main() -> None:
     """Run until stopped."""
-    sys.exit(run_daemon("source", Role.SOURCE, SourceService))
+    sys.exit(run_daemon("source", Role.SOURCE, SourceEndpoint))
 
 
 if __name__ == "__main__":

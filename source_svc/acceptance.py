@@ -29,7 +29,8 @@ from vmferry.machines.directory import MachineRecord
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
 from vmferry.security.renewal import CurrentMaterial
-from vmferry.security.tickets import CLOCK_SKEW, VerifiedTicket, open_ticket
+from vmferry.security.tickets import CLOCK_SKEW, VerifiedTicket
+from vmferry.security.warrants import open_permission
 from vmferry.v1 import migration_pb2 as pb
 
 
@@ -95,7 +96,7 @@ class Acceptance:
         check_request_id(request.request_id)
         record = self._host.directory.find(required(request.machine, "machine"))
         host, _ = read_destination(request.destination, self._host.own)
-        ticket = self.check_ticket(request.ticket, record, host)
+        ticket = self.check_ticket(request.ticket, record, host, caller=caller.uri)
         if await self._migrations.known(ticket.migration_id.hex()):
             raise TicketUsedError("the ticket has started a migration already", field="ticket")
         read_order(request.options, self._host, record.spec.memory_bytes)
@@ -129,7 +130,7 @@ class Acceptance:
         message = migration.message
         host, _ = read_destination(message.destination, self._host.own)
         record = self._host.directory.find(message.machine_id)
-        start_by = self.check_ticket(ticket, record, host).start_by + CLOCK_SKEW
+        start_by = self.check_ticket(ticket, record, host, caller=message.caller).start_by + CLOCK_SKEW
         return Accepted(migration, ticket, start_by, traceparent)
 
     def begin(self, accepted: Accepted) -> Outgoing:
@@ -141,7 +142,7 @@ class Acceptance:
         message = accepted.migration.message
         host, address = read_destination(message.destination, self._host.own)
         record = self._host.directory.find(message.machine_id)
-        ticket = self.check_ticket(accepted.ticket, record, host)
+        ticket = self.check_ticket(accepted.ticket, record, host, caller=message.caller)
         check_deadline(message.options)
         self._check_may_leave(record)
         options, memory_bytes = message.options, record.spec.memory_bytes
@@ -160,7 +161,9 @@ class Acceptance:
             traceparent=accepted.traceparent,
         )
 
-    def check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> VerifiedTicket:
+    def check_ticket(
+        self, data: bytes, record: MachineRecord, destination: Identity, *, caller: str
+    ) -> VerifiedTicket:
         """What a ticket allows, if it is good now and for exactly this."""
         if not data:
             raise InvalidArgumentError(
@@ -169,7 +172,8 @@ class Acceptance:
                 remedy="Issue one (vmferry ticket), or use vmferry migrate.",
             )
         material = self._host.tls.load()
-        ticket = open_ticket(data, ca_pem=material.ca_pem, now=datetime.now(UTC))
+        own = caller == self._host.own.uri  # the drain, which makes tickets out by warrant
+        ticket = open_permission(data, ca_pem=material.ca_pem, now=datetime.now(UTC), by_warrant=own)
         ticket.check(
             machine_id=record.spec.uuid,
             source=self._host.own,

@@ -165,7 +165,7 @@ class Dispatcher:
             check_deadline(options)
         if request.ticket:
             ticket = self._acceptance.check_ticket(
-                request.ticket, record, Identity.parse(message.destination.host)
+                request.ticket, record, Identity.parse(message.destination.host), caller=""
             )
             if ticket.migration_id.hex() != migration_id:
                 raise InvalidArgumentError("the ticket is for another migration", field="ticket")

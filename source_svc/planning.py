@@ -231,4 +231,5 @@ def report_to_message(
         prediction=prediction,
         path=report.path,
         path_reason=report.path_reason,
+        available_memory_bytes=report.room_bytes,
     )

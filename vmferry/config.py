@@ -125,6 +125,12 @@ class HostConfig:
     """At most so many ended migrations are remembered, the newest."""
     draining: bool = False
     """Take no newcomers, because this host is being emptied; machines may leave."""
+    drain_retry_s: float = 30.0
+    """While this host is being emptied, what failed rests so long before it is tried again; then longer each time."""
+    drain_look_s: float = 15.0
+    """How old a destination's report may be while this host is being emptied."""
+    drain_measure_s: float = 15.0
+    """How long the first machines' costs may be measured before the first one moves; the others' are estimated."""
     qemu_binaries: tuple[Path, ...] = (Path("/usr/bin/qemu-system-x86_64"),)
     """The only binaries that a QEMU machine may name when it arrives here."""
     image_roots: tuple[Path, ...] = (Path("/var/lib/vmferry/images"),)
@@ -155,7 +161,7 @@ class HostConfig:
             "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
             "max_reconnect_timeout_s", "metadata_requests_per_s",
             "max_queued", "queue_retry_s", "max_queue_retry_s",
-            "history_max_age_days", "history_max_count",
+            "history_max_age_days", "history_max_count", "drain_retry_s", "drain_look_s",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:

@@ -225,7 +225,7 @@ class HostDrainingError(VmferryError):
     code = "FAILED_PRECONDITION"
     reason = "HOST_DRAINING"
     exit_code = ExitCode.PRECONDITION
-    remedy = "Choose another destination, or set draining = false there and restart its destination service."
+    remedy = "Choose another destination, or undo it there (vmferry undrain; draining = false in its configuration)."
 
 
 class TrackerUnavailableError(VmferryError):

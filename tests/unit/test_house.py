@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vmferry", "source_svc", "dest_svc")
-PYTHON_FOLDERS = (*PACKAGES, "models", "tests", "scripts", "benchmarks")
+PYTHON_FOLDERS = (*PACKAGES, "models", "tests", "scripts", "benchmarks", "examples")
 TEXT_SUFFIXES = {
     ".cfg",
     ".inc",
@@ -36,6 +36,7 @@ MAX_FUNCTION_LINES = 60
 SERVICES = {"source_svc", "dest_svc"}
 INNER = {"vmferry.handoff", "vmferry.memory", "vmferry.negotiation"}
 MIDDLE = {
+    "vmferry.drain",
     "vmferry.transfer",
     "vmferry.machines",
     "vmferry.events",
@@ -81,6 +82,7 @@ PURE = (
     "vmferry.events.protocol",
     "vmferry.events.records",
     "source_svc.queue_policy",
+    "vmferry.drain.planner",
 )
 IMPURE = {
     "asyncio",

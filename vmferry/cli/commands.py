@@ -26,8 +26,10 @@ from vmferry.cli import (
     trace,
     watch,
 )
+from vmferry.cli.drain import drain, drain_status, undrain
 from vmferry.cli.output import JsonOption, print_document
 from vmferry.cli.probe import probe
+from vmferry.cli.warrant import warrant
 
 app = typer.Typer(name="vmferry", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -52,6 +54,10 @@ def version(json: JsonOption = False) -> None:
 
 
 app.command()(demo.demo)
+app.command()(drain)
+app.command()(undrain)
+app.command("drain-status")(drain_status)
+app.command()(warrant)
 app.command()(playground.playground)
 app.command()(migrate.plan)
 app.command()(migrate.migrate)

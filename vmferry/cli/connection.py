@@ -17,8 +17,9 @@ from typing import Annotated, Any, Concatenate, Final
 import grpc.aio
 import typer
 
+from vmferry.client.connection import CALL_TIMEOUT_S
 from vmferry.client.places import check_address, host_identity
-from vmferry.client.source import CALL_TIMEOUT_S, SourceClient
+from vmferry.client.source import SourceClient
 from vmferry.errors import PeerIdentityError, VmferryError
 from vmferry.rpc.status import from_rpc_error
 from vmferry.security.identity import Identity

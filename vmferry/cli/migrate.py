@@ -34,8 +34,8 @@ from vmferry.cli.findings import report_lines
 from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.cli.progress import progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
+from vmferry.client.draining import new_request_id
 from vmferry.client.places import Target
-from vmferry.client.source import new_request_id
 from vmferry.errors import (
     IncompatibleError,
     InvalidArgumentError,

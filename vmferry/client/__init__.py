@@ -15,14 +15,15 @@ import contextlib
 from vmferry.errors import InternalError
 from vmferry.security.tls13 import enforce_tls13
 
-with contextlib.suppress(
-    InternalError
-):  # gRPC was loaded before; a service of vmferry refuses TLS 1.2 all the same
-    enforce_tls13()  # before anything imports gRPC
+# If gRPC was loaded before, it is left to the services, which refuse TLS 1.2 all the same.
+with contextlib.suppress(InternalError):
+    enforce_tls13()
 
 from vmferry.client.blocking import BlockingSourceClient
+from vmferry.client.connection import Tries, call_error
+from vmferry.client.draining import drain_is_over, new_request_id
 from vmferry.client.places import Target, check_address, host_identity
-from vmferry.client.source import SourceClient, call_error, new_request_id
+from vmferry.client.source import SourceClient
 from vmferry.client.watching import Patience
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "Patience",
     "SourceClient",
     "Target",
+    "Tries",
     "call_error",
     "check_address",
+    "drain_is_over",
     "host_identity",
     "new_request_id",
 ]

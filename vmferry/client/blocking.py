@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,6 +18,7 @@ from vmferry.client.source import SourceClient
 from vmferry.client.watching import PATIENCE, Patience
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.compatibility_pb2 import CompatibilityReport
+from vmferry.v1.drain_pb2 import Drain
 from vmferry.v1.machine_pb2 import Machine
 
 Result = TypeVar("Result")
@@ -121,6 +122,20 @@ class BlockingSourceClient:
     def switch_now(self, migration_id: str) -> pb.Migration:
         """Have the guest paused after this round, whatever the pause."""
         return self.run(self._client.switch_now(migration_id))
+
+    def drain(
+        self, to: Sequence[Target], *, options: pb.MigrationOptions | None = None, request_id: str = ""
+    ) -> Drain:
+        """Have the host take no newcomers and move its machines to these hosts."""
+        return self.run(self._client.drain(to, options=options, request_id=request_id))
+
+    def undrain(self) -> Drain:
+        """Have the host take newcomers again."""
+        return self.run(self._client.undrain())
+
+    def get_drain(self) -> Drain:
+        """How the host's drain stands, or stood."""
+        return self.run(self._client.get_drain())
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -13,7 +13,8 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
-from vmferry.client.source import SourceClient, new_request_id
+from vmferry.client.draining import new_request_id
+from vmferry.client.source import SourceClient
 from vmferry.errors import MachineNotFoundError, VmferryError
 from vmferry.fleet import rollout
 from vmferry.fleet.health import filled, run, unhealthy, wait_healthy

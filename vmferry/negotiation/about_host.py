@@ -26,7 +26,7 @@ def about_room(machine: MachineFacts, offer: Offer) -> Iterator[Finding]:
             "host.draining",
             f"{offer.host} is being emptied and takes no newcomers",
             offer.host,
-            "Choose another destination, or set draining = false there and restart its destination service.",
+            "Choose another destination, or undo it there (vmferry undrain; draining = false in its configuration).",
         )
     if offer.incoming_migrations >= offer.max_incoming_migrations:
         yield finding(

@@ -62,6 +62,8 @@ class Report:
     path_reason: str = ""
     encodings: Sequence[str] = ()
     """What page contents may travel as."""
+    room_bytes: int = 0
+    """Memory of the machine's kind that the destination would give to newcomers."""
 
     @property
     def blocking(self) -> list[Finding]:
@@ -108,7 +110,10 @@ def compare(
     findings.sort(key=lambda found: -found.severity)
     used = tracker if way.path != STREAM else ""
     encodings = agreed(offer.encodings, insist_on_encoding)
-    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason, encodings)
+    kinds = [one for one in offer.backings if one.name == machine.memory_backing]
+    fitting = [one for one in kinds if machine.memory_page_bytes in (0, one.page_size_bytes)]
+    room = max((one.available_bytes for one in fitting), default=0)
+    return Report(tuple(findings), max(common, default=0), used, way.path, way.reason, encodings, room)
 
 
 def _path_facts(

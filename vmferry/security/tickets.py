@@ -194,9 +194,13 @@ class TicketSigner:
         except TicketInvalidError as error:
             raise InvalidArgumentError(str(error), field=error.field) from error
         data = ticket.SerializeToString(deterministic=True)
-        signature = self._key.sign(_CONTEXT + data)
-        signed = SignedTicket(ticket=data, signature=signature, signer_certificate=self._certificate)
+        proof = self.prove(_CONTEXT, data)
+        signed = SignedTicket(ticket=data, signature=proof.signature, signer_certificate=proof.certificate)
         return signed.SerializeToString(deterministic=True)
+
+    def prove(self, context: bytes, data: bytes) -> Proof:
+        """Sign something of the kind that ``context`` names."""
+        return Proof(context, data, self._key.sign(context + data), self._certificate)
 
 
 def open_ticket(data: bytes, *, ca_pem: bytes, now: datetime) -> VerifiedTicket:
@@ -212,9 +216,20 @@ def open_ticket(data: bytes, *, ca_pem: bytes, now: datetime) -> VerifiedTicket:
         signed = SignedTicket.FromString(data)
     except DecodeError:
         _refuse("ticket", "the ticket is not a SignedTicket")
-    signer = _verify_signature(signed, ca_pem, now)
+    proof = Proof(_CONTEXT, signed.ticket, signed.signature, signed.signer_certificate)
+    signer = verify_signature(proof, ca_pem, now)
+    return read_ticket(signed.ticket, signer, now)
+
+
+def read_ticket(data: bytes, signer: Identity, now: datetime) -> VerifiedTicket:
+    """Read a serialized Ticket that ``signer`` stands for.
+
+    Raises:
+        TicketInvalidError: it is malformed; ``field`` says where.
+        TicketExpiredError: its time has not come, or is over.
+    """
     try:
-        ticket = Ticket.FromString(signed.ticket)
+        ticket = Ticket.FromString(data)
     except DecodeError:
         _refuse("ticket", "the signed bytes are not a Ticket")
     verified = _verified(ticket, signer)
@@ -233,9 +248,26 @@ def _refuse(field: str, message: str) -> NoReturn:
     raise TicketInvalidError(message, field=field)
 
 
-def _verify_signature(signed: SignedTicket, ca_pem: bytes, now: datetime) -> Identity:
+@dataclass(frozen=True)
+class Proof:
+    """What was signed, and by which certificate."""
+
+    context: bytes
+    """What kind of thing it is, so that a signature is never good for another kind."""
+    data: bytes
+    signature: bytes
+    certificate: bytes
+    """DER."""
+
+
+def verify_signature(proof: Proof, ca_pem: bytes, now: datetime) -> Identity:
+    """Who signed it, if that is somebody who may.
+
+    Raises:
+        TicketInvalidError: it is not signed by a trusted controller or admin; ``field`` says where.
+    """
     try:
-        certificate = load_certificate(signed.signer_certificate)
+        certificate = load_certificate(proof.certificate)
     except UnauthenticatedError:
         _refuse("signer_certificate", "the ticket carries no readable certificate of its signer")
     identity = _signer_identity(certificate)
@@ -250,7 +282,7 @@ def _verify_signature(signed: SignedTicket, ca_pem: bytes, now: datetime) -> Ide
     key = certificate.public_key()
     assert isinstance(key, Ed25519PublicKey)  # _signer_identity refuses others
     try:
-        key.verify(signed.signature, _CONTEXT + signed.ticket)
+        key.verify(proof.signature, proof.context + proof.data)
     except InvalidSignature:
         _refuse("signature", "the ticket was changed after signing, or signed with another key")
     return identity

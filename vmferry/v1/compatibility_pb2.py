@@ -26,35 +26,35 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evmferry/v1/compatibility.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"x\n\x11\x43ompatibilityItem\x12&\n\x08severity\x18\x01 \x01(\x0e\x32\x14.vmferry.v1.Severity\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06object\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\xd1\x01\n\x13\x43ompatibilityReport\x12\x12\n\ncompatible\x18\x01 \x01(\x08\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x0f\n\x07tracker\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0bpath_reason\x18\x06 \x01(\t\x12*\n\nprediction\x18\x07 \x01(\x0b\x32\x16.vmferry.v1.Prediction\"\x8d\x01\n\rPredictedTime\x12+\n\x08\x65xpected\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03low\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04high\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf6\x02\n\nPrediction\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.PredictedTime\x12+\n\x08\x64owntime\x18\x02 \x01(\x0b\x32\x19.vmferry.v1.PredictedTime\x12\x11\n\tconverges\x18\x03 \x01(\x08\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x05 \x01(\x01\x12$\n\x1c\x64irty_error_bytes_per_second\x18\x06 \x01(\x01\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01\x12#\n\x1blink_error_bytes_per_second\x18\x08 \x01(\x01\x12 \n\x18reserve_bytes_per_second\x18\t \x01(\x01\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12*\n\x07sampled\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0eTrackerFinding\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06usable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xaa\x01\n\x10MachineKindOffer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x14oldest_state_version\x18\x03 \x01(\r\x12\x1c\n\x14newest_state_version\x18\x04 \x01(\r\x12\x0e\n\x06\x62inary\x18\x05 \x01(\t\x12\x15\n\rmachine_types\x18\x06 \x03(\t\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x07 \x03(\t\"\xf8\x04\n\tHostOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x19\n\x11protocol_versions\x18\x03 \x03(\r\x12+\n\x05kinds\x18\x04 \x03(\x0b\x32\x1c.vmferry.v1.MachineKindOffer\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x05 \x01(\x04\x12\x1d\n\x15reserved_memory_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x11\n\tencodings\x18\x08 \x03(\t\x12\x1b\n\x13incoming_migrations\x18\t \x01(\r\x12\x1f\n\x17max_incoming_migrations\x18\n \x01(\r\x12\x0e\n\x06kernel\x18\x0b \x01(\t\x12\x15\n\rmachine_names\x18\x0c \x03(\t\x12\x18\n\x10held_machine_ids\x18\r \x03(\t\x12,\n\x08trackers\x18\x0e \x03(\x0b\x32\x1a.vmferry.v1.TrackerFinding\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12\x0c\n\x04\x63pus\x18\x10 \x01(\r\x12\x14\n\x0c\x63lock_source\x18\x11 \x01(\t\x12(\n\x04time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x17\x63\x65rtificate_expire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x14 \x03(\t\x12\x37\n\x0fmemory_backings\x18\x15 \x03(\x0b\x32\x1e.vmferry.v1.MemoryBackingOffer\"T\n\x12MemoryBackingOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fpage_size_bytes\x18\x02 \x01(\r\x12\x17\n\x0f\x61vailable_bytes\x18\x03 \x01(\x04\"\xa6\x01\n\x0c\x46ileIdentity\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\x04\x12\r\n\x05inode\x18\x06 \x01(\x04\x12\x0e\n\x06\x62\x65\x61\x63on\x18\x07 \x01(\t\x12\x15\n\rbeacon_sha256\x18\x08 \x01(\x0c\x12\x0c\n\x04wwid\x18\t \x01(\t\"A\n\x0fNetworkIdentity\x12\x0b\n\x03tap\x18\x01 \x01(\t\x12\x0e\n\x06\x62ridge\x18\x02 \x01(\t\x12\x11\n\tmtu_bytes\x18\x03 \x01(\r\"J\n\tCpuidWord\x12\x0c\n\x04leaf\x18\x01 \x01(\r\x12\x0f\n\x07subleaf\x18\x02 \x01(\r\x12\x10\n\x08register\x18\x03 \x01(\t\x12\x0c\n\x04\x62its\x18\x04 \x01(\r*`\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x12\n\x0eSEVERITY_WARNS\x10\x02\x12\x13\n\x0fSEVERITY_BLOCKS\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evmferry/v1/compatibility.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"x\n\x11\x43ompatibilityItem\x12&\n\x08severity\x18\x01 \x01(\x0e\x32\x14.vmferry.v1.Severity\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06object\x18\x04 \x01(\t\x12\x0e\n\x06remedy\x18\x05 \x01(\t\"\xf1\x01\n\x13\x43ompatibilityReport\x12\x12\n\ncompatible\x18\x01 \x01(\x08\x12,\n\x05items\x18\x02 \x03(\x0b\x32\x1d.vmferry.v1.CompatibilityItem\x12\x18\n\x10protocol_version\x18\x03 \x01(\r\x12\x0f\n\x07tracker\x18\x04 \x01(\t\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x13\n\x0bpath_reason\x18\x06 \x01(\t\x12*\n\nprediction\x18\x07 \x01(\x0b\x32\x16.vmferry.v1.Prediction\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x08 \x01(\x04\"\x8d\x01\n\rPredictedTime\x12+\n\x08\x65xpected\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03low\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04high\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xf6\x02\n\nPrediction\x12(\n\x05total\x18\x01 \x01(\x0b\x32\x19.vmferry.v1.PredictedTime\x12+\n\x08\x64owntime\x18\x02 \x01(\x0b\x32\x19.vmferry.v1.PredictedTime\x12\x11\n\tconverges\x18\x03 \x01(\x08\x12\x0e\n\x06rounds\x18\x04 \x01(\r\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x05 \x01(\x01\x12$\n\x1c\x64irty_error_bytes_per_second\x18\x06 \x01(\x01\x12\x1d\n\x15link_bytes_per_second\x18\x07 \x01(\x01\x12#\n\x1blink_error_bytes_per_second\x18\x08 \x01(\x01\x12 \n\x18reserve_bytes_per_second\x18\t \x01(\x01\x12\x16\n\x0eresident_bytes\x18\n \x01(\x04\x12*\n\x07sampled\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\x0eTrackerFinding\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06usable\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xaa\x01\n\x10MachineKindOffer\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x14oldest_state_version\x18\x03 \x01(\r\x12\x1c\n\x14newest_state_version\x18\x04 \x01(\r\x12\x0e\n\x06\x62inary\x18\x05 \x01(\t\x12\x15\n\rmachine_types\x18\x06 \x03(\t\x12\x14\n\x0c\x61\x63\x63\x65lerators\x18\x07 \x03(\t\"\xf8\x04\n\tHostOffer\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x19\n\x11protocol_versions\x18\x03 \x03(\r\x12+\n\x05kinds\x18\x04 \x03(\x0b\x32\x1c.vmferry.v1.MachineKindOffer\x12\x1e\n\x16\x61vailable_memory_bytes\x18\x05 \x01(\x04\x12\x1d\n\x15reserved_memory_bytes\x18\x06 \x01(\x04\x12\x17\n\x0fpage_size_bytes\x18\x07 \x01(\r\x12\x11\n\tencodings\x18\x08 \x03(\t\x12\x1b\n\x13incoming_migrations\x18\t \x01(\r\x12\x1f\n\x17max_incoming_migrations\x18\n \x01(\r\x12\x0e\n\x06kernel\x18\x0b \x01(\t\x12\x15\n\rmachine_names\x18\x0c \x03(\t\x12\x18\n\x10held_machine_ids\x18\r \x03(\t\x12,\n\x08trackers\x18\x0e \x03(\x0b\x32\x1a.vmferry.v1.TrackerFinding\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12\x0c\n\x04\x63pus\x18\x10 \x01(\r\x12\x14\n\x0c\x63lock_source\x18\x11 \x01(\t\x12(\n\x04time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12;\n\x17\x63\x65rtificate_expire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x14 \x03(\t\x12\x37\n\x0fmemory_backings\x18\x15 \x03(\x0b\x32\x1e.vmferry.v1.MemoryBackingOffer\"T\n\x12MemoryBackingOffer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0fpage_size_bytes\x18\x02 \x01(\r\x12\x17\n\x0f\x61vailable_bytes\x18\x03 \x01(\x04\"\xa6\x01\n\x0c\x46ileIdentity\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\x12\x0f\n\x07\x62oot_id\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\x04\x12\r\n\x05inode\x18\x06 \x01(\x04\x12\x0e\n\x06\x62\x65\x61\x63on\x18\x07 \x01(\t\x12\x15\n\rbeacon_sha256\x18\x08 \x01(\x0c\x12\x0c\n\x04wwid\x18\t \x01(\t\"A\n\x0fNetworkIdentity\x12\x0b\n\x03tap\x18\x01 \x01(\t\x12\x0e\n\x06\x62ridge\x18\x02 \x01(\t\x12\x11\n\tmtu_bytes\x18\x03 \x01(\r\"J\n\tCpuidWord\x12\x0c\n\x04leaf\x18\x01 \x01(\r\x12\x0f\n\x07subleaf\x18\x02 \x01(\r\x12\x10\n\x08register\x18\x03 \x01(\t\x12\x0c\n\x04\x62its\x18\x04 \x01(\r*`\n\x08Severity\x12\x18\n\x14SEVERITY_UNSPECIFIED\x10\x00\x12\x11\n\rSEVERITY_NOTE\x10\x01\x12\x12\n\x0eSEVERITY_WARNS\x10\x02\x12\x13\n\x0fSEVERITY_BLOCKS\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.compatibility_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEVERITY']._serialized_start=2236
-  _globals['_SEVERITY']._serialized_end=2332
+  _globals['_SEVERITY']._serialized_start=2268
+  _globals['_SEVERITY']._serialized_end=2364
   _globals['_COMPATIBILITYITEM']._serialized_start=111
   _globals['_COMPATIBILITYITEM']._serialized_end=231
   _globals['_COMPATIBILITYREPORT']._serialized_start=234
-  _globals['_COMPATIBILITYREPORT']._serialized_end=443
-  _globals['_PREDICTEDTIME']._serialized_start=446
-  _globals['_PREDICTEDTIME']._serialized_end=587
-  _globals['_PREDICTION']._serialized_start=590
-  _globals['_PREDICTION']._serialized_end=964
-  _globals['_TRACKERFINDING']._serialized_start=966
-  _globals['_TRACKERFINDING']._serialized_end=1028
-  _globals['_MACHINEKINDOFFER']._serialized_start=1031
-  _globals['_MACHINEKINDOFFER']._serialized_end=1201
-  _globals['_HOSTOFFER']._serialized_start=1204
-  _globals['_HOSTOFFER']._serialized_end=1836
-  _globals['_MEMORYBACKINGOFFER']._serialized_start=1838
-  _globals['_MEMORYBACKINGOFFER']._serialized_end=1922
-  _globals['_FILEIDENTITY']._serialized_start=1925
-  _globals['_FILEIDENTITY']._serialized_end=2091
-  _globals['_NETWORKIDENTITY']._serialized_start=2093
-  _globals['_NETWORKIDENTITY']._serialized_end=2158
-  _globals['_CPUIDWORD']._serialized_start=2160
-  _globals['_CPUIDWORD']._serialized_end=2234
+  _globals['_COMPATIBILITYREPORT']._serialized_end=475
+  _globals['_PREDICTEDTIME']._serialized_start=478
+  _globals['_PREDICTEDTIME']._serialized_end=619
+  _globals['_PREDICTION']._serialized_start=622
+  _globals['_PREDICTION']._serialized_end=996
+  _globals['_TRACKERFINDING']._serialized_start=998
+  _globals['_TRACKERFINDING']._serialized_end=1060
+  _globals['_MACHINEKINDOFFER']._serialized_start=1063
+  _globals['_MACHINEKINDOFFER']._serialized_end=1233
+  _globals['_HOSTOFFER']._serialized_start=1236
+  _globals['_HOSTOFFER']._serialized_end=1868
+  _globals['_MEMORYBACKINGOFFER']._serialized_start=1870
+  _globals['_MEMORYBACKINGOFFER']._serialized_end=1954
+  _globals['_FILEIDENTITY']._serialized_start=1957
+  _globals['_FILEIDENTITY']._serialized_end=2123
+  _globals['_NETWORKIDENTITY']._serialized_start=2125
+  _globals['_NETWORKIDENTITY']._serialized_end=2190
+  _globals['_CPUIDWORD']._serialized_start=2192
+  _globals['_CPUIDWORD']._serialized_end=2266
 # @@protoc_insertion_point(module_scope)

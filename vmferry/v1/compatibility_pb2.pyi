@@ -100,6 +100,7 @@ class CompatibilityReport(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     PATH_REASON_FIELD_NUMBER: _builtins.int
     PREDICTION_FIELD_NUMBER: _builtins.int
+    AVAILABLE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     compatible: _builtins.bool
     """True if nothing blocks."""
     protocol_version: _builtins.int
@@ -110,6 +111,8 @@ class CompatibilityReport(_message.Message):
     """How memory would travel: "direct" (read and written by vmferry) or "stream" (the hypervisor's own migration)."""
     path_reason: _builtins.str
     """Why that path, as a sentence."""
+    available_memory_bytes: _builtins.int
+    """Memory of the machine's kind that the destination would give to newcomers, in bytes, after its promises."""
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompatibilityItem]:
         """Every finding, the blocking ones first."""
@@ -128,10 +131,11 @@ class CompatibilityReport(_message.Message):
         path: _builtins.str = ...,
         path_reason: _builtins.str = ...,
         prediction: Global___Prediction | None = ...,
+        available_memory_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prediction", b"prediction"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compatible", b"compatible", "items", b"items", "path", b"path", "path_reason", b"path_reason", "prediction", b"prediction", "protocol_version", b"protocol_version", "tracker", b"tracker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "compatible", b"compatible", "items", b"items", "path", b"path", "path_reason", b"path_reason", "prediction", b"prediction", "protocol_version", b"protocol_version", "tracker", b"tracker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

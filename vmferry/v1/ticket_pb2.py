@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/ticket.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbd\x02\n\x06Ticket\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12\x14\n\x0cmigration_id\x18\x03 \x01(\x0c\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12\x18\n\x10max_memory_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_vcpus\x18\x07 \x01(\r\x12.\n\nnot_before\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08start_by\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05nonce\x18\n \x01(\x0c\x12\x19\n\x11source_key_sha256\x18\x0b \x01(\x0c\x12\x1e\n\x16\x64\x65stination_key_sha256\x18\x0c \x01(\x0c\"M\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x1a\n\x12signer_certificate\x18\x03 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/ticket.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbd\x02\n\x06Ticket\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12\x14\n\x0cmigration_id\x18\x03 \x01(\x0c\x12\x0e\n\x06source\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12\x18\n\x10max_memory_bytes\x18\x06 \x01(\x04\x12\x11\n\tmax_vcpus\x18\x07 \x01(\r\x12.\n\nnot_before\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08start_by\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05nonce\x18\n \x01(\x0c\x12\x19\n\x11source_key_sha256\x18\x0b \x01(\x0c\x12\x1e\n\x16\x64\x65stination_key_sha256\x18\x0c \x01(\x0c\"^\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x1a\n\x12signer_certificate\x18\x03 \x01(\x0c\x12\x0f\n\x07warrant\x18\x04 \x01(\x0c\"S\n\x10WarrantedMachine\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\x18\n\x10max_memory_bytes\x18\x02 \x01(\x04\x12\x11\n\tmax_vcpus\x18\x03 \x01(\r\"\xe5\x01\n\x07Warrant\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x12\n\nwarrant_id\x18\x02 \x01(\x0c\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x14\n\x0c\x64\x65stinations\x18\x04 \x03(\t\x12.\n\x08machines\x18\x05 \x03(\x0b\x32\x1c.vmferry.v1.WarrantedMachine\x12.\n\nnot_before\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\rSignedWarrant\x12\x0f\n\x07warrant\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\x1a\n\x12signer_certificate\x18\x03 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TICKET']._serialized_start=73
   _globals['_TICKET']._serialized_end=390
   _globals['_SIGNEDTICKET']._serialized_start=392
-  _globals['_SIGNEDTICKET']._serialized_end=469
+  _globals['_SIGNEDTICKET']._serialized_end=486
+  _globals['_WARRANTEDMACHINE']._serialized_start=488
+  _globals['_WARRANTEDMACHINE']._serialized_end=571
+  _globals['_WARRANT']._serialized_start=574
+  _globals['_WARRANT']._serialized_end=803
+  _globals['_SIGNEDWARRANT']._serialized_start=805
+  _globals['_SIGNEDWARRANT']._serialized_end=884
 # @@protoc_insertion_point(module_scope)

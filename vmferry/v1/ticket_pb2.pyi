@@ -3,9 +3,11 @@
 isort:skip_file
 The permission slip of one migration."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -96,23 +98,143 @@ class SignedTicket(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     SIGNER_CERTIFICATE_FIELD_NUMBER: _builtins.int
+    WARRANT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """Serialized Ticket, exactly as signed."""
     signature: _builtins.bytes
     """Ed25519 signature over "vmferry ticket v1" NUL ticket."""
     signer_certificate: _builtins.bytes
     """DER certificate of the signing key, issued by the CA to a controller or an admin."""
+    warrant: _builtins.bytes
+    """Serialized SignedWarrant that the source made this ticket out by; signature and signer_certificate are empty then."""
     def __init__(
         self,
         *,
         ticket: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         signer_certificate: _builtins.bytes = ...,
+        warrant: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "signer_certificate", b"signer_certificate", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "signer_certificate", b"signer_certificate", "ticket", b"ticket", "warrant", b"warrant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SignedTicket: _TypeAlias = SignedTicket  # noqa: Y015
+
+@_typing.final
+class WarrantedMachine(_message.Message):
+    """A machine that may go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_ID_FIELD_NUMBER: _builtins.int
+    MAX_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_VCPUS_FIELD_NUMBER: _builtins.int
+    machine_id: _builtins.str
+    """Identity of the machine."""
+    max_memory_bytes: _builtins.int
+    """Most guest memory that may be taken for it, in bytes."""
+    max_vcpus: _builtins.int
+    """Most virtual CPUs."""
+    def __init__(
+        self,
+        *,
+        machine_id: _builtins.str = ...,
+        max_memory_bytes: _builtins.int = ...,
+        max_vcpus: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine_id", b"machine_id", "max_memory_bytes", b"max_memory_bytes", "max_vcpus", b"max_vcpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarrantedMachine: _TypeAlias = WarrantedMachine  # noqa: Y015
+
+@_typing.final
+class Warrant(_message.Message):
+    """What a controller or admin allows a source that is being emptied: to make out tickets itself, for these machines,
+    to these hosts, until then.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    WARRANT_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DESTINATIONS_FIELD_NUMBER: _builtins.int
+    MACHINES_FIELD_NUMBER: _builtins.int
+    NOT_BEFORE_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of this message; 1 today."""
+    warrant_id: _builtins.bytes
+    """Its identity: 16 random bytes."""
+    source: _builtins.str
+    """SPIFFE identity of the source."""
+    @_builtins.property
+    def destinations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SPIFFE identities of the hosts that its machines may go to."""
+
+    @_builtins.property
+    def machines(self) -> _containers.RepeatedCompositeFieldContainer[Global___WarrantedMachine]:
+        """The machines that may go."""
+
+    @_builtins.property
+    def not_before(self) -> _timestamp_pb2.Timestamp:
+        """Not good before this time."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Every ticket made out by it must have been used by this time; at most a day after not_before."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        warrant_id: _builtins.bytes = ...,
+        source: _builtins.str = ...,
+        destinations: _abc.Iterable[_builtins.str] | None = ...,
+        machines: _abc.Iterable[Global___WarrantedMachine] | None = ...,
+        not_before: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "not_before", b"not_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations", "expire_time", b"expire_time", "machines", b"machines", "not_before", b"not_before", "source", b"source", "version", b"version", "warrant_id", b"warrant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Warrant: _TypeAlias = Warrant  # noqa: Y015
+
+@_typing.final
+class SignedWarrant(_message.Message):
+    """A warrant with its proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WARRANT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    SIGNER_CERTIFICATE_FIELD_NUMBER: _builtins.int
+    warrant: _builtins.bytes
+    """Serialized Warrant, exactly as signed."""
+    signature: _builtins.bytes
+    """Ed25519 signature over "vmferry warrant v1" NUL warrant."""
+    signer_certificate: _builtins.bytes
+    """DER certificate of the signing key, issued by the CA to a controller or an admin."""
+    def __init__(
+        self,
+        *,
+        warrant: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        signer_certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature", "signer_certificate", b"signer_certificate", "warrant", b"warrant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedWarrant: _TypeAlias = SignedWarrant  # noqa: Y015

@@ -150,7 +150,7 @@ class SimulatedUnderway(Underway):
 class AnyTicket(Acceptance):
     """Anybody's ticket is good, and is the migration's identity."""
 
-    def check_ticket(self, data: bytes, record: MachineRecord, destination: Identity) -> Any:
+    def check_ticket(self, data: bytes, record: MachineRecord, destination: Identity, *, caller: str) -> Any:
         """Nothing is checked."""
         return SimpleNamespace(migration_id=data, start_by=_TICKET_UNTIL)
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.fake_source import HOST_A, HOST_B, MACHINE_ID, MIGRATION_ID, FakeSource, migration
-from vmferry.client import BlockingSourceClient, Patience, SourceClient, Target
-from vmferry.client.source import Tries
+from vmferry.client import BlockingSourceClient, Patience, SourceClient, Target, Tries
 from vmferry.errors import (
     InvalidArgumentError,
     MachineNotFoundError,

@@ -72,6 +72,7 @@ def test_the_services_are_seen() -> None:
     assert {method.split("/")[1] for method in OURS} == {
         "vmferry.v1.SourceService",
         "vmferry.v1.DestinationService",
+        "vmferry.v1.DrainService",
         "vmferry.v1.RecoveryService",
     }
     assert len(OURS) >= 15
