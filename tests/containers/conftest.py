@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from vmferry.machines.qemu import guest
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def orderly_end() -> Iterator[None]:
+    """SIGTERM ends the tests as Ctrl-C does, so that they tidy up: containers would outlive them."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="session")
+def image(orderly_end: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The image of this checkout."""
     require(os.geteuid() == 0, "only root can make containers here")
     for command in ("podman", "runc", "nsenter", "ip"):
