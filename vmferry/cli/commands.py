@@ -23,6 +23,7 @@ from vmferry.cli import (
     recover,
     status,
     ticket,
+    top,
     trace,
     watch,
 )
@@ -67,6 +68,7 @@ app.command("set")(bounds.set_)
 app.command()(status.status)
 app.command("list")(status.list_)
 app.command()(watch.watch)
+app.command()(top.top)
 app.command()(recover.recover)
 app.command()(trace.trace)
 app.command()(ticket.ticket)

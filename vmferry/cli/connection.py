@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Concatenate, Final
 
@@ -29,10 +29,12 @@ __all__ = [
     "CALL_TIMEOUT_S",
     "Source",
     "TlsOption",
+    "as_command",
     "call_error",
     "calls_source",
     "check_address",
     "host_identity",
+    "option",
 ]
 
 Source = SourceClient
@@ -66,10 +68,18 @@ def calls_source(
 
         asyncio.run(run())
 
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+    return as_command(command, inspect.signature(function, eval_str=True), _OPTIONS)
+
+
+def as_command(
+    command: Callable[..., None], signature: inspect.Signature, options: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """Give a command a function's own parameters, but for the first, and the options that say where it goes."""
+    own = list(signature.parameters.values())[1:]
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    command.__signature__ = inspect.Signature([*keyword, *_OPTIONS])  # type: ignore[attr-defined] # read by typer
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*keyword, *_OPTIONS]}
+    parameters = [*keyword, *options]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # read by typer
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
 
@@ -84,8 +94,9 @@ def call_error(error: grpc.aio.AioRpcError, host: Identity, *, side: str = "sour
     return from_rpc_error(error)
 
 
-def _option(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+def option(name: str, annotation: Any, *, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """An option of a command, as typer reads it; required if it has no default."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
 TlsOption = Annotated[
@@ -99,7 +110,7 @@ TlsOption = Annotated[
 ]
 
 _OPTIONS: Final = (
-    _option(
+    option(
         "source",
         Annotated[
             str,
@@ -108,7 +119,7 @@ _OPTIONS: Final = (
             ),
         ],
     ),
-    _option(
+    option(
         "source_host",
         Annotated[
             str,
@@ -120,5 +131,5 @@ _OPTIONS: Final = (
             ),
         ],
     ),
-    _option("tls", TlsOption),
+    option("tls", TlsOption),
 )

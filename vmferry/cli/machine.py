@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -105,11 +106,8 @@ async def describe(records: list[MachineRecord], config: HostConfig) -> list[mac
     return [*found, *await examiner.strays(directory.list())]
 
 
-def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
-    """Print machines as a table or as one document."""
-    if json:
-        print_document({"machines": [as_document(machine) for machine in machines]})
-        return
+def print_machines(machines: Sequence[machine_pb2.Machine], *, hosts: Sequence[str] = ()) -> None:
+    """Print machines as a table; with the host of each, if hosts are given."""
     blocked = any(machine.HasField("blockage") for machine in machines)
     rows = [
         (
@@ -119,12 +117,14 @@ def print_machines(machines: list[machine_pb2.Machine], *, json: bool) -> None:
             _memory(machine.spec),
             _label(machine.spec),
             *([machine.blockage.reason or "-"] if blocked else []),
+            *hosts[number : number + 1],
             machine.uuid,
         )
-        for machine in machines
+        for number, machine in enumerate(machines)
     ]
     # Most of the time there is none, and a terminal has better use for the room.
-    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", *(["BLOCKED"] if blocked else []), "UUID")
+    more = [*(["BLOCKED"] if blocked else []), *(["HOST"] if hosts else [])]
+    headings = ("NAME", "STATE", "RIGHT", "MEMORY", "KIND", *more, "UUID")
     print_table(headings, rows, empty="no machines")
     for machine in machines:
         if machine.HasField("blockage"):
@@ -197,7 +197,11 @@ def list_(config: ConfigOption = None, json: JsonOption = False) -> None:
     host = load_config(config)
     directory = directory_of(host)
     records = directory.list()
-    print_machines(asyncio.run(describe(records, host)), json=json)
+    machines = asyncio.run(describe(records, host))
+    if json:
+        print_document({"machines": [as_document(machine) for machine in machines]})
+    else:
+        print_machines(machines)
     for problem in directory.problems:
         say(f"vmferry: warning: {problem.path}: {problem.reason}")
 

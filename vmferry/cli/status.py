@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from vmferry.cli.connection import Source, calls_source
+from vmferry.cli.hosts import Hosts, calls_hosts, find_migration, finish, say_silent, unanswered
 from vmferry.cli.machine import print_machines
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, print_table
 from vmferry.cli.prediction import outcome_lines
@@ -18,7 +19,6 @@ from vmferry.cli.watch import MigrationArgument
 from vmferry.errors import InvalidArgumentError
 from vmferry.v1.migration_pb2 import (
     MIGRATION_PHASE_ENDED,
-    GetMigrationRequest,
     ListMigrationsRequest,
     Migration,
     MigrationOutcome,
@@ -49,19 +49,19 @@ class Outcome(enum.StrEnum):
     UNKNOWN = "unknown"
 
 
-@calls_source
-async def status(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
-    """Print what the source knows of one migration; exit code 0 if it was found, whatever came of it."""
-    answer = await source.call(source.stub.GetMigration, GetMigrationRequest(id=migration_id))
+@calls_hosts
+async def status(hosts: Hosts, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
+    """Print what is known of one migration; exit code 0 if it was found, whatever came of it."""
+    _, migration = await find_migration(hosts, migration_id)
     if json:
-        print_document(as_document(answer.migration))
+        print_document(as_document(migration))
     else:
-        print("\n".join(_details(answer.migration)))
+        print("\n".join(_details(migration)))
 
 
-@calls_source
+@calls_hosts
 async def list_(
-    source: Source,
+    hosts: Hosts,
     *,
     machine: Annotated[str, typer.Option("--machine", help="Only migrations of this machine.")] = "",
     open_only: Annotated[bool, typer.Option("--open", help="Only migrations that have not ended.")] = False,
@@ -83,7 +83,7 @@ async def list_(
     machines: Annotated[bool, typer.Option("--machines", help="List machines instead.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """List the migrations a source knows, ended ones of its history included, newest first, or its machines."""
+    """List the migrations that sources know, ended ones of their history included, newest first, or machines."""
     request = ListMigrationsRequest(
         machine=machine,
         open_only=open_only,
@@ -102,24 +102,50 @@ async def list_(
             raise InvalidArgumentError(
                 "--machines lists machines, and goes with no option about migrations", field="--machines"
             )
-        print_machines(await source.list_machines(), json=json)
+        await _list_machines(hosts, json=json)
         return
-    migrations = await source.migrations(request)
+    told = await hosts.ask(lambda source: source.migrations(request))
+    found = [(one.name, migration) for one in told for migration in one.answer or ()]
+    found.sort(key=lambda pair: pair[1].create_time.ToNanoseconds(), reverse=True)
     if json:
-        print_document({"migrations": [as_document(migration) for migration in migrations]})
-        return
+        migrations = [as_document(migration) for _, migration in found]
+        print_document({"migrations": migrations, **unanswered(hosts, told)})
+    else:
+        _print_migrations(hosts, found)
+        say_silent(told)
+    finish(told)
+
+
+async def _list_machines(hosts: Hosts, *, json: bool) -> None:
+    told = await hosts.ask(lambda source: source.list_machines())
+    found = [(one.name, machine) for one in told for machine in one.answer or ()]
+    if json:
+        documents = [as_document(machine) | hosts.named(host) for host, machine in found]
+        print_document({"machines": documents, **unanswered(hosts, told)})
+    else:
+        print_machines(
+            [machine for _, machine in found], hosts=[host for host, _ in found] if hosts.several else ()
+        )
+        say_silent(told)
+    finish(told)
+
+
+def _print_migrations(hosts: Hosts, found: Sequence[tuple[str, Migration]]) -> None:
     rows = [
         (
             migration.id,
             migration.machine,
+            *([host] if hosts.several else []),
             phase_name(migration),
             outcome_name(migration),
             migration.destination.host,
             _time(migration.create_time),
         )
-        for migration in migrations
+        for host, migration in found
     ]
-    print_table(("ID", "MACHINE", "PHASE", "OUTCOME", "DESTINATION", "ACCEPTED"), rows, empty="no migrations")
+    source = ["SOURCE"] if hosts.several else []
+    headings = ("ID", "MACHINE", *source, "PHASE", "OUTCOME", "DESTINATION", "ACCEPTED")
+    print_table(headings, rows, empty="no migrations")
 
 
 def _details(migration: Migration) -> list[str]:

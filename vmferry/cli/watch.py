@@ -11,7 +11,8 @@ from typing import Annotated, Final
 
 import typer
 
-from vmferry.cli.connection import Source, calls_source
+from vmferry.cli.connection import Source
+from vmferry.cli.hosts import Hosts, calls_hosts, find_migration
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say, size
 from vmferry.cli.progress import ProgressView, outcome_name, progress_view
 from vmferry.client.watching import Patience
@@ -25,9 +26,12 @@ MigrationArgument = Annotated[str, typer.Argument(metavar="MIGRATION", help="Id 
 PATIENCE: Final = Patience()
 
 
-@calls_source
-async def watch(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
+@calls_hosts
+async def watch(hosts: Hosts, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
     """Show a migration's progress until it ends; the exit code tells how."""
+    source = hosts.sources[0]
+    if hosts.several:
+        source, _ = await find_migration(hosts, migration_id)
     with progress_view() as view:
         migration = await follow(source, migration_id, view)
     finish(migration, json=json)

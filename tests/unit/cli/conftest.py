@@ -47,7 +47,7 @@ def source(certificates: Path) -> Iterator[FakeSource]:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command line in this process."""
-    for name in ("VMFERRY_SOURCE", "VMFERRY_SOURCE_HOST", "VMFERRY_TLS", "VMFERRY_CONFIG"):
+    for name in ("VMFERRY_SOURCE", "VMFERRY_SOURCE_HOST", "VMFERRY_HOSTS", "VMFERRY_TLS", "VMFERRY_CONFIG"):
         monkeypatch.delenv(name, raising=False)
 
     def run_command(*arguments: object) -> Ran:

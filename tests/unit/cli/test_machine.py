@@ -118,7 +118,7 @@ def test_the_list_tells_what_memory_is(capsys: pytest.CaptureFixture[str]) -> No
         machine.spec.memory_mib = 64
         if backing:
             machine.spec.qemu.memory_backing = backing
-    print_machines(machines, json=False)
+    print_machines(machines)
     lines = capsys.readouterr().out.splitlines()
     assert ["hugetlbfs" in line for line in lines[1:]] == [False, True, False]
     assert all("64 MiB" in line for line in lines[1:])
