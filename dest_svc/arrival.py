@@ -41,7 +41,7 @@ from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover, halt_machine
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
-from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.logs import get_logger, within_migration
 from vmferry.telemetry.metrics import count_arrival
 from vmferry.telemetry.tracing import phase
 
@@ -136,9 +136,9 @@ class Arrival:
         reach(f"dest.recorded.{place}")
         if action.record.kind in _COUNTED:
             count_arrival(place)
-        _LOG.info(
-            "recorded", machine=self.machine_id, record=action.record.kind.name, note=action.record.note
-        )
+        record = action.record
+        whose = {"migration": record.attempt.migration_id.hex()} if record.attempt is not None else {}
+        _LOG.info("recorded", machine=self.machine_id, record=record.kind.name, note=record.note, **whose)
 
     async def _discard(self) -> None:
         receiver, self.receiver = self.receiver, None
@@ -227,6 +227,12 @@ class Arrival:
 
     async def recover(self) -> None:
         """After a restart of the service: journal first, then the hypervisor. The source asks by itself."""
+        current = self.state.current
+        attempt = None if isinstance(current, destination.Empty) else current.attempt
+        with within_migration(attempt.migration_id.hex()) if attempt else contextlib.nullcontext():
+            await self._recover()
+
+    async def _recover(self) -> None:
         async with self.lock:
             match self.state.current:
                 case destination.Receiving():

@@ -15,6 +15,7 @@ from vmferry.handoff.blocked import Guest
 from vmferry.handoff.states import Attempt
 from vmferry.recovery.contact import Contact
 from vmferry.recovery.examination import Known
+from vmferry.telemetry.logs import bind_migration
 from vmferry.telemetry.metrics import add_received, count_arrival
 from vmferry.together import to_the_end
 from vmferry.v1.migration_pb2 import Migration
@@ -35,7 +36,8 @@ class DestinationPart:
         add_received(0)
 
     def hear(self, attempt: Attempt, what: str) -> None:
-        """The attempt's source has asked for something."""
+        """The attempt's source has asked for something, by a call that this is part of."""
+        bind_migration(attempt.migration_id.hex())
         contact = self._contacts.pop(attempt.machine_id, None) or Contact()
         contact.hear(what)
         self._contacts[attempt.machine_id] = contact

@@ -16,7 +16,7 @@ from dest_svc.receiver import Receiver
 from vmferry.config import HostConfig
 from vmferry.errors import VmferryError
 from vmferry.handoff import destination
-from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.logs import get_logger, within_migration
 
 _LOG: Final = get_logger(__name__)
 _LOOK_S: Final = 1.0
@@ -38,12 +38,17 @@ async def watch(arrivals: Mapping[str, Arrival], config: HostConfig) -> NoReturn
 
 async def _give_up(arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
     async with arrival.lock:
-        if arrival.receiver is not receiver:
-            return
-        try:
-            if died:
-                await arrival.lose_copy("the waiting copy's process died")
-            else:
-                await arrival.apply(destination.Stalled())
-        except VmferryError as error:
-            _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)
+        with within_migration(receiver.attempt.migration_id.hex(), receiver.trace_id):
+            await _close(arrival, receiver, died=died)
+
+
+async def _close(arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
+    if arrival.receiver is not receiver:
+        return
+    try:
+        if died:
+            await arrival.lose_copy("the waiting copy's process died")
+        else:
+            await arrival.apply(destination.Stalled())
+    except VmferryError as error:
+        _LOG.error("closing failed", machine=arrival.machine_id, detail=error.message)

@@ -172,11 +172,10 @@ class Departure:
                 reach(f"source.recording.{place}")
                 await self._write(lambda: self._journal.append(action), durable=action.durable)
                 reach(f"source.recorded.{place}")
+                record = action.record
+                whose = {"migration": record.attempt.migration_id.hex()} if record.attempt is not None else {}
                 _LOG.info(
-                    "recorded",
-                    machine=self.machine_id,
-                    record=action.record.kind.name,
-                    note=action.record.note,
+                    "recorded", machine=self.machine_id, record=record.kind.name, note=record.note, **whose
                 )
             case Resume():
                 await self._try_resume()

@@ -29,7 +29,7 @@ from vmferry.handoff.states import Append, Attempt, AttemptState
 from vmferry.machines.launcher import halt_machine
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
-from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.logs import bind_migration, get_logger
 
 _LOG: Final = get_logger(__name__)
 _LONGEST_WAIT_S: Final = 60.0
@@ -107,6 +107,7 @@ class Farewells:
                 self._start(self._say(attempt), f"farewell-{attempt.migration_id.hex()}")
 
     async def _say(self, attempt: Attempt) -> None:
+        bind_migration(attempt.migration_id.hex())
         task = asyncio.current_task()
         assert task is not None
         farewell = self._saying[attempt.migration_id] = _Farewell(attempt, task)

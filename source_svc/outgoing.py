@@ -51,7 +51,7 @@ from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.throttle import Throttle
 from vmferry.negotiation.path import STREAM
 from vmferry.security.renewal import CurrentMaterial
-from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.logs import bind_migration, get_logger
 from vmferry.telemetry.tracing import context_of, phase, span_attributes, span_event
 from vmferry.together import to_the_end, together
 from vmferry.transfer.compression import methods
@@ -180,6 +180,7 @@ class Outgoing(Followed):
         message = self.migration.message
         try:
             async with phase("migrate", machine=message.machine, migration_id=self.migration.id):
+                bind_migration(self.migration.id)
                 try:
                     await self._work()
                 except BaseException as error:
@@ -385,7 +386,7 @@ class Outgoing(Followed):
         """The guest goes on here, and the destination keeps nothing."""
         self.no_room = has_no_room(error)
         log = _LOG.info if self.no_room else _LOG.warning
-        log("giving the machine back", migration=self.migration.id, reason=error.reason, detail=error.message)
+        log("giving the machine back", reason=error.reason, detail=error.message)
         span_attributes(reason=error.reason)
         self.reason = f"{error.reason}: {error.message}"
         await self._tidy_up()
@@ -435,5 +436,5 @@ class Outgoing(Followed):
             return error
         if isinstance(error, asyncio.CancelledError):
             return self.ended_by or CancelledByCallerError("the migration was interrupted")
-        _LOG.error("a migration failed unexpectedly", migration=self.migration.id, exc_info=error)
+        _LOG.error("a migration failed unexpectedly", exc_info=error)
         return InternalError(f"unexpected: {error!r}")

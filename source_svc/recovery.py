@@ -33,7 +33,7 @@ from vmferry.handoff.states import AttemptState, Tell
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
-from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.logs import bind_migration, get_logger
 from vmferry.telemetry.tracing import context_of, current_trace_id, phase
 from vmferry.v1 import migration_pb2 as pb
 
@@ -181,6 +181,7 @@ class Recovered(Followed):
         try:
             async with phase("recover", migration_id=self.migration.id):
                 self.migration.message.trace_id = current_trace_id() or self.migration.message.trace_id
+                bind_migration(self.migration.id)
                 await self._settle()
         finally:
             await self._destination.close()

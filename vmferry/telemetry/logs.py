@@ -1,7 +1,7 @@
 """Logs: structured events on stderr that carry the trace they belong to.
 
 Promise: one line of JSON per event, or coloured text when a person looks at it; every event names the service, the
-host, and the trace and span it happened in; records of the standard library's logging come out the same way. Neither
+host, the trace and span it happened in, and the migration it belongs to, if it belongs to one; records of the standard library's logging come out the same way. Neither
 secrets nor guest memory get into the log: values of secret keys, bytes and whole messages are replaced, and
 tracebacks show no local variables.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import structlog
@@ -36,6 +37,17 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
     return logger
 
 
+def bind_migration(migration_id: str) -> None:
+    """Have every event from here on name this migration, in this task and in those it starts."""
+    structlog.contextvars.bind_contextvars(migration=migration_id)
+
+
+def within_migration(migration_id: str, trace_id: str = "") -> AbstractContextManager[None]:
+    """Have every event within the block name this migration, and its trace where there is no span."""
+    known = {"migration": migration_id} | ({"trace_id": trace_id} if trace_id else {})
+    return structlog.contextvars.bound_contextvars(**known)
+
+
 def configure(service: str, *, host: str, level: str) -> None:
     """Send the logs of this process to stderr; called once, by ``__main__``.
 
@@ -47,6 +59,7 @@ def configure(service: str, *, host: str, level: str) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[structlog.stdlib.ExtraAdder()],
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
