@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -49,6 +49,17 @@ class Ports:
 
     source: int = 0
     dest: int = 0
+    source_http: int | None = None
+    """Where the source's page is; by default on a socket that a browser cannot reach."""
+    dest_http: int | None = None
+
+    def with_pages(self, config: HostConfig) -> HostConfig:
+        """The configuration with the pages where they are wanted."""
+        if self.source_http is not None:
+            config = replace(config, source_http_listen=f"127.0.0.1:{self.source_http}")
+        if self.dest_http is not None:
+            config = replace(config, dest_http_listen=f"127.0.0.1:{self.dest_http}")
+        return config
 
 
 ANY_PORTS: Final = MappingProxyType({"a": Ports(), "b": Ports()})
@@ -287,6 +298,7 @@ def _prepare(
             dest_listen=f"{places[name].listen}:{ports[name].dest}",
             image_roots=(run / "images",),
         )
+        config = ports[name].with_pages(config)
         for folder in (config.state_dir, config.run_dir, config.ram_dir):
             folder.mkdir(mode=0o700, parents=True)
         config_file = files / f"host-{name}.toml"

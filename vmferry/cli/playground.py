@@ -18,7 +18,10 @@ from vmferry.cli.demo_hosts import Ports, two_hosts
 from vmferry.cli.machine import run_machine
 from vmferry.machines.spec import new_spec
 
-PORTS: Final = {"a": Ports(source=7601, dest=7602), "b": Ports(source=7611, dest=7612)}
+PORTS: Final = {
+    "a": Ports(source=7601, dest=7602, source_http=7603, dest_http=7604),
+    "b": Ports(source=7611, dest=7612, source_http=7613, dest_http=7614),
+}
 MACHINE: Final = "canary"
 
 
@@ -47,6 +50,10 @@ async def _run(folder: Path, memory_mib: int) -> None:
                 "host": shore.host.identity.uri,
                 "source": shore.source.address,
                 "destination": shore.dest.address,
+                "pages": [
+                    f"http://localhost:{port}/"
+                    for port in (PORTS[shore.host.name].source_http, PORTS[shore.host.name].dest_http)
+                ],
                 "config": str(shore.host.config_file),
             }
             for shore in (world.a, world.b)

@@ -1,9 +1,9 @@
 """Logs: structured events on stderr that carry the trace they belong to.
 
 Promise: one line of JSON per event, or coloured text when a person looks at it; every event names the service, the
-host, the trace and span it happened in, and the migration it belongs to, if it belongs to one; records of the standard library's logging come out the same way. Neither
-secrets nor guest memory get into the log: values of secret keys, bytes and whole messages are replaced, and
-tracebacks show no local variables.
+host, the trace and span it happened in, and the migration it belongs to, if it belongs to one; records of the
+standard library's logging come out the same way. Neither secrets nor guest memory get into the log: values of secret
+keys, bytes and whole messages are replaced, and tracebacks show no local variables.
 
 ``get_logger`` works without ``configure``: events then are ordinary records of the standard library's logging.
 """

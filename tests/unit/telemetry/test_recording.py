@@ -8,13 +8,19 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from google.protobuf.json_format import ParseDict
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
@@ -25,6 +31,8 @@ from opentelemetry.sdk.trace.export import SpanExportResult
 
 from tests.support import wait_until
 from vmferry.errors import ConfigError
+from vmferry.security.authority import init_authority, issue
+from vmferry.security.identity import Identity
 from vmferry.telemetry.recording import SpanFileExporter
 from vmferry.telemetry.spans import load_spans, span_tree
 
@@ -151,6 +159,99 @@ async def test_collector_named_by_the_environment_gets_the_spans(tmp_path: Path)
     assert len(load_spans([tmp_path], trace_id)) == 2
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a collector saw of one batch of spans."""
+
+    spans: list[str]
+    headers: dict[str, str]
+    peer: list[bytes]
+
+
+@asynccontextmanager
+async def guarded_collector(folder: Path) -> AsyncIterator[tuple[dict[str, str], list[Batch]]]:
+    """A collector that wants a certificate from everybody: the environment that leads to it, and its batches."""
+    batches: list[Batch] = []
+
+    class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+        async def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - the protocol's name
+            names = [s.name for b in request.resource_spans for c in b.scope_spans for s in c.spans]
+            batches.append(
+                Batch(
+                    names,
+                    dict(context.invocation_metadata()),
+                    context.auth_context().get("peer_spiffe_id", []),
+                )
+            )
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    init_authority(folder / "ca", "test.example")
+    issue(folder / "ca", Identity.parse("spiffe://test.example/vmhost/a"), folder / "a")
+    key = ec.generate_private_key(ec.SECP256R1())
+    name, now = x509.Name([]), datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(Encoding.PEM)
+    (folder / "collector.pem").write_bytes(pem)
+    key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    server = grpc.aio.server()
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Collector(), server)
+    port = server.add_secure_port(
+        "localhost:0",
+        grpc.ssl_server_credentials(
+            [(key_pem, pem)], (folder / "a/ca.pem").read_bytes(), require_client_auth=True
+        ),
+    )
+    await server.start()
+    environment = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"https://localhost:{port}",
+        "OTEL_EXPORTER_OTLP_CERTIFICATE": str(folder / "collector.pem"),
+        "OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE": str(folder / "a/tls.crt"),
+        "OTEL_EXPORTER_OTLP_CLIENT_KEY": str(folder / "a/tls.key"),
+        "OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20swordfish,tenant=blue",
+        "OTEL_METRICS_EXPORTER": "none",
+    }
+    try:
+        yield environment, batches
+    finally:
+        await server.stop(None)
+
+
+async def test_collector_may_want_a_certificate_and_a_token(tmp_path: Path) -> None:
+    """Mutual TLS and headers are as the environment has them, and the token stands in no output."""
+    async with guarded_collector(tmp_path) as (environment, batches):
+        trace_id = await asyncio.to_thread(
+            _finished, tmp_path / "traces", program=TLS13 + PROGRAM, **environment
+        )
+    assert trace_id
+    assert sorted(name for batch in batches for name in batch.spans) == ["migrate", "precopy"]
+    for batch in batches:
+        assert batch.headers["authorization"] == "Bearer swordfish"
+        assert batch.headers["tenant"] == "blue"
+        assert batch.peer == [b"spiffe://test.example/vmhost/a"]
+
+
+async def test_collector_that_trusts_us_not_gets_nothing_and_holds_nothing_up(tmp_path: Path) -> None:
+    """Without a certificate no span gets through; the file has them all the same, and the token is not told."""
+    async with guarded_collector(tmp_path) as (environment, batches):
+        for name in ("OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE", "OTEL_EXPORTER_OTLP_CLIENT_KEY"):
+            del environment[name]
+        environment["OTEL_EXPORTER_OTLP_TIMEOUT"] = "1"
+        with _program(tmp_path / "traces", "end", TLS13 + PROGRAM, **environment) as process:
+            output, errors = await asyncio.to_thread(process.communicate, timeout=60)
+    assert process.returncode == 0
+    assert batches == []
+    assert len(load_spans([tmp_path / "traces"], output.strip())) == 2
+    assert "swordfish" not in errors
+
+
+TLS13 = """
+from vmferry.security.tls13 import enforce_tls13
+enforce_tls13()
+"""
 METRICS = """
 import sys
 from pathlib import Path
