@@ -176,11 +176,10 @@ class Outgoing(Followed):
                 self._task.cancel()
 
     async def _run(self) -> None:
-        self._began = True
-        message = self.migration.message
+        self._began, migration_id = True, self.migration.id
+        bind_migration(migration_id)
         try:
-            async with phase("migrate", machine=message.machine, migration_id=self.migration.id):
-                bind_migration(self.migration.id)
+            async with phase("migrate", machine=self.migration.message.machine, migration_id=migration_id):
                 try:
                     await self._work()
                 except BaseException as error:

@@ -17,7 +17,7 @@ from tests.integration.services import eventually_async
 from tests.integration.webclient import client, samples, scraped, value
 from tests.support import require
 from vmferry.errors import TimedOutError
-from vmferry.telemetry.instruments import INSTRUMENTS, Kind
+from vmferry.telemetry.instruments import INSTRUMENTS, MIGRATIONS_QUEUED, Kind
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.web.guard import HEADERS
 
@@ -56,7 +56,7 @@ async def test_a_scrape_has_every_metric_with_its_true_value(world: World) -> No
     source, dest = map(samples, texts)
     names = {name for name, _ in source.keys() | dest.keys()} | seen
     series = {one.prometheus + ("_count" if one.kind is Kind.HISTOGRAM else "") for one in INSTRUMENTS}
-    assert series - names == set()
+    assert series - names == {MIGRATIONS_QUEUED.prometheus}, "nothing waited; the next test is about that"
     assert not [name for name, labels in source if ("vmferry_machine", guest.spec.name) in labels], (
         "it has ended"
     )
@@ -77,6 +77,34 @@ async def test_a_scrape_has_every_metric_with_its_true_value(world: World) -> No
     assert left_s == pytest.approx((world.material("a").not_after.timestamp() - time.time()), abs=5)
     for text in texts:
         check_metrics(text)
+
+
+async def test_what_waits_is_measured(world: World) -> None:
+    """The length of the queue is there while something waits, by destination, and gone when nothing does."""
+    guests = [await world.run() for _ in range(3)]
+    started = [await world.start(guest, world.a, world.b, max_bandwidth=MIB) for guest in guests]
+    there = {"destination": world.b.identity.uri}
+
+    async def measured() -> tuple[float, float]:
+        found = samples(await scraped(world.a.source))
+        queued = [amount for (name, _), amount in found.items() if name == MIGRATIONS_QUEUED.prometheus]
+        if queued:
+            assert value(found, MIGRATIONS_QUEUED.prometheus, **there) == sum(queued)
+        return sum(queued), value(found, "vmferry_migrations_open", phase="queued")
+
+    async def one_waits() -> bool:
+        return await measured() == (1, 1)
+
+    async def none_waits() -> bool:
+        return await measured() == (0, 0)
+
+    await eventually_async(one_waits, "two leave and one waits")
+    async with world.source(world.a) as stub:
+        for migration_id in started:
+            await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
+    for migration_id in started:
+        await world.ended(world.a, migration_id)
+    await eventually_async(none_waits, "nothing waits")
 
 
 def check_metrics(text: str) -> None:

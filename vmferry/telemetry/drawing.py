@@ -24,7 +24,6 @@ _ROW: Final = 22
 _TOP: Final = 118
 _NOTE: Final = 18
 _TICKS: Final = 6
-_LONGEST_NAME: Final = 44
 _DOWNTIME: Final = "vmferry.downtime_ms"
 _STYLE: Final = """
 svg{--page:#fff;--text:#1c2624;--quiet:#5c6966;--line:#e1e5e2;--pause:#f9dedb;--bad:#a8322a;
@@ -117,8 +116,8 @@ class _Drawing:
             f"<title>{label}</title><style>{_STYLE}</style>",
             f'<text class="title" x="20" y="34">{label}</text>',
             *self._legend(),
-            *self._axis(bottom),
             *self._marked(bottom),
+            *self._axis(bottom),
             *(self._row(number, span, depth) for number, (span, depth) in enumerate(self._rows)),
             *(
                 f'<text class="quiet" x="20" y="{bottom + 24 + _NOTE * number}">{_text(note)}</text>'
@@ -191,7 +190,7 @@ class _Drawing:
         x = self._x(span.start_ns)
         width = max(1.5, self._x(span.end_ns) - x)
         colour, words = ("bad", ' class="bad"') if span.failed else (self._colour(span.host), "")
-        name = span.name.rpartition("/")[2] if len(span.name) > _LONGEST_NAME - 2 * depth else span.name
+        name = span.name.rpartition("/")[2]  # of a call, its method
         says = f"{span.name} on {span.host}/{span.service}: {span.duration_ms:,.3f} ms. {span.message}"
         return (
             f"<g><title>{_text(says.strip())}</title>"

@@ -81,6 +81,13 @@ MIGRATIONS_OPEN: Final = Instrument(
     "Migrations away from this host that have not ended.",
     (semconv.PHASE,),
 )
+MIGRATIONS_QUEUED: Final = Instrument(
+    "vmferry.migrations.queued",
+    Kind.GAUGE,
+    "{migration}",
+    "Migrations that wait for room here or at their destination, by that; none to a host is no series.",
+    (semconv.DESTINATION,),
+)
 DURATION: Final = Instrument(
     "vmferry.migration.duration",
     Kind.HISTOGRAM,

@@ -80,7 +80,7 @@ const Page = {
 
   running(migrations) {
     Page.list("running", migrations, (one) => one.id, Page.card, (card, migration) => {
-      const at = Page.PHASES.indexOf(Format.phase(migration));
+      const at = Page.PHASES.indexOf(Format.phase(migration).replace("announced", "negotiating"));
       card.parts.steps.forEach((step, index) => {
         step.className = index < at ? "done" : index === at ? "now" : "";
         if (index === at) step.setAttribute("aria-current", "step");
@@ -168,6 +168,8 @@ const Page = {
     if (progress.disconnected_since) {
       return `The connection is lost. It is tried again for ${Format.time(Format.seconds(progress.reconnect_left))}; the guest runs on.`;
     }
+    const queue = migration.queue;
+    if (queue) return `It waits, as number ${queue.position} of ${queue.length}: ${queue.waits_for || "for room"}.`;
     return migration.reason ? Page.why(migration.reason) : "";
   },
 
