@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
+import pytest
 
 from tests.integration.services import eventually, eventually_async
 from tests.support import require
@@ -127,6 +128,8 @@ class Tab:
 @contextlib.asynccontextmanager
 async def open_tab() -> AsyncIterator[Tab]:
     """A browser with one empty page."""
+    if why_not := os.environ.get("VMFERRY_NO_BROWSER"):
+        pytest.skip(why_not)
     require(shutil.which("chromium"), "chromium is not installed (apt install chromium)")
     with tempfile.TemporaryDirectory(prefix="vf-browser-", ignore_cleanup_errors=True) as profile:
         process = await asyncio.create_subprocess_exec(

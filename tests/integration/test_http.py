@@ -178,7 +178,7 @@ async def test_an_open_page_does_not_hold_up_the_end_of_a_service(world: World, 
     """A service that is told to stop does, however many watch it."""
     async with client(world.a.dest) as session:
         streams = [await session.get("/api/events") for _ in range(3)]
-        assert b"data: " in await streams[0].content.readline()
+        assert b"event: " in await streams[0].content.readline()
         started = time.monotonic()
         await world.a.dest.stop()
         took_s = time.monotonic() - started

@@ -166,12 +166,13 @@ async def test_nothing_is_taken_for_html(world: World, tab: Tab) -> None:
     state = {
         "service": "source", "host": host, "version": evil, "draining": True, "arrivals": [], "machines": [machine],
         "migrations": [
-            common | {"id": "1", "phase": "MIGRATION_PHASE_PRECOPYING", "outcome": "MIGRATION_OUTCOME_UNKNOWN"},
-            common | {"id": "2", "phase": "MIGRATION_PHASE_ENDED", "outcome": "MIGRATION_OUTCOME_FAILED"},
+            common | {"id": "1", "phase": "MIGRATION_PHASE_PRECOPYING", "outcome": "MIGRATION_OUTCOME_UNKNOWN"}
         ],
     }  # fmt: skip
+    ended = [common | {"id": "2", "phase": "MIGRATION_PHASE_ENDED", "outcome": "MIGRATION_OUTCOME_FAILED"}]
     # In one go, so that nothing that comes from the service is drawn in between.
     found = await tab.ask(f"""(() => {{
+        Page.ended = {json.dumps(ended)};
         Page.show({json.dumps(state)});
         document.querySelector('summary').click();
         return [document.querySelectorAll('main img, main script').length, window.bad ?? 0,

@@ -7,6 +7,7 @@ const Page = {
   OUTCOMES: { completed: "good", failed: "bad", cancelled: "", unknown: "warn" },
   STATES: { running: "good", paused: "warn", incoming: "accent", dead: "bad", stopped: "", unspecified: "" },
   state: null,
+  ended: [],
 
   make(tag, attributes, ...children) {
     const element = document.createElement(tag);
@@ -49,15 +50,15 @@ const Page = {
     Page.of("draining").hidden = !state.draining;
     for (const id of ["running-section", "history-section"]) Page.of(id).hidden = !source;
     Page.of("arriving-section").hidden = source;
-    const ended = (migration) => migration.phase === "MIGRATION_PHASE_ENDED";
     const found = Page.of("filter").value.trim().toLowerCase();
     const matches = (...texts) => !found || texts.some((text) => (text || "").toLowerCase().includes(found));
     Page.blocked(state.machines.filter((machine) => machine.blockage));
-    Page.running(state.migrations.filter((migration) => !ended(migration)));
+    Page.running(state.migrations);
+    if (state.open > state.migrations.length) Page.say(Page.of("running-count"), `${state.open}, the first ${state.migrations.length} are shown`);
     Page.arriving(state.arrivals);
     Page.machines(state.machines.filter((one) => matches(one.name, one.uuid, one.state, one.right)));
-    Page.history(state.migrations.filter((one) => ended(one)
-      && matches(one.machine, one.machine_id, one.destination?.host, Format.outcome(one), one.reason?.reason)));
+    Page.history(Page.ended.filter((one) => (
+      matches(one.machine, one.machine_id, one.destination?.host, Format.outcome(one), one.reason?.reason))));
   },
 
   list(id, items, key, make, update) {
@@ -89,6 +90,7 @@ const Page = {
       const outcome = Format.outcome(migration);
       card.parts.badge.className = `badge ${outcome === "unknown" ? "warn" : "accent"}`;
       Page.say(card.parts.badge, outcome === "unknown" ? "outcome unknown" : Format.phase(migration));
+      card.parts.way.hidden = card.parts.bar.hidden = at < 0;
       Page.progress(card, migration);
       Page.figures(card.parts.figures, Page.facts(migration));
       const note = Page.trouble(migration);
@@ -101,6 +103,7 @@ const Page = {
     const steps = Page.PHASES.map((name) => Page.make("li", {}, name));
     const parts = {
       steps,
+      way: Page.make("ol", { class: "steps" }, ...steps),
       badge: Page.make("span", { class: "badge accent" }),
       filled: Page.make("span", {}),
       figures: Page.make("dl", { class: "figures" }),
@@ -111,7 +114,7 @@ const Page = {
     const card = Page.make("li", { class: "card" },
       Page.make("div", { class: "head" }, Page.make("h3", {}, migration.machine),
         Page.make("span", { class: "way" }, `to ${Format.host(migration.destination?.host)}`), parts.badge),
-      Page.make("ol", { class: "steps" }, ...steps), parts.bar, parts.figures, parts.note);
+      parts.way, parts.bar, parts.figures, parts.note);
     card.parts = parts;
     card.round = { number: -1, bytes: 0 };
     return card;
@@ -266,10 +269,14 @@ const Page = {
       Page.say(link, text);
     };
     const events = new EventSource("api/events");
-    events.onmessage = (event) => {
+    events.addEventListener("history", (event) => {
+      Page.ended = JSON.parse(event.data);
+      if (Page.state) Page.show(Page.state);
+    });
+    events.addEventListener("state", (event) => {
       Page.show(JSON.parse(event.data));
       tell("live", "Live");
-    };
+    });
     events.onopen = () => tell("live", "Live");
     events.onerror = () => {
       tell("lost", "No connection: trying again");
