@@ -132,6 +132,25 @@ async def test_what_arrives_is_shown_at_the_destination(world: World, tab: Tab) 
     await tab.until("document.getElementById('machines').innerText.includes('owned')", "it is owned here")
 
 
+async def test_what_waits_says_for_what(world: World, tab: Tab) -> None:
+    """A migration in the queue has a card of its own, without progress, that tells its place and the reason."""
+    guests = [await world.run() for _ in range(3)]
+    started = [await world.start(guest, world.a, world.b, max_bandwidth=MIB) for guest in guests]
+    await tab.open(f"http://{world.a.source.http}/")
+    await tab.until("document.querySelectorAll('#running .card').length === 3", "all are shown")
+    waiting = "#running .card:nth-child(3)"
+    await tab.until(
+        f"document.querySelector('{waiting} .badge')?.innerText === 'queued'", "the last one waits"
+    )
+    assert "It waits, as number 1 of 1: " in await tab.text(f"{waiting} .note")
+    assert not await tab.ask(f"document.querySelector('{waiting} .progress').checkVisibility()")
+    await tab.picture("waiting-desktop-light")
+    async with world.source(world.a) as stub:
+        for migration_id in started:
+            await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
+    await tab.until("!document.querySelector('#running .card')", "nothing is left")
+
+
 async def test_it_finds_its_service_again(world: World, tab: Tab) -> None:
     """While the service is away the page says so; when it is back, the page is live again by itself."""
     port = world.a.source.http
