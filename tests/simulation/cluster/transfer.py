@@ -187,6 +187,7 @@ class Receiver:
     ) -> None:
         self.attempt = attempt
         self.spec = spec
+        self.trace_id = ""
         self.transfer_token = secrets.token_bytes(4)
         self.progressed_at = asyncio.get_running_loop().time()
         self.reconnect_timeout_s = 0.0
