@@ -32,8 +32,9 @@ from vmferry.machines.spec import MachineSpec
 from vmferry.memory.regions import RamFile
 from vmferry.negotiation.encodings import NONE
 from vmferry.negotiation.path import STREAM
-from vmferry.telemetry.logs import bind_migration, get_logger
-from vmferry.telemetry.tracing import current_trace_id, phase
+from vmferry.telemetry import logs, tracing
+from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import phase
 from vmferry.transfer.seal import seal_digest
 from vmferry.transfer.streams import MAX_PIECE_BYTES
 from vmferry.transfer.wire import Received
@@ -60,7 +61,7 @@ class Receiver:
     ) -> None:
         self.attempt = attempt
         self.spec = spec
-        self.trace_id = current_trace_id()
+        self.trace_id = tracing.current_trace_id()
         """The trace that began it."""
         self.transfer_token = secrets.token_bytes(32)
         self.progressed_at = time.monotonic()
@@ -139,7 +140,7 @@ class Receiver:
     ) -> AsyncIterator[Response]:
         """Take in what one connection of a lane brings."""
         assert self._memory is not None, "lanes open after Begin was answered"
-        bind_migration(self.attempt.migration_id.hex())
+        logs.bind_migration(self.attempt.migration_id.hex())
         async for response in lane.serve(requests, self._memory.take, connection):
             self.progressed_at = time.monotonic()
             reach("dest.frame-taken")
