@@ -19,8 +19,8 @@ import typer
 
 from vmferry.cli.connection import Source, TlsOption, as_command, call_error, option
 from vmferry.cli.output import say
+from vmferry.client.connection import Tries
 from vmferry.client.places import check_address, host_identity
-from vmferry.client.source import Tries
 from vmferry.errors import (
     InvalidArgumentError,
     MigrationNotFoundError,

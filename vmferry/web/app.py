@@ -57,7 +57,7 @@ def make_app(site: Site) -> web.Application:
     """The application of one listener."""
     app = web.Application(middlewares=[guard], client_max_size=0)
     app.on_response_prepare.append(add_headers)
-    feed = Feed(site.role, site.host, site.config.draining, site.views)
+    feed = Feed(site.role, site.host, site.config, site.views)
     app.cleanup_ctx.append(feed.running)
     app.on_shutdown.append(feed.end)
     for path in sorted(_PAGES.iterdir()):

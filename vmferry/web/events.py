@@ -18,7 +18,9 @@ from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
 from vmferry import __version__
-from vmferry.errors import VmferryError
+from vmferry.config import HostConfig
+from vmferry.drain.record import DrainFile
+from vmferry.errors import ConfigError, VmferryError
 from vmferry.v1.machine_pb2 import Machine, MachineRight, MachineState
 from vmferry.v1.migration_pb2 import MIGRATION_PHASE_ENDED, MIGRATION_PHASE_QUEUED, Migration
 from vmferry.web.view import View
@@ -42,8 +44,11 @@ Document = dict[str, Any]
 class Feed:
     """The state of a service for those who look at its page."""
 
-    def __init__(self, role: str, host: str, draining: bool, views: Sequence[View]) -> None:
-        self._about = {"service": role, "host": host, "version": __version__, "draining": draining}
+    def __init__(self, role: str, host: str, config: HostConfig, views: Sequence[View]) -> None:
+        self._about = {"service": role, "host": host, "version": __version__}
+        self._takes_none = config.draining
+        self._drain_file = DrainFile(config.state_dir)
+        self._drain: Document = {}
         self._views = views
         self._watchers: set[asyncio.Event] = set()
         self._wanted = asyncio.Event()
@@ -124,12 +129,15 @@ class Feed:
         async with self._asking:
             if time.monotonic() - self._asked_machines_at > _MACHINES_EVERY_S:
                 self._machines = [_machine(one) for view in self._views for one in await _machines_of(view)]
+                self._drain = await asyncio.to_thread(_drain, self._drain_file)
                 self._asked_machines_at = time.monotonic()
             migrations = [one for view in self._views for one in view.open_migrations()]
             await self._renew_history({one.id for one in migrations})
             migrations.sort(key=lambda one: (one.phase == MIGRATION_PHASE_QUEUED, one.queue.position))
             arrivals = [dataclasses.asdict(one) for view in self._views for one in view.arrivals()]
             state = self._about | {
+                "draining": self._takes_none or self._drain_file.draining,
+                "drain": self._drain,
                 "machines": self._machines,
                 "migrations": [_migration(one) for one in migrations[:_MOST_OPEN]],
                 "open": len(migrations),
@@ -159,6 +167,19 @@ async def _machines_of(view: View) -> Sequence[Machine]:
         OSError,
     ):  # a machine that ends while it is looked at; the next look is a moment away
         return []
+
+
+def _drain(file: DrainFile) -> Document:
+    """How far the host has been emptied, if it is being; what was signed for that is nobody's business here."""
+    try:
+        record = file.read()
+    except ConfigError as error:
+        return {
+            "problem": {"reason": error.reason, "message": error.message, "remedy": error.instance_remedy}
+        }
+    if record is None or not record.draining:
+        return {}
+    return MessageToDict(record.drain, preserving_proto_field_name=True)
 
 
 def _machine(machine: Machine) -> Document:

@@ -7,12 +7,15 @@ import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from tests.integration.services import eventually_async
 from vmferry.config import HostConfig
+from vmferry.drain.record import DrainFile
+from vmferry.v1.drain_pb2 import DRAIN_STATE_DRAINING, DRAINED_MACHINE_STATE_BLOCKED, DrainRecord
 from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import (
     MIGRATION_PHASE_ENDED,
@@ -61,9 +64,9 @@ def open_one(number: int, phase: Any = MIGRATION_PHASE_PRECOPYING, position: int
 
 
 @contextlib.asynccontextmanager
-async def page(shown: Shown) -> AsyncIterator[aiohttp.ClientSession]:
+async def page(shown: Shown, state_dir: Path = Path("/nowhere")) -> AsyncIterator[aiohttp.ClientSession]:
     """The page of such a service."""
-    site = Site("source", "spiffe://example.org/vmhost/a", HostConfig(), [shown])
+    site = Site("source", "spiffe://example.org/vmhost/a", HostConfig(state_dir=state_dir), [shown])
     async with (
         serve_http(site, "127.0.0.1:0") as address,
         aiohttp.ClientSession(f"http://{address}") as session,
@@ -136,3 +139,33 @@ async def test_a_description_is_not_for_everybody() -> None:
         text = await answer.text()
     assert "swordfish" not in text
     assert [one["name"] for one in json.loads(text)["machines"]] == ["web"]
+
+
+async def test_a_host_that_is_being_emptied_says_how_far_it_is(tmp_path: Path) -> None:
+    """The page tells which machines have moved and what holds others up, and nothing that was signed for it."""
+    record = DrainRecord(draining=True, warrant=b"swordfish")
+    record.drain.state = DRAIN_STATE_DRAINING
+    item = record.drain.machines.add(machine="web", machine_id="u", state=DRAINED_MACHINE_STATE_BLOCKED)
+    item.obstacles.add(reason="INCOMPATIBLE", message="no tap there")
+    file = DrainFile(tmp_path)
+    async with page(Shown(), tmp_path) as session:
+        async with session.get("/api/state") as answer:
+            state = await answer.json()
+        assert (state["draining"], state["drain"]) == (False, {})
+        file.write(record)
+
+        async def told_so() -> str:
+            async with session.get("/api/state") as answer:
+                text = await answer.text()
+            return text if json.loads(text)["drain"] else ""
+
+        text = await eventually_async(told_so, "it is told")
+    state = json.loads(text)
+    assert state["draining"]
+    (machine,) = state["drain"]["machines"]
+    assert (machine["state"], machine["obstacles"][0]["message"]) == (
+        "DRAINED_MACHINE_STATE_BLOCKED",
+        "no tap there",
+    )
+    assert "warrant" not in text
+    assert "swordfish" not in text

@@ -52,6 +52,7 @@ const Page = {
     Page.of("arriving-section").hidden = source;
     const found = Page.of("filter").value.trim().toLowerCase();
     const matches = (...texts) => !found || texts.some((text) => (text || "").toLowerCase().includes(found));
+    Page.drain(state.drain || {});
     Page.blocked(state.machines.filter((machine) => machine.blockage));
     Page.running(state.migrations);
     if (state.open > state.migrations.length) Page.say(Page.of("running-count"), `${state.open}, the first ${state.migrations.length} are shown`);
@@ -65,6 +66,33 @@ const Page = {
     Page.keyed(Page.of(id), items, key, make, update);
     Page.say(Page.of(`${id}-count`), items.length ? String(items.length) : "");
     Page.of(`${id}-empty`).hidden = items.length > 0;
+  },
+
+  DRAINED: { moved: "good", moving: "accent", blocked: "bad", stays: "warn", waiting: "" },
+
+  drain(drain) {
+    const machines = drain.machines || [];
+    const moved = machines.filter((one) => one.state === "DRAINED_MACHINE_STATE_MOVED").length;
+    Page.of("drain-section").hidden = !drain.state && !drain.problem;
+    Page.say(Page.of("drain-count"), `${moved} of ${machines.length} machines have moved`);
+    const share = machines.length ? (100 * moved) / machines.length : 100;
+    Page.of("drain-bar").firstElementChild.style.width = `${share}%`;
+    Page.of("drain-bar").setAttribute("aria-valuenow", share.toFixed(0));
+    Page.of("drain-problem").hidden = !drain.problem;
+    if (drain.problem) Page.say(Page.of("drain-problem"), Page.why(drain.problem));
+    Page.keyed(Page.of("drained"), machines, (one) => one.machine_id, () => {
+      const row = Page.make("li", {}, Page.make("span", { class: "badge" }), Page.make("strong", {}), Page.make("span", { class: "way" }));
+      return row;
+    }, (row, one) => {
+      const state = Format.word(one.state, "DRAINED_MACHINE_STATE_");
+      const [badge, name, way] = row.children;
+      badge.className = `badge ${Page.DRAINED[state] ?? ""}`;
+      Page.say(badge, state);
+      Page.say(name, one.machine || one.machine_id);
+      const obstacle = (one.obstacles || [])[0];
+      const stuck = obstacle && state !== "moved" && state !== "moving";
+      Page.say(way, stuck ? Page.why(obstacle) : one.destination ? `to ${Format.host(one.destination.host)}` : "");
+    });
   },
 
   blocked(machines) {
