@@ -17,9 +17,7 @@ an answer that is not taken within a moment, because its asker is gone, is throw
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
-import socket
 import struct
 import termios
 from pathlib import Path
@@ -33,7 +31,7 @@ _LOG: Final = get_logger(__name__)
 _RECONNECT_S: Final = 0.2
 _READ_BYTES: Final = 65536
 UNFINISHED_S: Final = 3.0
-"""How long the rest of a request is waited for."""
+"""How long a request may take to come."""
 TAKEN_S: Final = 0.25
 """How long an answer may lie before its asker counts as gone."""
 
@@ -61,47 +59,45 @@ class GuestLink:
                 await asyncio.sleep(_RECONNECT_S)
 
     async def _serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as link:
-            link.setblocking(False)
-            await loop.sock_connect(link, str(self._path))
+        reader, writer = await asyncio.open_unix_connection(self._path)
+        try:
             self._ahead = b""
-            while data := self._ahead or await loop.sock_recv(link, _READ_BYTES):
+            while data := self._ahead or await reader.read(_READ_BYTES):
                 self._ahead = b""
-                if not await self._request(link, data):
+                if not await self._request(data, reader, writer):
                     _LOG.info("what a guest did not take is thrown away", socket=str(self._path))
                     return
+        finally:
+            writer.transport.abort()
 
-    async def _request(self, link: socket.socket, data: bytes) -> bool:
+    async def _request(self, data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Serve one request; false if its answer was not taken, or makes no sense to send."""
-        loop = asyncio.get_running_loop()
-        connection = _Connection(link)
+        connection = _Connection(writer)
         protocol = self._server()
         protocol.connection_made(connection)
         try:
-            async with asyncio.timeout(UNFINISHED_S) as patience:
+            async with asyncio.timeout(UNFINISHED_S):  # from its beginning: others may be asking meanwhile
                 while data:
                     protocol.data_received(data)
-                    patience.reschedule(loop.time() + UNFINISHED_S)
-                    data = await self._more(link, connection)
+                    data = await self._more(reader, connection)
         except TimeoutError:
             _LOG.info("a guest did not finish what it asked", socket=str(self._path))
         finally:
             protocol.connection_lost(None)
-        return not connection.broken and await _taken(link)
+        return not connection.broken and await _taken(writer)
 
-    async def _more(self, link: socket.socket, connection: _Connection) -> bytes:
+    async def _more(self, reader: asyncio.StreamReader, connection: _Connection) -> bytes:
         """What comes next of a request; nothing if its answer has been given, or the link has ended."""
-        loop = asyncio.get_running_loop()
-        reading = asyncio.create_task(loop.sock_recv(link, _READ_BYTES))
+        # A reader that is cancelled leaves what has come in its buffer.
+        reading = asyncio.create_task(reader.read(_READ_BYTES))
         ended = asyncio.create_task(connection.ended.wait())
         try:
             await asyncio.wait({reading, ended}, return_when=asyncio.FIRST_COMPLETED)
             data = reading.result() if reading.done() else b""
-            if ended.done():
-                self._ahead = data  # of the request behind this one
-                return b""
-            return data
+            if not ended.done():
+                return data
+            self._ahead = data  # of the request behind this one
+            return b""
         finally:
             for task in (reading, ended):
                 task.cancel()
@@ -111,23 +107,16 @@ class GuestLink:
 class _Connection(asyncio.Transport):
     """What aiohttp takes for a connection."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
         super().__init__({"peername": "", "sockname": ""})
-        self._link = link
+        self._writer = writer
         self.ended = asyncio.Event()
         self.broken = False
 
     def write(self, data: Any) -> None:
-        """Send; answers are far smaller than what a socket holds, so one that does not fit is not taken any more."""
-        if self.ended.is_set() or self.broken:
-            return
-        try:
-            sent = self._link.send(data)
-        except OSError:
-            sent = -1
-        self.broken = sent != len(data)
-        if self.broken:
-            self.ended.set()
+        """Send."""
+        if not self.ended.is_set():
+            self._writer.write(data)
 
     def writelines(self, list_of_data: Any) -> None:
         """Send several pieces."""
@@ -164,21 +153,24 @@ class _Connection(asyncio.Transport):
         return 0
 
 
-async def _taken(link: socket.socket) -> bool:
+async def _taken(writer: asyncio.StreamWriter) -> bool:
     """Whether the hypervisor takes what was sent to it, in a moment."""
     deadline = asyncio.get_running_loop().time() + TAKEN_S
-    while _unread(link):
+    while _unread(writer):
         if asyncio.get_running_loop().time() > deadline:
             return False
         await asyncio.sleep(0.005)
-    return True
+    return not writer.transport.is_closing()
 
 
-def _unread(link: socket.socket) -> int:
+def _unread(writer: asyncio.StreamWriter) -> int:
     """How many bytes the other end of a unix socket has not read.
 
     JUSTIFICATION: nothing else tells whether an answer reached a guest's connection or lies in wait for the next one.
     SAFETY: TIOCOUTQ writes one int into a buffer of that size.
     """
+    link = writer.get_extra_info("socket")
+    if writer.transport.is_closing():
+        return 0
     answer = fcntl.ioctl(link.fileno(), termios.TIOCOUTQ, bytes(4))
-    return int(struct.unpack("i", answer)[0])
+    return int(struct.unpack("i", answer)[0]) + writer.transport.get_write_buffer_size()

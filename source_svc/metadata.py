@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -41,6 +42,9 @@ _LISTEN: Final = re.compile(
 )
 _MAX_PORT: Final = 65535
 _KEEP_ALIVE_S: Final = 75.0
+_SILENT: Final = logging.getLogger(f"{__name__}.http")
+"""For what aiohttp has to say of requests that are no HTTP: a guest must not fill its host's log."""
+_SILENT.setLevel(logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,11 @@ class MetadataService:
 
     def _server(self, spec: MachineSpec, *, close: bool) -> web.Server:
         async def handle(request: BaseRequest) -> web.StreamResponse:
-            said = await self.answer(spec, await _asked(request))
+            try:
+                said = await self.answer(spec, await _asked(request))
+            except Exception:
+                _LOG.exception("a request to the metadata service failed", machine=spec.uuid)
+                raise
             response = web.Response(status=said.status, body=said.body, headers=dict(said.headers))
             response.headers["Server"] = "vmferry"
             if said.status != HTTPStatus.NOT_MODIFIED:  # which has no body to have a type
@@ -194,7 +202,7 @@ class MetadataService:
                 response.force_close()
             return response
 
-        return web.Server(handle, keepalive_timeout=_KEEP_ALIVE_S, access_log=None)
+        return web.Server(handle, keepalive_timeout=_KEEP_ALIVE_S, access_log=None, logger=_SILENT)
 
 
 def _socket(where: Path | Listen) -> socket.socket:

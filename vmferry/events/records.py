@@ -48,7 +48,10 @@ def to_text(board: Board) -> str:
                 for one in board.ended
             ],
         },
-        indent=1,
+        separators=(
+            ",",
+            ":",
+        ),  # written while guests stand still, and without indentation it is C that writes
     )
 
 
