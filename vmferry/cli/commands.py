@@ -14,6 +14,7 @@ from vmferry.cli import (
     bounds,
     certs,
     demo,
+    events,
     fleet,
     handoff,
     health,
@@ -75,6 +76,7 @@ app.command()(ticket.ticket)
 app.command()(health.health)
 app.command()(probe)
 app.command()(version)
+machine.app.command()(events.events)
 app.add_typer(machine.app, name="machine")
 app.add_typer(handoff.app, name="handoff")
 app.add_typer(certs.app, name="certs")
