@@ -20,6 +20,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -44,6 +45,8 @@ class Announcements:
         """``is_busy`` says whether something that an earlier process announced is still going on with a machine."""
         self.residents: Sequence[MachineSpec] = ()
         """The machines that are on this host."""
+        self.distant: Callable[[str], Sequence[Board]] = lambda _set: ()
+        """The boards of a set's machines on other hosts."""
         self._notice_s = config.event_notice_s
         self._linger_s = config.event_linger_s
         self._files = BoardFiles(config.events_dir)
@@ -120,6 +123,7 @@ class Announcements:
         """What a machine is shown now."""
         board = self.board(spec.uuid)
         others = [self.board(other.uuid) for other in self._set_of(spec)]
+        others += self._from_elsewhere(spec, (board, *others))
         text = self._leaving.get(spec.uuid)
         if text is None:
             array = document.content(self._listed((board, *others)))
@@ -171,6 +175,19 @@ class Announcements:
             for other in self.residents:
                 if other.availability_set == spec.availability_set and other.uuid != spec.uuid:
                     yield other
+
+    def _from_elsewhere(self, spec: MachineSpec, here: Sequence[Board]) -> list[Board]:
+        """What other hosts tell of the set, but for what this host knows better: a machine may be on its way."""
+        known = {one.event.id for board in here for one in board.ended}
+        known |= {event.id for board in here for event in board.events}
+        return [
+            replace(
+                board,
+                events=tuple(event for event in board.events if event.id not in known),
+                ended=tuple(one for one in board.ended if one.event.id not in known),
+            )
+            for board in self.distant(spec.availability_set)
+        ]
 
     def _listed(self, boards: Iterable[Board]) -> list[Event]:
         now_s = time.time()

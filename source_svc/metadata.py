@@ -16,7 +16,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
@@ -27,6 +27,7 @@ from aiohttp.web_request import BaseRequest
 
 from source_svc.announcing import Announcements
 from source_svc.guest_link import GuestLink
+from source_svc.neighbours import EventsService, Neighbours
 from source_svc.residents import LOOK_S, Residents
 from vmferry.errors import ConfigError
 from vmferry.events import policy, protocol
@@ -97,9 +98,14 @@ class MetadataService:
         self._served: dict[str, _Served] = {}
         self._limits: dict[str, policy.RateLimit] = {}
         self._task: asyncio.Task[None] | None = None
+        self._neighbours = Neighbours(host, self._present)
+        self.announcements.distant = self._neighbours.boards
+        self.events = EventsService(self._present, self.announcements.board)
 
     async def start(self) -> None:
         """Serve the machines that are here, and those that come."""
+        self._look()
+        await self._neighbours.start()
         await self._follow()
         self._task = asyncio.create_task(self._keep(), name="metadata")
 
@@ -109,6 +115,7 @@ class MetadataService:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        await self._neighbours.close()
         for machine_id in list(self._served):
             await self._leave(machine_id)
 
@@ -132,10 +139,21 @@ class MetadataService:
             except OSError as error:
                 _LOG.error("the machines of this host cannot be looked at", detail=str(error))
 
+    def _present(self) -> Sequence[MachineSpec]:
+        return self.announcements.residents
+
+    def _look(self) -> bool:
+        """Look who is here; whether that has changed."""
+        changed = self._residents.look()
+        if changed:
+            self.announcements.residents = [record.spec for record in self._residents.records.values()]
+            self._neighbours.hurry()
+        return changed
+
     async def _follow(self) -> None:
-        if self._residents.look():
+        records = self._residents.records
+        if self._look() or records.keys() != self._served.keys():
             records = self._residents.records
-            self.announcements.residents = [record.spec for record in records.values()]
             for machine_id, served in list(self._served.items()):
                 now = records.get(machine_id)
                 if now is None or now.process != served.record.process:

@@ -88,7 +88,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
     def register(self, server: grpc.aio.Server) -> Sequence[str]:
         """Add the methods to a server."""
         migration_pb2_grpc.add_SourceServiceServicer_to_server(self, server)
-        return [DESCRIPTOR.services_by_name["SourceService"].full_name, self._recovery.register(server)]
+        own = DESCRIPTOR.services_by_name["SourceService"].full_name
+        return [own, self._recovery.register(server), self._metadata.events.register(server)]
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""

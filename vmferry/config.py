@@ -144,6 +144,9 @@ class HostConfig:
     gives 900. 0: the event appears, and nobody is waited for."""
     event_linger_s: float = 0.0
     """How long an event stays listed as Started after it is over, for guests that ask seldom."""
+    event_peers: tuple[str, ...] = ()
+    """Source services of other hosts with machines of the same availability sets, to be asked for their events:
+    ``spiffe://DOMAIN/vmhost/NAME=HOST:PORT``."""
     metadata_requests_per_s: int = 5
     """Requests to the metadata service that each machine may make within any second."""
     metadata_listen: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -64,8 +65,8 @@ async def shown(one: Client, what: str = "Scheduled") -> dict[str, Any]:
     pytest.fail(f"no event is {what}")
 
 
-async def member(world: World, name: str, group: str) -> Guest:
-    """A machine on host a that is called so, in this availability set."""
+async def member(world: World, name: str, group: str, host: Host | None = None) -> Guest:
+    """A machine on host a, or another one, that is called so, in this availability set."""
     part = MicrovmSpec(program="canary", mac=new_mac(), params={"resident-mib": "4"})
     spec = MachineSpec(
         name=f"vm-{uuid.uuid4().hex[:8]}",
@@ -75,9 +76,9 @@ async def member(world: World, name: str, group: str) -> Guest:
         guest_name=name,
         availability_set=group,
     )
-    made = Guest(spec, world.a)
+    made = Guest(spec, host or world.a)
     world.guests.append(made)
-    await run_machine(spec, world.a.config)
+    await run_machine(spec, made.made_on.config)
     return made
 
 
@@ -247,6 +248,41 @@ async def test_machines_of_a_set_see_each_others_events_and_nobody_elses(world: 
         )
         assert named.json["compute"]["name"] == "WestNO_0"
     finally:
+        assert await world.end_guests() == []
+
+
+async def test_machines_of_a_set_on_another_host_are_told_too(world: World) -> None:
+    """All the time until the machine has come, and not only while its own host is there to be asked."""
+    moving, staying = await member(world, "WestNO_0", "web", world.b), await member(world, "WestNO_1", "web")
+    peers = (f"{world.b.identity.uri}={world.b.source.address}",)
+    try:
+        async with configured(world.a.source, event_peers=peers, metadata_requests_per_s=RATE):
+            there, here = await client(world.b, moving), await client(world.a, staying)
+            migration_id = await world.start(moving, world.b, world.a, notice=300.0)
+            event = await shown(there)
+            assert await shown(here) == event
+            number = here.last
+            assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
+            assert (await world.state(world.b, migration_id)).phase == pb.MIGRATION_PHASE_ANNOUNCED
+            world.b.source.signal(signal.SIGSTOP)
+            await eventually(
+                lambda: "does not tell of its events" in world.a.source.log_text(), "host b is missed"
+            )
+            assert await events(here) == [event]
+            world.b.source.signal(signal.SIGCONT)
+            assert (await asyncio.to_thread(there.acknowledge, event["EventId"])).status == 200
+            statuses = [event["EventStatus"]]
+            async with asyncio.timeout(30):
+                while found := await events(here):
+                    statuses += [one["EventStatus"] for one in found if one["EventId"] == event["EventId"]]
+                    assert len(found) == 1
+            assert statuses == sorted(statuses)
+            assert here.last > number
+            migration = await world.ended(world.b, migration_id)
+            assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+            assert await events(here) == []
+    finally:
+        world.b.source.signal(signal.SIGCONT)
         assert await world.end_guests() == []
 
 

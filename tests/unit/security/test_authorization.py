@@ -74,6 +74,7 @@ def test_the_services_are_seen() -> None:
         "vmferry.v1.DestinationService",
         "vmferry.v1.DrainService",
         "vmferry.v1.RecoveryService",
+        "vmferry.v1.EventsService",
     }
     assert len(OURS) >= 15
 

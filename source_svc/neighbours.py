@@ -1,0 +1,191 @@
+"""Availability sets whose machines are on several hosts: what those hosts tell, and what this one tells them.
+
+Promise: what another host last told is believed until it tells something else, or has been silent for an hour; one
+that cannot be asked holds nobody up; boards that make no sense are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import grpc
+import grpc.aio
+
+from vmferry.errors import ConfigError, InvalidArgumentError, VmferryError
+from vmferry.events import records
+from vmferry.events.states import Board
+from vmferry.machines.spec import MachineSpec
+from vmferry.rpc.daemon import Host
+from vmferry.security.identity import Identity
+from vmferry.security.renewal import CurrentMaterial
+from vmferry.security.tls import open_channel
+from vmferry.telemetry.logs import get_logger
+from vmferry.v1 import events_pb2, events_pb2_grpc
+
+_LOG: Final = get_logger(__name__)
+_PEER: Final = re.compile(
+    r"(?P<host>spiffe://[^=\s]+)=(?P<address>(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5})"
+)
+_ASK_S: Final = 1.0
+"""How often other hosts are asked, and how long an answer may take."""
+_BELIEVED_S: Final = 3600.0
+_MAX_SETS: Final = 1000
+_MAX_BOARDS: Final = 10_000
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A board of another host."""
+
+    machine_id: str
+    availability_set: str
+    board: Board
+
+
+@dataclass
+class _Peer:
+    """Another host."""
+
+    host: Identity
+    address: str
+    boards: Sequence[Distant] = ()
+    heard_at: float = 0.0
+    silent: bool = False
+    channel: grpc.aio.Channel | None = None
+    proof: object = field(default=None, repr=False)
+    hurried: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Neighbours:
+    """The hosts that ``event_peers`` names."""
+
+    def __init__(self, host: Host, residents: Callable[[], Sequence[MachineSpec]]) -> None:
+        self._material = CurrentMaterial(host.tls)
+        self._residents = residents
+        self._peers = [_parsed(text, host.own) for text in host.config.event_peers]
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Ask all of them once, so that no guest misses what is under way, and then again and again."""
+        await asyncio.gather(*(self._ask(peer) for peer in self._peers))
+        self._tasks = [asyncio.create_task(self._keep(peer)) for peer in self._peers]
+
+    async def close(self) -> None:
+        """Ask nobody any more; safe to call twice."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        for peer in self._peers:
+            if peer.channel is not None:
+                await peer.channel.close(None)
+                peer.channel = None
+
+    def boards(self, availability_set: str) -> list[Board]:
+        """What machines of a set are told on other hosts."""
+        now = time.monotonic()
+        return [
+            one.board
+            for peer in self._peers
+            if now - peer.heard_at < _BELIEVED_S
+            for one in peer.boards
+            if availability_set and one.availability_set == availability_set
+        ]
+
+    def hurry(self) -> None:
+        """Ask now: a machine has come that may be of a set that nobody was asked for."""
+        for peer in self._peers:
+            peer.hurried.set()
+
+    async def _keep(self, peer: _Peer) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ASK_S):
+                    await peer.hurried.wait()
+            peer.hurried.clear()
+            await self._ask(peer)
+
+    async def _ask(self, peer: _Peer) -> None:
+        sets = sorted({spec.availability_set for spec in self._residents() if spec.availability_set})
+        if not sets:
+            peer.boards = ()
+            return
+        try:
+            request = events_pb2.ListBoardsRequest(availability_sets=sets[:_MAX_SETS])
+            answer = await self._stub(peer).ListBoards(request, timeout=_ASK_S)
+        except (grpc.aio.AioRpcError, VmferryError) as error:
+            if not peer.silent:
+                _LOG.warning("a host does not tell of its events", host=peer.host.uri, detail=str(error))
+            peer.silent = True
+            return
+        peer.silent, peer.heard_at = False, time.monotonic()
+        peer.boards = [
+            found for one in answer.boards[:_MAX_BOARDS] if (found := _read(one, peer)) is not None
+        ]
+
+    def _stub(self, peer: _Peer) -> events_pb2_grpc.EventsServiceAsyncStub:
+        proof = self._material.get()
+        if peer.channel is None or peer.proof is not proof:
+            # A channel proves for life who opened it; the one before ends with its last call.
+            peer.channel, peer.proof = open_channel(peer.address, peer.host, proof), proof
+        return events_pb2_grpc.EventsServiceStub(peer.channel)
+
+
+class EventsService(events_pb2_grpc.EventsServiceServicer):
+    """What this host tells others."""
+
+    def __init__(self, residents: Callable[[], Sequence[MachineSpec]], board: Callable[[str], Board]) -> None:
+        self._residents = residents
+        self._board = board
+
+    def register(self, server: grpc.aio.Server) -> str:
+        """Add the method to a server; returns the service's full name."""
+        events_pb2_grpc.add_EventsServiceServicer_to_server(self, server)
+        return events_pb2.DESCRIPTOR.services_by_name["EventsService"].full_name
+
+    async def ListBoards(  # noqa: N802 - named by the contract
+        self,
+        request: events_pb2.ListBoardsRequest,
+        context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002 - gRPC's
+    ) -> events_pb2.ListBoardsResponse:
+        """Return boards of machines of some sets."""
+        if len(request.availability_sets) > _MAX_SETS:
+            raise InvalidArgumentError(f"more than {_MAX_SETS} sets", field="availability_sets")
+        wanted = frozenset(request.availability_sets) - {""}
+        return events_pb2.ListBoardsResponse(
+            boards=[
+                events_pb2.MachineBoard(
+                    machine_id=spec.uuid,
+                    availability_set=spec.availability_set,
+                    board=records.to_text(self._board(spec.uuid)).encode(),
+                )
+                for spec in self._residents()
+                if spec.availability_set in wanted
+            ]
+        )
+
+
+def _parsed(text: str, own: Identity) -> _Peer:
+    match = _PEER.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not spiffe://DOMAIN/vmhost/NAME=HOST:PORT", field="event_peers")
+    host = Identity.parse(match["host"], field="event_peers")
+    if host == own:
+        raise ConfigError("event_peers names this host itself", field="event_peers")
+    return _Peer(host, match["address"])
+
+
+def _read(one: events_pb2.MachineBoard, peer: _Peer) -> Distant | None:
+    try:
+        if len(one.board) > records.MAX_BYTES:
+            raise ValueError(f"{len(one.board)} bytes are too many")  # noqa: TRY301 - as what cannot be read
+        return Distant(one.machine_id, one.availability_set, records.from_text(one.board.decode()))
+    except ValueError as error:
+        _LOG.warning("a board of another host makes no sense", host=peer.host.uri, detail=str(error))
+        return None
