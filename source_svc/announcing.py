@@ -29,7 +29,7 @@ from vmferry.events import document, policy, records, states
 from vmferry.events.files import ARRIVING, BoardFiles, Stamp
 from vmferry.events.instance import Instance
 from vmferry.events.protocol import View
-from vmferry.events.states import Board, Event, EventSource, EventType
+from vmferry.events.states import Board, Event, EventSource, EventStatus, EventType
 from vmferry.machines.spec import MachineSpec
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_event
@@ -78,6 +78,8 @@ class Announcements:
             source: who wants it.
         """
         now_s = time.time()
+        if (known := self._unclaimed(spec.uuid, event_type, description)) is not None:
+            return self._claimed(spec.uuid, known)
         event = Event(
             id=str(uuid.uuid4()).upper(),
             type=event_type,
@@ -88,11 +90,25 @@ class Announcements:
             announced_s=now_s,
             not_before_s=now_s + (self._notice_s if notice_s is None else notice_s),
         )
-        announced = Announced(self, spec.uuid, event)
-        self._open[event.id] = announced
         self.change(spec.uuid, states.scheduled(self.board(spec.uuid), event))
+        announced = self._claimed(spec.uuid, event)
         _LOG.info("announced", machine=spec.uuid, event_id=event.id, type=event.type.value)
         span_event("announced", id=event.id)
+        return announced
+
+    def _unclaimed(self, machine_id: str, event_type: EventType, description: str) -> Event | None:
+        """What an earlier process announced of the same thing, which goes on: its guest is not told of another."""
+        found = (
+            event
+            for event in self.board(machine_id).events
+            if event.id not in self._open and event.status is EventStatus.SCHEDULED
+            if (event.type, event.description) == (event_type, description)
+        )
+        return next(found, None)
+
+    def _claimed(self, machine_id: str, event: Event) -> Announced:
+        announced = self._open[event.id] = Announced(self, machine_id, event)
+        announced.notice(self.board(machine_id))
         return announced
 
     def board(self, machine_id: str) -> Board:
@@ -203,7 +219,7 @@ class Announced:
         self.machine_id = machine_id
         self._announcements = announcements
         self._event = event
-        self._began = time.monotonic()
+        self._began, self._began_s = time.monotonic(), max(time.time(), event.announced_s)
         self._approved = asyncio.Event()
         self._over = False
 
@@ -252,4 +268,4 @@ class Announced:
 
     def _now_s(self) -> float:
         """The time of day, by a clock that nobody sets back meanwhile."""
-        return self._event.announced_s + time.monotonic() - self._began
+        return self._began_s + time.monotonic() - self._began
