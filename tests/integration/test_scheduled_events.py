@@ -206,7 +206,7 @@ async def test_the_event_is_started_while_the_guest_is_paused(world: World, gues
 
 
 async def test_a_service_that_is_killed_goes_on_with_what_it_told(world: World, guest: Guest) -> None:
-    """Its next start takes the migration up again, which was not begun: by the same event, with the time that is left."""
+    """Its next start takes the migration up again, by the same event and with the time that is left."""
     here = await client(world.a, guest)
     migration_id = await world.start(guest, world.a, world.b, notice=300.0)
     event = await shown(here)
