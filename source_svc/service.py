@@ -71,7 +71,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._reclaiming = Reclaiming(host.ledger, host.directory)
         self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
         self._farewells = Farewells(host, self._means.peer, is_busy=self._underway.is_busy)
-        # One that waits has told nobody, unless a process before this one had begun it: then it goes on by that event.
+        # Also one that waits: a process before this one may have told its guest, and it goes on by that event.
         self._metadata = MetadataService(host, is_busy=lambda one: self._migrations.open_of(one) is not None)
         self._acceptance = Acceptance(
             host,
