@@ -208,7 +208,7 @@ async def test_the_event_is_started_while_the_guest_is_paused(world: World, gues
 async def test_a_service_that_is_killed_remembers_what_it_told(world: World, guest: Guest) -> None:
     """Its next start gives the event up with the migration, or goes on with both, by the same identity.
 
-    Which of them depends on what it had written of the migration's beginning; the guest is told nothing else meanwhile.
+    Which of them depends on what it had written of the beginning; the guest is told nothing else meanwhile.
     """
     here = await client(world.a, guest)
     migration_id = await world.start(guest, world.a, world.b, notice=300.0)
