@@ -5,8 +5,7 @@ caller gave it and that of its ticket, and is there again after a restart; a des
 migration wait, never fail. Nothing is held for a migration that waits: no journal, connection or hypervisor.
 
 For others in this service: :meth:`Dispatcher.order` does what ``StartMigration`` does, :meth:`Dispatcher.cancel` ends
-what waits, :attr:`Dispatcher.lengths` says how many wait for each destination, and each migration's ``queue`` field
-says where it stands.
+what waits, and each migration's ``queue`` field says where it stands; those in phase QUEUED are the queue's length.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
@@ -75,14 +73,6 @@ class Dispatcher:
         self._task: asyncio.Task[None] | None = None
         underway.on_end.append(self._left)
 
-    @property
-    def lengths(self) -> Mapping[str, int]:
-        """How many wait for each destination."""
-        return Counter(one.destination for one in self._waiting.values())
-
-    def __contains__(self, migration_id: str) -> bool:
-        return migration_id in self._waiting
-
     def start(self) -> None:
         """Begin to let migrations begin."""
         self._task = asyncio.create_task(self._run(), name="queue")
@@ -91,9 +81,7 @@ class Dispatcher:
         """Let nothing begin any more; what waits is left to the next start."""
         self._stopping = True
         if self._task is not None:
-            async with (
-                self._deciding
-            ):  # what is just being begun is begun, and then interrupted like the others
+            async with self._deciding:  # what is just beginning is then interrupted like the others
                 self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
