@@ -85,6 +85,14 @@ class Dispatcher:
                 self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
+    async def close(self) -> None:
+        """Have what came back to the queue while the service stopped known to the next start."""
+        for accepted in list(self._waiting.values()):
+            if accepted.ended_by is not None:
+                await self._end(accepted, accepted.ended_by)
+            elif not accepted.remembered:
+                await self._remember(accepted)
+
     async def order(
         self, request: pb.StartMigrationRequest, caller: Identity, *, traceparent: str
     ) -> Migration:

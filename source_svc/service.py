@@ -122,6 +122,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._stopping = True
         await self._dispatcher.stop()
         await self._underway.interrupt()
+        await self._dispatcher.close()
         await self._returned.stop()
         await self._farewells.stop()
         await self._migrations.flush()
