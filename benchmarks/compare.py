@@ -1,7 +1,7 @@
 """Ours and QEMU's own migration in turn, over several guests and links: ``make bench``.
 
-Without arguments a selection that takes about a quarter of an hour on a quiet computer; ``--all`` takes hours. What
-the columns mean, and what cannot be compared, stands in docs/benchmarks.md.
+Without arguments a selection that takes about a quarter of an hour on a quiet computer; ``--all`` takes an hour with
+``--runs 3``. What the columns mean, and what cannot be compared, stands in docs/benchmarks.md.
 
     python -m benchmarks.compare [--all] [--guest NAME] [--scenario NAME] [--against NAME] [--runs N] [--json] ...
 """
@@ -30,9 +30,8 @@ DEFAULT = (
 )
 """What is compared unless something else is named."""
 MEMORY_MIB = 2048
-RESIDENT_MIB = 1100
-SLOW_RESIDENT_MIB = 256
-"""Over the slowest link, where the other would take minutes each time."""
+RESIDENT_MIB = {"loopback": 1100, "1gbit": 512, "100mbit": 96}
+"""Less over slow links, where as much would only take longer."""
 SET_MIB = 64
 FILES_MIB = 300
 
@@ -54,12 +53,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resident-mib", type=int, help="random content of guests that do not hold files")
     parser.add_argument("--files-mib", type=int, default=FILES_MIB, help="files that guests with files hold")
     parser.add_argument("--working-set-mib", type=int, default=SET_MIB, help="what writers go over")
-    parser.add_argument(
-        "--peer-memory",
-        choices=("beforehand", "meanwhile"),
-        default="beforehand",
-        help="when a peer takes it",
-    )
+    parser.add_argument("--no-preallocate", action="store_true", help="destinations take memory meanwhile")
     parser.add_argument("--limit-s", type=int, default=0, help="when a migration is given up")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="for ours; repeatable"
@@ -92,7 +86,7 @@ def row(asked: argparse.Namespace, scenario: str, guest: str, peers: tuple[str, 
     load, _, rate = guest.partition("-")
     resident = asked.resident_mib
     if resident is None:
-        resident = SLOW_RESIDENT_MIB if scenario == "100mbit" else RESIDENT_MIB
+        resident = RESIDENT_MIB[scenario]
     wishes = Wishes(
         load=Load(load),
         memory_mib=asked.memory_mib,
@@ -107,7 +101,7 @@ def row(asked: argparse.Namespace, scenario: str, guest: str, peers: tuple[str, 
         link_mbit=SCENARIOS[scenario],
         runs=asked.runs,
         limit_s=asked.limit_s,
-        peer_beforehand=asked.peer_memory == "beforehand",
+        preallocated=not asked.no_preallocate,
         options=parse_options(asked.option),
     )
 

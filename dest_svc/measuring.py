@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -48,8 +48,15 @@ _RESERVE_STEPS: Final = 4
 class Measurements:
     """All measurements that this host serves."""
 
-    def __init__(self, ram_dir: Path) -> None:
+    def __init__(self, ram_dir: Path, memory_is_ready: Callable[[], bool] = bool) -> None:
+        """Nothing is measured yet.
+
+        Args:
+            ram_dir: where guest memory is made.
+            memory_is_ready: whether newcomers find memory that is taken already, so that taking it is no part of it.
+        """
         self._ram_dir = ram_dir
+        self._memory_is_ready = memory_is_ready
         self._calls: Counter[str] = Counter()
         self._reserving: set[str] = set()
 
@@ -122,7 +129,7 @@ class Measurements:
     async def _reservation(self, source: str) -> AsyncIterator[_Reservation]:
         """Take memory meanwhile, as a migration does; in one of a host's calls, as it is one newcomer's memory."""
         reservation = _Reservation()
-        if source in self._reserving:
+        if source in self._reserving or self._memory_is_ready():
             yield reservation
             return
         self._reserving.add(source)

@@ -28,12 +28,17 @@ from vmferry.v1 import compatibility_pb2
 _MIB: Final = 1024 * 1024
 
 
-def left_for_newcomers(config: HostConfig, receivers: Iterable[Receiver]) -> list[host.MemoryBacking]:
-    """What guest memory can be here, and how much of each kind is left after what is promised to ``receivers``."""
+def left_for_newcomers(
+    config: HostConfig, receivers: Iterable[Receiver], ready_bytes: int = 0
+) -> list[host.MemoryBacking]:
+    """What guest memory can be here, and how much of each kind is left after what is promised to ``receivers``.
+
+    Memory that is kept ready, ``ready_bytes``, is for newcomers, or given up for them.
+    """
     promised = sum(
         receiver.outstanding_bytes for receiver in receivers if receiver.spec.memory_backing != HUGETLBFS
     )
-    spoken_for = promised + config.memory_headroom_mib * _MIB
+    spoken_for = promised + config.memory_headroom_mib * _MIB - ready_bytes
     return [
         backing  # the kernel itself keeps account of the huge pages that it promised
         if backing.name == HUGETLBFS
@@ -51,6 +56,7 @@ def make_offer(
     qemu_binaries: Sequence[Path],
     backings: Sequence[host.MemoryBacking],
     reserved_memory_bytes: int,
+    ready_memory_bytes: int,
     incoming: int,
     max_incoming: int,
     draining: bool,
@@ -72,6 +78,7 @@ def make_offer(
         kinds=map(_kind, host.kind_offers(qemu_binaries)),
         available_memory_bytes=next(found.available_bytes for found in backings if found.name == TMPFS),
         reserved_memory_bytes=reserved_memory_bytes,
+        ready_memory_bytes=ready_memory_bytes,
         page_size_bytes=PAGE_SIZE_BYTES,
         encodings=ENCODINGS,
         incoming_migrations=incoming,

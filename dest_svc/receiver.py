@@ -11,9 +11,10 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from typing import Final
+from pathlib import Path
+from typing import Final, Protocol
 
-from dest_svc.intake import DirectMemory, Lane, Response
+from dest_svc.intake import DirectMemory
 from dest_svc.streaming import StreamedMemory
 from vmferry.config import HostConfig
 from vmferry.errors import (
@@ -26,15 +27,18 @@ from vmferry.errors import (
 from vmferry.failpoints import reach
 from vmferry.handoff.states import Attempt
 from vmferry.machines.directory import MachineDirectory
-from vmferry.machines.launcher import start_machine, stop_machine
+from vmferry.machines.launcher import make_memory_file, start_machine, stop_machine
 from vmferry.machines.qmp import QmpMachine
+from vmferry.machines.readymemory import ReadyMemory
 from vmferry.machines.spec import MachineSpec
+from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.regions import RamFile
 from vmferry.negotiation.encodings import NONE
 from vmferry.negotiation.path import STREAM
 from vmferry.telemetry import logs, tracing
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
+from vmferry.transfer.receiving import Lane, Response
 from vmferry.transfer.seal import seal_digest
 from vmferry.transfer.streams import MAX_PIECE_BYTES
 from vmferry.transfer.wire import Received
@@ -43,6 +47,17 @@ from vmferry.v1 import transfer_pb2
 _LOG: Final = get_logger(__name__)
 _RESERVE_STEP_BYTES: Final = 4 * 1024 * 1024
 _LANES_END_S: Final = 2.0
+
+
+class Supply(Protocol):
+    """Where a newcomer's memory comes from."""
+
+    @property
+    def ready(self) -> ReadyMemory:
+        """Memory that is taken already."""
+
+    def make(self) -> None:
+        """Have as much free as was promised."""
 
 
 class Receiver:
@@ -58,6 +73,7 @@ class Receiver:
         path: str,
         *,
         encodings: Sequence[str] = (),
+        room: Supply | None = None,
     ) -> None:
         self.attempt = attempt
         self.spec = spec
@@ -79,6 +95,7 @@ class Receiver:
         self._memory: DirectMemory | StreamedMemory | None = None
         self._reservation: asyncio.Task[None] | None = None
         self._reserved_bytes = 0
+        self._room = room
 
     @property
     def memory_bytes(self) -> int:
@@ -98,15 +115,28 @@ class Receiver:
     async def prepare(self) -> None:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
-            self.machine = await start_machine(self.spec, self._directory, incoming=True)
+            self.machine = await start_machine(
+                self.spec, self._directory, incoming=True, make_memory=self._make_memory
+            )
             reach("dest.copy-started")
             await self.machine.check_images()
             if self.spec.shared_memory:
                 region = self.machine.ram
                 self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
+                self._ram.map_pages(writable=True)
+                self._ram.reserved(self._reserved_bytes)
                 self._reservation = asyncio.create_task(self._reserve(self._ram))
             self._memory = self._way(self.machine)
             await self._memory.open()
+
+    def _make_memory(self, spec: MachineSpec, path: Path) -> None:
+        """Find the machine's memory ready, as far as that is kept here; make the rest, and room for it."""
+        if self._room is not None and spec.memory_backing == TMPFS:
+            self._reserved_bytes = self._room.ready.take(path, spec.memory_bytes)
+        if self._room is not None and spec.memory_backing != HUGETLBFS and self.outstanding_bytes:
+            self._room.make()
+        if not self._reserved_bytes:
+            make_memory_file(spec, path)
 
     def _way(self, machine: QmpMachine) -> DirectMemory | StreamedMemory:
         if self._path == STREAM:
@@ -115,7 +145,7 @@ class Receiver:
         return DirectMemory(machine, self._ram, self._encodings)
 
     async def _reserve(self, ram: RamFile) -> None:
-        for offset in range(0, self.memory_bytes, _RESERVE_STEP_BYTES):
+        for offset in range(self._reserved_bytes, self.memory_bytes, _RESERVE_STEP_BYTES):
             length = min(_RESERVE_STEP_BYTES, self.memory_bytes - offset)
             await asyncio.to_thread(ram.reserve, offset, length)
             self._reserved_bytes += length

@@ -17,23 +17,21 @@ import grpc
 from dest_svc.arrival import Arrival
 from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
-from dest_svc.offer import guest_cpuid, left_for_newcomers, make_offer
+from dest_svc.offer import guest_cpuid, make_offer
 from dest_svc.override import Accepting
 from dest_svc.receiver import Receiver
+from dest_svc.room import Room
 from dest_svc.settling import DestinationPart
 from dest_svc.watching import watch
 from vmferry.errors import (
     AttemptNotFoundError,
     HashMismatchError,
     HostDrainingError,
-    InsufficientMemoryError,
     InvalidArgumentError,
     MachineDeadError,
-    MachineExistsError,
     PermissionDeniedError,
     ServiceStoppingError,
     StaleAttemptError,
-    TooManyMigrationsError,
     VmferryError,
     WrongPhaseError,
 )
@@ -63,7 +61,6 @@ from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc, transfe
 from vmferry.v1.handoff_pb2 import DESCRIPTOR
 
 _LOG: Final = get_logger(__name__)
-_MIB: Final = 1024 * 1024
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -78,11 +75,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
+        self._room = Room(host.config, host.directory, self._arrivals)
         self._part = DestinationPart(self._arrivals)
         self._recovery = RecoveryService(host, Role.DESTINATION, self._part)
         self._admission = asyncio.Lock()
         self._accepting = Accepting(host, self._arrival)
-        self._measurements = Measurements(host.config.ram_dir)
+        self._measurements = Measurements(host.config.ram_dir, lambda: self._room.ready.ready_bytes > 0)
         self._judge = Judge(host.config)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
@@ -106,6 +104,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                     "a machine needs an operator", machine=machine_id, reason=error.reason, detail=str(error)
                 )
         self._watcher = asyncio.create_task(watch(self._arrivals, self._config))
+        self._room.ready.start()
 
     async def wind_down(self) -> int:
         """Take nothing new; how many machines are arriving."""
@@ -123,8 +122,9 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 await arrival.give_up("the destination service stops")
 
     async def close(self) -> None:
-        """Let go of the journals."""
+        """Let go of the journals, and of memory that is kept for nobody."""
         self._recovery.close()
+        await self._room.ready.close()
         for arrival in self._arrivals.values():
             await arrival.close()
 
@@ -282,7 +282,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, request: handoff_pb2.BeginRequest
     ) -> Receiver:
         async with self._admission:
-            self._check_room(attempt, spec)
+            self._room.check(attempt, spec)
             arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
                 await self._accept(arrival, attempt, ticket)
@@ -315,6 +315,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 request.lanes,
                 path,
                 encodings=request.encodings,
+                room=self._room,
             )
             wanted_s = max(0.0, request.reconnect_timeout.ToNanoseconds() / 1e9)
             arrival.receiver.reconnect_timeout_s = min(wanted_s, self._config.max_reconnect_timeout_s)
@@ -331,35 +332,6 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         if isinstance(arrival.state.current, (destination.Receiving, destination.Prepared)):
             return False
         return any(record.spec.uuid == arrival.machine_id for record in self._directory.list())
-
-    def _check_room(self, attempt: Attempt, spec: MachineSpec) -> None:
-        own = self._arrivals.get(attempt.machine_id)
-        if own is not None and own.receiver is not None and own.receiver.attempt.matches(attempt):
-            return  # a repeated Begin
-        others = sum(1 for other in self._arrivals.values() if other.receiver and other is not own)
-        if others >= self._config.max_incoming:
-            raise TooManyMigrationsError(
-                f"this host takes in {self._config.max_incoming} migrations at a time", limit="max_incoming"
-            )
-        if any(
-            record.spec.name == spec.name and record.spec.uuid != spec.uuid
-            for record in self._directory.list()
-        ):
-            raise MachineExistsError(
-                f"a machine named {spec.name} is on this host already", field="spec.name"
-            )
-        backings = {backing.name: backing.available_bytes for backing in self._memory_backings()}
-        available = backings.get(spec.memory_backing, 0)
-        if spec.memory_bytes > available:
-            raise InsufficientMemoryError(
-                f"{spec.name} needs {spec.memory_mib} MiB of {spec.memory_backing}, "
-                f"this host has {available // _MIB} MiB to give",
-                field="spec.memory_mib",
-            )
-
-    def _memory_backings(self) -> list[host.MemoryBacking]:
-        receivers = [arrival.receiver for arrival in self._arrivals.values() if arrival.receiver]
-        return left_for_newcomers(self._config, receivers)
 
     async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes, events: bytes) -> bytes:
         async with arrival.lock:
@@ -440,7 +412,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             self._directory,
             self._host.trackers,
             qemu_binaries=self._config.qemu_binaries,
-            backings=self._memory_backings(),
+            backings=self._room.backings(),
+            ready_memory_bytes=self._room.ready.ready_bytes,
             reserved_memory_bytes=sum(receiver.memory_bytes for receiver in receivers),
             incoming=sum(receiver.spec.uuid != newcomer for receiver in receivers),
             max_incoming=self._config.max_incoming,

@@ -266,8 +266,8 @@ class Outgoing(Followed):
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
             order.lanes,
-            min(self._config.window_bytes, begun.window_bytes),
-            self._config.chunk_bytes,
+            window := min(self._config.window_bytes, begun.window_bytes),
+            self._config.chunk_for(order.lanes, window),
             self._terms,
             self._throttle,
             order.stall_timeout_s,

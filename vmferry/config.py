@@ -19,6 +19,7 @@ from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 
 _MIB = 1024 * 1024
 _LONGEST_S = 366 * 24 * 3600
+_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class HostConfig:
     """Connections per migration; by default as many as the host has cores, from 2 to 4: more only cost time."""
     window_bytes: int = 16 * _MIB
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
-    chunk_bytes: int = _MIB
-    """Page contents per message."""
+    chunk_bytes: int = 2 * _MIB
+    """Page contents per message, or less where a lane's part of window_bytes is less."""
     compression: str = "auto"
     """How page contents travel unless a caller says: auto (chosen for each chunk), none, lz4 or zstd."""
     downtime_limit_ms: int = 300
@@ -152,6 +153,9 @@ class HostConfig:
     metadata_listen: tuple[str, ...] = ()
     """Further listeners of the metadata service, each for one machine: NAME=ADDRESS:PORT, or with %INTERFACE behind
     it to be reached through that interface only."""
+    ready_memory_mib: tuple[int, ...] = ()
+    """Memory that is taken and zeroed before machines arrive, in files of these sizes in ram_dir; filled again when
+    nobody arrives, and given up when somebody needs memory who cannot use it."""
     log_level: str = "info"
     """Least severe messages that are logged: debug, info, warning or error."""
 
@@ -176,8 +180,10 @@ class HostConfig:
             raise ConfigError("lanes must be between 2 and 16", field="lanes")
         if not 4096 <= self.chunk_bytes <= 2 * _MIB or self.chunk_bytes % 4096:  # noqa: PLR2004 - page size
             raise ConfigError("chunk_bytes must be a multiple of 4096, at most 2 MiB", field="chunk_bytes")
-        if self.window_bytes < self.lanes * self.chunk_bytes:
+        if self.window_bytes < self.lanes * min(self.chunk_bytes, _MIB):
             raise ConfigError("window_bytes must hold at least one chunk per lane", field="window_bytes")
+        if any(size < 1 for size in self.ready_memory_mib):
+            raise ConfigError("ready_memory_mib must hold numbers of at least 1", field="ready_memory_mib")
         if self.compression not in {"auto", "none", "lz4", "zstd"}:
             raise ConfigError("compression must be auto, none, lz4 or zstd", field="compression")
         self._check_convergence()
@@ -205,6 +211,11 @@ class HostConfig:
                 f"max_throttle_percent must be between 0 and {MAX_THROTTLE_PERCENT}",
                 field="max_throttle_percent",
             )
+
+    def chunk_for(self, lanes: int, window_bytes: int) -> int:
+        """Page contents per message over so many lanes with such a window, which hold at least two for each lane."""
+        part = window_bytes // lanes // 2 // _PAGE_BYTES * _PAGE_BYTES
+        return max(_PAGE_BYTES, min(self.chunk_bytes, part))
 
     @property
     def journal_dir(self) -> Path:

@@ -64,8 +64,8 @@ class Row:
     limit_s: float = 0
     """When a migration is given up; 0: by the link and what the guest holds."""
     accelerator: str = "auto"
-    peer_beforehand: bool = True
-    """Whether a peer's destination takes all its memory before it is sent any; ours takes it meanwhile."""
+    preallocated: bool = True
+    """Whether destinations, ours and the peer's, have taken all memory before they are sent any."""
     options: MigrationOptions = field(default_factory=MigrationOptions)
     """What else is asked of ours."""
 
@@ -81,8 +81,9 @@ class Row:
             raise InvalidArgumentError(
                 f"there is no {min(unknown)}, only {', '.join(VARIANTS)}", field="--against"
             )
-        # Both movers have a guest of their own, and while one is moved its memory is there twice.
-        require_memory(3 * self.wishes.memory_mib * _MIB, 0)
+        # Both movers have a guest of their own, and while one is moved its memory is there twice, of ours always.
+        kept = 2 * len(self.peers[:1]) + 4 if self.preallocated else 3
+        require_memory(kept * self.wishes.memory_mib * _MIB, 0)
 
     @property
     def patience_s(self) -> float:
@@ -125,7 +126,10 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
 async def _movers(row: Row, link: Network) -> AsyncIterator[dict[str, Mover]]:
     """Ours, and the peer if there is one."""
     async with contextlib.AsyncExitStack() as stack:
-        world = await stack.enter_async_context(two_hosts(None, places=link.places))
+        ready = (row.wishes.memory_mib,) if row.preallocated else ()
+        world = await stack.enter_async_context(
+            two_hosts(None, places=link.places, settings={"ready_memory_mib": ready})
+        )
         spec = await asyncio.to_thread(make_spec, row.wishes, world.images, row.accelerator)
         options = MigrationOptions()
         options.downtime_limit.FromMilliseconds(row.downtime_limit_ms)
@@ -149,7 +153,7 @@ async def _peer(row: Row, spec: MachineSpec, link: Network) -> AsyncIterator[Pee
             link.places,
             folders,
             row.downtime_limit_ms,
-            beforehand=row.peer_beforehand,
+            beforehand=row.preallocated,
         )
         try:
             yield peer
@@ -165,6 +169,7 @@ async def _boot(mover: Mover) -> None:
 
 async def _crossing(mover: Mover, who: str, link: Network, limit_s: float) -> Crossing:
     """Move a guest once, and look at all of it."""
+    await mover.get_ready()
     await mover.go_on()
     seen = _Seen(link, Observer(*mover.serials))
     try:

@@ -94,6 +94,10 @@ class Mover(abc.ABC):
     async def move(self, variant: str, limit_s: float) -> Moved:
         """Move it to the other host."""
 
+    @abc.abstractmethod
+    async def get_ready(self) -> None:
+        """Return when the other host can take it as the measurement has it; nothing else goes on then."""
+
     async def pause(self) -> None:
         """Have it stand still while others are measured."""
         await execute(self.socket, "stop")

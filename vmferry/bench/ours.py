@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from vmferry.bench.guest import Wishes
 from vmferry.bench.moving import Moved, Mover
+from vmferry.bench.ready import settled
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_hosts import Shore, TwoHosts
 from vmferry.cli.machine import directory_of, end_machine, run_machine
@@ -41,6 +42,8 @@ class Ours(Mover):
         self._world = world
         self._options = options
         self._here, self._there = world.a, world.b
+        self.last: pb.Migration | None = None
+        """How the last migration that completed was, in its own words."""
 
     @property
     def serials(self) -> tuple[Path, Path]:
@@ -72,6 +75,10 @@ class Ours(Mover):
         """The one that the services use for questions only."""
         return self._paths(self._here).observer
 
+    async def get_ready(self) -> None:
+        """Have the memory that the hosts keep for newcomers filled, as far as there is memory for that."""
+        await settled(self._here, self._there)
+
     async def boot(self) -> None:
         """Start it on the first host."""
         for shore in (self._here, self._there):
@@ -97,7 +104,7 @@ class Ours(Mover):
         if migration.outcome != pb.MIGRATION_OUTCOME_COMPLETED:
             reason = migration.reason
             return Moved(f"{outcome_name(migration)}: {reason.reason}: {reason.message}")
-        self._here, self._there = self._there, self._here
+        self._here, self._there, self.last = self._there, self._here, migration
         return moved(migration)
 
     def _paths(self, shore: Shore) -> MachinePaths:

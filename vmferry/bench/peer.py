@@ -179,6 +179,9 @@ class Peer(Mover):
         """The second one; the first is for the migration."""
         return self._paths(self._number).observer
 
+    async def get_ready(self) -> None:
+        """A destination is started, with its memory, before it is sent any."""
+
     async def boot(self) -> None:
         """Start it on the first host."""
         await self.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import json as json_module
 import os
 from pathlib import Path
@@ -13,11 +12,14 @@ import typer
 from google.protobuf.json_format import ParseDict, ParseError
 
 from vmferry.bench import compare as comparison
+from vmferry.bench import transport as yardstick
 from vmferry.bench.compare import DEFAULT_DOWNTIME_LIMIT_MS, DEFAULT_RUNS, Result, Row, facts
+from vmferry.bench.contents import Contents
 from vmferry.bench.figures import Crossing, document
 from vmferry.bench.guest import Load, Wishes
 from vmferry.bench.peer import VARIANTS
 from vmferry.bench.table import make_table, others, sentence
+from vmferry.bench.transport import Pumping
 from vmferry.cli.demo import until_signalled
 from vmferry.cli.output import JsonOption, console, print_document, say
 from vmferry.errors import ExitCode, InvalidArgumentError
@@ -28,13 +30,6 @@ app = typer.Typer(help="Measure vmferry on this computer.", no_args_is_help=True
 DEFAULT_FILES_MIB: Final = 300
 DEFAULT_RATE: Final = 50
 DEFAULT_SET_MIB: Final = 64
-
-
-class PeerMemory(enum.StrEnum):
-    """When a peer's destination takes its memory."""
-
-    BEFOREHAND = "beforehand"
-    MEANWHILE = "meanwhile"
 
 
 AgainstOption = Annotated[
@@ -65,8 +60,12 @@ MigrationOption = Annotated[
     typer.Option("--option", metavar="NAME=VALUE", help="Field of MigrationOptions, for ours; repeatable."),
 ]
 
-PeerMemoryOption = Annotated[
-    PeerMemory, typer.Option("--peer-memory", help="When the peer's destination takes it; ours: meanwhile.")
+PreallocateOption = Annotated[
+    bool,
+    typer.Option(
+        "--preallocate/--no-preallocate",
+        help="Whether destinations have all memory taken beforehand; ours by ready_memory_mib.",
+    ),
 ]
 
 
@@ -90,7 +89,7 @@ def compare(
     link_mbit: LinkOption = None,
     downtime_limit_ms: DowntimeOption = DEFAULT_DOWNTIME_LIMIT_MS,
     limit_s: LimitOption = 0,
-    peer_memory: PeerMemoryOption = PeerMemory.BEFOREHAND,
+    preallocate: PreallocateOption = True,
     option: MigrationOption = None,
     accelerator: Annotated[str, typer.Option("--accelerator", help="auto, kvm or tcg, for all.")] = "auto",
     kernel: Annotated[Path | None, typer.Option("--kernel", metavar="PATH", help="Of the guest.")] = None,
@@ -114,7 +113,7 @@ def compare(
         downtime_limit_ms=downtime_limit_ms,
         limit_s=limit_s,
         accelerator=accelerator,
-        peer_beforehand=peer_memory is PeerMemory.BEFOREHAND,
+        preallocated=preallocate,
         options=parse_options(option or []),
     )
     raise typer.Exit(show([row], as_json=json, one=True))
@@ -160,7 +159,7 @@ def described(result: Result) -> dict[str, Any]:
         "wire_counts_others": result.counts_others,
         "runs": row.runs,
         "downtime_limit_ms": row.downtime_limit_ms,
-        "peer_memory": (PeerMemory.BEFOREHAND if row.peer_beforehand else PeerMemory.MEANWHILE).value,
+        "preallocated": row.preallocated,
         "limit_s": row.patience_s,
     } | document(result.crossings, row.peers)
 
@@ -222,3 +221,38 @@ def _print(results: list[Result], machine: dict[str, Any]) -> None:
         for text in others(result.crossings):
             print(text)
         print()
+
+
+@app.command()
+def transport(
+    *,
+    mib: Annotated[int, typer.Option("--mib", min=16, help="Pumped, and held by the guest.")] = 1024,
+    runs: RunsOption = DEFAULT_RUNS,
+    lanes: Annotated[int, typer.Option("--lanes", min=0, max=16, help="0: as configured.")] = 0,
+    contents: Annotated[Contents, typer.Option("--contents", help="What the pages hold.")] = Contents.RANDOM,
+    compression: Annotated[
+        str, typer.Option("--compression", help="Of the migration; the pump sends pages as they are.")
+    ] = "none",
+    link_mbit: LinkOption = None,
+    migrate: Annotated[
+        bool, typer.Option("--migrate/--pump-only", help="Migrate a micro-VM that holds as much, in turn.")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """Pump pages over the lanes of a migration, with no guest, and migrate as many, in turn."""
+    pumping = Pumping(mib, runs, lanes, contents.value, compression, link_mbit, migrate=migrate)
+    before = os.getloadavg()
+    found = asyncio.run(until_signalled(yardstick.measure(pumping)))
+    machine = facts("tcg") | {"load_before": before, "load_after": os.getloadavg()}
+    if json:
+        print_document({"machine": machine} | yardstick.document(pumping, found))
+        return
+    for title, rates in (("bare transport", found.pump), ("migration", found.migration)):
+        if rates:
+            rate, cpu = yardstick.spreads(rates).values()
+            print(
+                f"{title:<15} {rate.median:8.1f} MB/s ({rate.min:.1f}-{rate.max:.1f}), "
+                f"{cpu.median:.2f} s of processor time for each GiB"
+            )
+    if found.migration:
+        print(f"{'ratio':<15} {yardstick.ratio(found):8.3f}")

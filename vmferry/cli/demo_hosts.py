@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from vmferry.cli.machine import directory_of
 from vmferry.cli.output import say
@@ -204,7 +204,11 @@ class TwoHosts:
 
 @contextlib.asynccontextmanager
 async def two_hosts(
-    keep: Path | None, *, ports: Mapping[str, Ports] = ANY_PORTS, places: Mapping[str, Place] = ALL_HERE
+    keep: Path | None,
+    *,
+    ports: Mapping[str, Ports] = ANY_PORTS,
+    places: Mapping[str, Place] = ALL_HERE,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
 
@@ -212,9 +216,10 @@ async def two_hosts(
         keep: folder for certificates, configurations, journals, traces and logs, which stay.
         ports: where each host's services listen; any free port by default.
         places: where in the network the hosts are.
+        settings: what else both hosts are configured to.
     """
     with _folders(keep) as (files, run, ram):
-        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places))
+        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places, settings))
         world = TwoHosts(
             a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces", images=run / "images"
         )
@@ -279,7 +284,12 @@ def _empty(folder: Path) -> Path:
 
 
 def _prepare(
-    files: Path, run: Path, ram: Path, ports: Mapping[str, Ports], places: Mapping[str, Place]
+    files: Path,
+    run: Path,
+    ram: Path,
+    ports: Mapping[str, Ports],
+    places: Mapping[str, Place],
+    settings: Mapping[str, Any],
 ) -> list[DemoHost]:
     authority = files / "tls" / "authority"
     init_authority(authority, TRUST_DOMAIN)
@@ -297,6 +307,7 @@ def _prepare(
             source_listen=f"{places[name].listen}:{ports[name].source}",
             dest_listen=f"{places[name].listen}:{ports[name].dest}",
             image_roots=(run / "images",),
+            **settings,
         )
         config = ports[name].with_pages(config)
         for folder in (config.state_dir, config.run_dir, config.ram_dir):

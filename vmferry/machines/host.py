@@ -38,7 +38,7 @@ class MemoryBacking:
 
 def memory_backings(ram_root: Path, huge_root: Path | None) -> list[MemoryBacking]:
     """What guest memory can be here, and how much of each kind is left."""
-    free = _available_memory_bytes()
+    free = available_memory_bytes()
     room = _file_system_room(ram_root)
     found = [
         MemoryBacking(TMPFS, PAGE_SIZE, min(free, room)),
@@ -54,7 +54,7 @@ def memory_backings(ram_root: Path, huge_root: Path | None) -> list[MemoryBackin
     return found
 
 
-def _available_memory_bytes() -> int:
+def available_memory_bytes() -> int:
     """Memory that new guests could take now: bounded by the host and by its control group."""
     values = dict(
         line.split(":", 1)

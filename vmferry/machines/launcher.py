@@ -45,6 +45,7 @@ from vmferry.memory import memfd
 from vmferry.memory.backings import HUGETLBFS, MEMFD, TMPFS
 from vmferry.memory.hugepages import available_bytes
 from vmferry.memory.regions import RamFile
+from vmferry.together import to_the_end
 
 DEFAULT_START_TIMEOUT_S: Final = 20.0
 
@@ -64,6 +65,7 @@ async def start_machine(
     *,
     incoming: bool = False,
     ram_exists: bool = False,
+    make_memory: Callable[[MachineSpec, Path], None] | None = None,
     start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
 ) -> QmpMachine:
     """Start a machine's process; its guest waits for a permit, or for device state.
@@ -73,6 +75,7 @@ async def start_machine(
         directory: where it will live.
         incoming: wait for device state from elsewhere.
         ram_exists: somebody made the memory file already (it is checked, and stays if the start fails).
+        make_memory: makes the memory file of a machine that has one; called for every machine.
         start_timeout_s: limit until the process takes commands.
 
     Raises:
@@ -83,17 +86,17 @@ async def start_machine(
     """
     paths = directory.claim(spec)
     made = MachineRecord(spec, paths, process=None, alive=False)
-    own_ram = False
+    own_ram: list[Path] = []
     try:
         if ram_exists:
             _check_ram(paths.ram, spec.memory_bytes)
-        elif spec.memory_backing in FILES:
-            _make_ram(spec, paths.ram)
-            own_ram = True
+        else:
+            # Whatever becomes of the caller, it is known whether there is a file now.
+            await to_the_end(_memory(make_memory or make_memory_file, spec, paths.ram, own_ram))
         made = MachineRecord(spec, paths, _start(spec, paths, incoming=incoming), alive=True)
         return await _ready(directory, made, incoming=incoming, start_timeout_s=start_timeout_s)
     except BaseException:
-        await _undo(directory, made, remove_ram=own_ram)
+        await _undo(directory, made, remove_ram=bool(own_ram))
         raise
 
 
@@ -242,8 +245,17 @@ async def _undo(directory: MachineDirectory, made: MachineRecord, *, remove_ram:
             directory.forget(made, remove_ram=remove_ram)
 
 
-def _make_ram(spec: MachineSpec, path: Path) -> None:
-    """Make an empty memory file. No page of it is taken before the guest or the receiver writes to it."""
+async def _memory(
+    make: Callable[[MachineSpec, Path], None], spec: MachineSpec, path: Path, made: list[Path]
+) -> None:
+    await asyncio.to_thread(make, spec, path)
+    made.append(path)
+
+
+def make_memory_file(spec: MachineSpec, path: Path) -> None:
+    """Make an empty memory file for a machine whose memory is one. No page is taken before somebody writes."""
+    if spec.memory_backing not in FILES:
+        return
     size_bytes = spec.memory_bytes
     if spec.memory_backing == HUGETLBFS and (room := available_bytes(path.parent)) < size_bytes:
         raise InsufficientMemoryError(

@@ -64,6 +64,10 @@ class PageTable:
         """Note the digests of the pages of ``runs``, which lie one behind the other in ``buffer``."""
         self._store(runs, digest_pages(buffer))
 
+    def note_digests(self, runs: Iterable[tuple[int, int]], digests: bytes) -> None:
+        """Note digests of the pages of ``runs``, one behind the other."""
+        self._store(runs, digests)
+
     def note_zero(self, runs: Iterable[tuple[int, int]]) -> None:
         """Note that the pages of ``runs`` are all zero."""
         runs = list(runs)

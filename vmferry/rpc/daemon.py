@@ -27,6 +27,7 @@ from vmferry.errors import VmferryError
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.machines.directory import MachineDirectory
 from vmferry.memory.probe import TrackerFinding, probe_trackers
+from vmferry.rpc.allocator import keep_buffers
 from vmferry.rpc.lifetime import Lifetime
 from vmferry.rpc.measures import measured
 from vmferry.rpc.notify import Notifier
@@ -41,7 +42,7 @@ from vmferry.web.view import View
 
 _LOG: Final = logs.get_logger(__name__)
 _GRACE_S: Final = 2.0
-_SWITCH_INTERVAL_S: Final = 0.0005
+SWITCH_INTERVAL_S: Final = 0.0005
 """How long a thread that reads or hashes memory may keep the others waiting: the guest's pause is one of them."""
 
 
@@ -84,7 +85,8 @@ class Service(Protocol):
 
 def run_daemon(role: str, ledger_role: Role, make_service: Callable[[Host], Service]) -> int:
     """Run a host's service until the process is told to stop; returns the exit code."""
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    keep_buffers()
     parser = argparse.ArgumentParser(
         prog=f"vmferry-{role}", description=f"The {role} service of a vmferry host."
     )

@@ -7,6 +7,8 @@ caller has one family of exceptions to handle. The answer always fits into gRPC'
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Final
 
 import grpc
@@ -114,3 +116,16 @@ def _clipped(text: str, limit: int) -> str:
     if len(raw) <= limit:
         return raw.decode()
     return raw[: limit - 3].decode(errors="ignore") + "…"
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Turn errors of a stream into the catalogue's; one of the transport means that it may be opened again."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        failure = from_rpc_error(error)
+        if "grpc_code" in failure.metadata:
+            # The transport speaks, not the other side: the stream broke, whatever the code.
+            raise PeerUnreachableError(failure.message, **failure.metadata) from error
+        raise failure from error

@@ -16,7 +16,7 @@ from functools import partial
 from xxhash import xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError
-from vmferry.memory.digest import PageTable
+from vmferry.memory.digest import PageTable, digest_pages
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.negotiation.encodings import NONE
@@ -194,10 +194,9 @@ class Intake:
     def write(self, pages: Pages) -> None:
         """Put a checked chunk into memory and note what memory then holds."""
         if pages.runs:
-            self.ram.write_pages(pages.runs, memoryview(pages.data))
-            back = _scratch(len(pages.data))
-            self.ram.read_pages(pages.runs, back)
-            self.table.note_pages(pages.runs, back)
+            # Looked at in memory: the digest speaks of what will run.
+            found = [digest_pages(view) for view in self.ram.put(pages.runs, memoryview(pages.data))]
+            self.table.note_digests(pages.runs, b"".join(found))
         if pages.zero_runs:
             # Zeros are written, not punched: the memory stays reserved for the guest.
             zeros = bytes(sum(count for _, count in pages.zero_runs) * PAGE_SIZE)

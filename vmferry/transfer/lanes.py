@@ -19,7 +19,7 @@ import grpc
 from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.errors import PeerUnreachableError, StreamBrokenError, TimedOutError, VmferryError
-from vmferry.rpc.status import from_rpc_error
+from vmferry.rpc.status import translated
 from vmferry.transfer.frames import BuiltChunk
 from vmferry.transfer.numbering import SendingLane, Totals
 from vmferry.transfer.pacer import Pacer
@@ -87,7 +87,7 @@ class Lanes:
         limits = Limits(settings.stall_timeout_s, settings.reconnect_timeout_s)
         self._patience = Patience(settings.count, limits, asyncio.get_running_loop().time())
         self._cause = PeerUnreachableError("the destination has not answered")
-        self._changed = asyncio.Condition()
+        self._waiting: list[asyncio.Future[None]] = []
         self._failure: VmferryError | None = None
 
     async def open(self) -> None:
@@ -100,6 +100,9 @@ class Lanes:
         """Hand a frame over; returns when a lane is about to take it."""
         self._raise_failure()
         self._outstanding += 1
+        if not self._queue.full():
+            self._queue.put_nowait(frame)
+            return
         put = asyncio.create_task(self._queue.put(frame))
         try:
             while not put.done():
@@ -145,11 +148,15 @@ class Lanes:
         """For a lane with room: the next frame to number and send."""
         return await self._queue.get()
 
-    async def acknowledged(self, lane: int, frames: int) -> None:
+    def waiting_frame(self) -> Frame | None:
+        """The same, if there is one already."""
+        return None if self._queue.empty() else self._queue.get_nowait()
+
+    def acknowledged(self, lane: int, frames: int) -> None:
         """A lane heard that so many more frames were taken in."""
         self._outstanding -= frames
         self._patience.progressed(lane, _now())
-        await self.notify()
+        self.notify()
 
     def lost(self, lane: int, cause: PeerUnreachableError) -> None:
         """A lane has no connection, and is being reopened."""
@@ -179,18 +186,22 @@ class Lanes:
         """How the lanes are connected now."""
         return self._patience.connections(_now())
 
-    async def notify(self) -> None:
+    def notify(self) -> None:
         """Wake whoever waits for something to change."""
-        async with self._changed:
-            self._changed.notify_all()
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._failure is not None or condition())
+        while self._failure is None and not condition():
+            change = asyncio.get_running_loop().create_future()
+            self._waiting.append(change)
+            await change
         self._raise_failure()
 
     async def _guard(self, work: Coroutine[object, object, None]) -> None:
@@ -198,10 +209,10 @@ class Lanes:
             await work
         except VmferryError as error:
             self._failure = self._failure or error
-            await self.notify()
+            self.notify()
         except Exception as error:  # noqa: BLE001 - a bug in a lane must end the transfer, not hang it
             self._failure = self._failure or StreamBrokenError(f"a lane failed: {error!r}")
-            await self.notify()
+            self.notify()
 
     async def _watch_the_clocks(self) -> None:
         limits, patience = self._patience.limits, self._patience
@@ -309,21 +320,21 @@ class _Lane:
     async def _read(self, call: Call) -> None:
         """Take acknowledgements in; returns when the lane has ended."""
         while not self.ended:
-            with _translated():
+            with translated():
                 response = await call.read()
             if not isinstance(response, transfer_pb2.TransferResponse):  # the end of the stream
-                with _translated():
+                with translated():
                     code = await call.code()
                     if code is not grpc.StatusCode.OK:
                         await call.read()
                 raise PeerUnreachableError(f"lane {self.number} was closed by the destination before its end")
-            await self._hear(response)
+            self._hear(response)
 
-    async def _hear(self, response: transfer_pb2.TransferResponse) -> None:
+    def _hear(self, response: transfer_pb2.TransferResponse) -> None:
         match response.WhichOneof("message"):
             case "welcome":
                 self._lanes.back(self.number, again=self.welcomed, idle=self._numbering.idle)
-                await self._acknowledge(response.welcome.acknowledged)
+                self._acknowledge(response.welcome.acknowledged)
                 self.welcomed = True
                 self._session_welcomed.set()
             case "ack":
@@ -331,21 +342,21 @@ class _Lane:
                 more = response.ack.different_pages - self._different_pages
                 self._different_pages = response.ack.different_pages
                 self._lanes.traffic.different_pages += more
-                await self._acknowledge(response.ack.acknowledged)
+                self._acknowledge(response.ack.acknowledged)
             case "ended":
                 if response.ended.frames != self._numbering.totals.frames:
                     raise StreamBrokenError(
                         f"lane {self.number}: the ends disagree about the number of frames"
                     )
                 self.ended = True
-        await self._lanes.notify()
+        self._lanes.notify()
 
-    async def _acknowledge(self, sequence: int) -> None:
+    def _acknowledge(self, sequence: int) -> None:
         before = self._numbering.acknowledged
         self._numbering.acknowledge(sequence)
         self._room.set()
         if sequence > before:
-            await self._lanes.acknowledged(self.number, sequence - before)
+            self._lanes.acknowledged(self.number, sequence - before)
 
     async def _write(self, call: Call) -> None:
         """Open the lane, send again what was not acknowledged, then new frames, then the end."""
@@ -359,6 +370,11 @@ class _Lane:
         try:
             while True:
                 await self._until_room()
+                # As long as frames wait, nothing has to be woken for them.
+                frame = self._lanes.waiting_frame()
+                if frame is not None:
+                    await self._put(call, self._number(frame))
+                    continue
                 following = asyncio.create_task(self._next_request())
                 try:
                     await asyncio.wait({following, finishing}, return_when=asyncio.FIRST_COMPLETED)
@@ -413,27 +429,10 @@ class _Lane:
     async def _put(self, call: Call, request: bytes) -> None:
         await self._settings.pacer.admit(len(request))
         try:
-            with _translated():
+            with translated():
                 await call.write(request)
         except asyncio.InvalidStateError:
             await asyncio.Event().wait()  # the stream is over; the reader knows why
-
-
-class _Translation(contextlib.AbstractContextManager["_Translation"]):
-    """Turns errors of the stream into the catalogue's."""
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if not isinstance(error, grpc.aio.AioRpcError):
-            return
-        failure = from_rpc_error(error)
-        if "grpc_code" in failure.metadata:
-            # The transport speaks, not the destination: the lane broke, whatever the code, and may be reopened.
-            raise PeerUnreachableError(failure.message, **failure.metadata) from error
-        raise failure from error
-
-
-def _translated() -> _Translation:
-    return _Translation()
 
 
 def _now() -> float:

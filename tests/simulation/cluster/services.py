@@ -17,6 +17,7 @@ from typing import Any, Final
 from unittest import mock
 
 from dest_svc.judging import Judge
+from dest_svc.room import Room
 from dest_svc.service import DestinationService
 from source_svc.acceptance import Acceptance
 from source_svc.forecasts import Forecast
@@ -70,15 +71,21 @@ _FOREVER: Final = dt.datetime(2999, 1, 1, tzinfo=dt.UTC)
 _TICKET_UNTIL: Final = dt.datetime(2030, 1, 1, tzinfo=dt.UTC)
 
 
+class AmpleRoom(Room):
+    """A host with more memory than anybody needs."""
+
+    def backings(self) -> list[MemoryBacking]:
+        """As much as is asked for."""
+        return [MemoryBacking(TMPFS, 4096, 1 << 40)]
+
+
 class SimulatedDestination(DestinationService):
     """A destination service that takes frames as calls and anybody's ticket."""
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self._judge = LenientJudge(host.config)
-
-    def _memory_backings(self) -> list[MemoryBacking]:
-        return [MemoryBacking(TMPFS, 4096, 1 << 40)]
+        self._room = AmpleRoom(host.config, host.directory, self._arrivals)
 
     async def Negotiate(self, request: Any, context: Any) -> handoff_pb2.NegotiateResponse:
         """Everything is compatible."""

@@ -184,6 +184,7 @@ class Receiver:
         path: str,
         *,
         encodings: object,
+        room: object,
     ) -> None:
         self.attempt = attempt
         self.spec = spec

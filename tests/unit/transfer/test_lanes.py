@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from dest_svc.intake import DeviceStateBuffer, Lane, take_frame
+from dest_svc.intake import DeviceStateBuffer, take_frame
 from vmferry.errors import HashMismatchError, PeerUnreachableError, StaleAttemptError, TimedOutError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
@@ -20,6 +20,7 @@ from vmferry.rpc.handlers import read_requests_with
 from vmferry.rpc.status import to_grpc_status
 from vmferry.transfer.frames import ChunkBuilder, Intake
 from vmferry.transfer.lanes import Lanes, LaneSettings
+from vmferry.transfer.receiving import Lane
 from vmferry.transfer.wire import Received, chunk_frame, decode_request
 from vmferry.v1 import handoff_pb2, handoff_pb2_grpc, transfer_pb2
 
