@@ -22,6 +22,7 @@ Answer = TypeVar("Answer")
 _FIRST_RETRY_S: Final = 0.02
 _LONGEST_RETRY_S: Final = 1.0
 _LOOK_S: Final = 0.2
+_OPENING_S: Final = 2.0
 _TOLD_S: Final = 1.0
 """How often the time that is left is told anew."""
 
@@ -63,6 +64,7 @@ class LinkReport:
         self._lanes = lanes
         self._migration = migration
         self._told_at = 0.0
+        self._was_up = False
         self._task = asyncio.create_task(self._follow())
 
     async def close(self) -> None:
@@ -85,7 +87,10 @@ class LinkReport:
         """Bring the resource up to date; whether there is something new in it."""
         now, connections = time.time(), self._lanes.connections
         progress = self._migration.message.progress
-        lost = connections.all_lost_s is not None
+        self._was_up |= connections.standing > 0
+        # Lanes that are being opened for the first time are not broken, unless that takes conspicuously long.
+        patient_s = 0.0 if self._was_up else _OPENING_S
+        lost = connections.all_lost_s is not None and connections.all_lost_s >= patient_s
         news = self._count()
         if progress.lanes_connected != connections.standing:
             progress.lanes_connected = connections.standing

@@ -138,6 +138,7 @@ async def test_a_watcher_sees_every_change_grow_and_then_the_end(world: World, l
     assert len(revisions) > 5
     assert all(earlier < later for earlier, later in itertools.pairwise(revisions))
     assert [migration.phase for migration in seen] == sorted(migration.phase for migration in seen)
+    assert not any(migration.progress.HasField("disconnected_since") for migration in seen)
     assert seen[-1].outcome == pb.MIGRATION_OUTCOME_COMPLETED
     assert late == [seen[-1]]
 
