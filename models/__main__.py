@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-from models import spin
+from models import spin, updates
 from models.explore import explore
-from models.rules import Rules
+from models.updates import model_of
 from models.variants import BROKEN, SAFE, Broken, Safe
-from models.world import Model
 
 
 class Told(NamedTuple):
@@ -39,7 +38,7 @@ def check_safe(variant: Safe, *, quick: bool) -> Told:
     """The promises hold in every world, and where they should, the guest can always run again."""
     begun = time.monotonic()
     bounds = variant.quick if quick else variant.bounds
-    found = explore(Model(bounds=bounds), variant.promises, liveness=variant.live, goal=variant.goal)
+    found = explore(model_of(bounds), variant.promises, liveness=variant.live, goal=variant.goal)
     outcome = found.broken or ("L1: the guest can never run again" if found.stuck else "holds")
     trace = tuple(found.trace or (_shortest(found.stuck)))
     return Told(
@@ -51,7 +50,7 @@ def check_broken(variant: Broken) -> Told:
     """Without its guard the promise breaks."""
     begun = time.monotonic()
     live = variant.breaks == "L1"
-    model = Model(Rules(variant.guard), variant.bounds)
+    model = model_of(variant.bounds, variant.guard)
     found = explore(model, () if live else (variant.breaks,), liveness=live, goal=variant.goal)
     trace = tuple(found.trace or (_shortest(found.stuck)))
     outcome = found.broken or ("L1: the guest can never run again" if trace else "NOT NOTICED")
@@ -93,8 +92,8 @@ def main() -> int:
         contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout),
         ProcessPoolExecutor(arguments.jobs) as pool,
     ):
-        todo = [pool.submit(check_safe, variant, quick=arguments.quick) for variant in SAFE]
-        todo += [pool.submit(check_broken, variant) for variant in BROKEN]
+        todo = [pool.submit(check_safe, variant, quick=arguments.quick) for variant in (*SAFE, *updates.SAFE)]
+        todo += [pool.submit(check_broken, variant) for variant in (*BROKEN, *updates.BROKEN)]
         if not (arguments.no_spin or missing):
             todo += [pool.submit(check_spin, name, defines) for name, defines in spin.SAFE.items()]
             todo += [pool.submit(check_spin, name, (f"-D{name}",)) for name in spin.BROKEN]

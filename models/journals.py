@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
-from models.state import Attempt, Host, In, Out, Phase, Stands
+from models.state import ABSENT, Attempt, Host, In, Out, Phase, Stands
 
-SOURCE, DESTINATION = range(2)
-"""Who writes a journal; also where it stands in a pair of a host."""
+SOURCE, DESTINATION, UPDATE = range(3)
+"""Who writes a journal; for the first two also where it stands in a pair of a host."""
+NOT_UPDATING: Final[dict[str, Any]] = {"new": ABSENT, "new_held": 0, "updating": False}
+"""What a crash leaves of an update beside its journal."""
 Item = TypeVar("Item")
 
 RECORDS: Final = frozenset(
@@ -72,7 +74,7 @@ def in_destination_journal(host: Host, kind: str, number: int, attempt: Attempt)
 
 def killed(host: Host, role: int) -> Host:
     """The host without one of its services: what that process knew is gone."""
-    return host._replace(fresh=False) if role == SOURCE else host._replace(taking=False)
+    return host._replace(fresh=False, updating=False) if role == SOURCE else host._replace(taking=False)
 
 
 def settled(host: Host, role: int) -> Host:

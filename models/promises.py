@@ -4,6 +4,7 @@ I1   at most one host runs the guest                     I1b  at most one host i
 I2   the guest never goes on from anything but its latest state, and nobody takes the right without a copy
 I3   no step of the protocol (as opposed to a fault) removes the last usable copy of the latest state
 I4   once both ends hold a complete copy, one fault of a host on which the guest does not run loses nothing
+I6   the new process of an update runs the guest only while its host has the right
 L1   from every reachable world, with no further fault, the guest can run again (judged in ``explore``)
 I5   two hosts are permitted only where an operator was wrong, and as long as one of the two is still to hear of it
 L5   from every such world it can come to be that the guest runs on one host alone, by the latest right (``at_rest``)
@@ -21,15 +22,18 @@ from models.state import (
     TAKEN,
     Host,
     Stands,
+    UpdatePhase,
     World,
     answer_bit,
     came_back,
     leaving,
+    may_let_run,
     owner,
     permitted,
 )
 
 STALE, NO_COPY, BOTH, CRASHED = "stale", "taken without a copy", "although two hosts held it", "with its host"
+NO_RIGHT: Final = "run without the right"
 """How the guest's latest state was lost."""
 _SAID_RUNNING: Final = answer_bit(Stands.RUNNING, same_journal=True)
 _COPY_HERE: Final = (Stands.PREPARED, Stands.OWNED, Stands.RUNNING)
@@ -44,14 +48,32 @@ def usable(world: World) -> set[int]:
     found = set()
     opened = {_open_attempt(host, world) for host in world.hosts}
     for number, host in enumerate(world.hosts):
-        if host.vm == ABSENT or host.held != world.latest or host.off:
+        spent = (
+            host.update.phase is UpdatePhase.RAN and not host.adopted
+        )  # the new process is all that counts
+        if host.vm == ABSENT or host.held != world.latest or host.off or spent:
             continue
         mine = _open_attempt(host, world)
         returnable = mine is not None and not world.said[mine] & _SAID_RUNNING
         deliverable = host.inn.now in _COPY_HERE and host.inn.newest in opened
-        if permitted(host, world.attempts) or returnable or deliverable:
+        updated = host.update.phase in _OLD_ONE_COUNTS or host.adopted
+        if permitted(host, world.attempts) or updated or returnable or deliverable:
             found.add(number)
+    found |= {number for number, host in enumerate(world.hosts) if _new_one_counts(host, world)}
     return found
+
+
+_OLD_ONE_COUNTS: Final = (UpdatePhase.BEGUN, UpdatePhase.SWITCHED)
+
+
+def _new_one_counts(host: Host, world: World) -> bool:
+    """The new process of an update has the latest state, and may yet run it."""
+    open_here = host.update.phase is not UpdatePhase.QUIET
+    return host.new in {PAUSED, RUNNING} and host.new_held == world.latest and open_here and not host.off
+
+
+def _running(world: World) -> int:
+    return sum((host.vm == RUNNING) + (host.new == RUNNING) for host in world.hosts)
 
 
 def redundant(world: World) -> bool:
@@ -68,12 +90,16 @@ def redundant(world: World) -> bool:
 
 
 PROMISES: Final[dict[str, Callable[[World], bool]]] = {
-    "I1: two guests run": lambda world: sum(host.vm == RUNNING for host in world.hosts) > 1,
+    "I1: two guests run": lambda world: _running(world) > 1,
     "I1b: two hosts are permitted": lambda world: (
         sum(permitted(host, world.attempts) for host in world.hosts) > 1
     ),
+    "I1b: two processes of one host may run": lambda world: any(
+        permitted(host, world.attempts) and may_let_run(host, world.attempts) for host in world.hosts
+    ),
     "I2: a stale copy was resumed": lambda world: world.lost == STALE,
     "I2: the right was taken without a copy": lambda world: world.lost == NO_COPY,
+    "I6: the guest was let run where the right is not": lambda world: world.lost == NO_RIGHT,
     "I3: a step destroyed the last usable copy": lambda world: not world.lost and not usable(world),
     "I4: one fault lost what two hosts held": lambda world: world.lost == BOTH,
 }
@@ -112,7 +138,7 @@ def broken(world: World, promises: tuple[str, ...]) -> str:
 def at_rest(world: World) -> bool:
     """Whether one guest runs, on the one host that is permitted to run it, by the latest right."""
     owners = [host for host in world.hosts if permitted(host, world.attempts)]
-    alone = len(owners) == 1 and sum(host.vm == RUNNING for host in world.hosts) == 1
+    alone = len(owners) == 1 and _running(world) == 1
     return (
         alone
         and owners[0].vm == RUNNING
@@ -122,4 +148,4 @@ def at_rest(world: World) -> bool:
 
 def runs(world: World) -> bool:
     """Whether the guest runs somewhere."""
-    return any(host.vm == RUNNING for host in world.hosts)
+    return _running(world) > 0

@@ -10,8 +10,8 @@ from __future__ import annotations
 import enum
 from typing import Final, NamedTuple
 
-ABSENT, PAUSED, RUNNING = range(3)
-"""What a host's hypervisor has of the guest."""
+ABSENT, PAUSED, RUNNING, STARTED = range(4)
+"""What a host's hypervisor has of the guest; ``STARTED`` is one beside it that has not loaded anything yet."""
 
 NAMES: Final = "abc"
 NOBODY: Final = -1
@@ -42,6 +42,15 @@ class Phase(enum.IntEnum):
     BEGUN = 1
     SEALED = 2
     HANDED_OFF = 3
+
+
+class UpdatePhase(enum.IntEnum):
+    """How far a host is with its open update in place."""
+
+    QUIET = 0
+    BEGUN = 1
+    SWITCHED = 2
+    RAN = 3
 
 
 class Said(enum.IntFlag):
@@ -99,6 +108,13 @@ class In(NamedTuple):
         return self.of(self.newest)
 
 
+class Update(NamedTuple):
+    """The journal of updates: how far the open one is, and the highest number that was ever used."""
+
+    phase: UpdatePhase = UpdatePhase.QUIET
+    used: int = 0
+
+
 class Rights(NamedTuple):
     """The highest right to run that the host's journals grant, by who wrote it, and the highest they give up."""
 
@@ -139,6 +155,14 @@ class Host(NamedTuple):
     """An operator has cut its power, and it stays off."""
     closed: int = 0
     """A bit per attempt that this host closed as its source: its destination is told so, as often as it takes."""
+    update: Update = Update()
+    new: int = ABSENT
+    """What the new process of an update has of the guest: ``STARTED``, or like ``vm``."""
+    new_held: int = 0
+    adopted: bool = False
+    """The new process has taken the place of the old one, which has ended; that is yet to be recorded."""
+    updating: bool = False
+    """The source process that began the open update still lives."""
 
 
 class World(NamedTuple):
@@ -186,8 +210,14 @@ def came_back(host: Host, attempts: tuple[Attempt, ...], closed: int) -> bool:
 
 
 def permitted(host: Host, attempts: tuple[Attempt, ...]) -> bool:
-    """The host may let the guest run."""
-    return owner(host) and not leaving(host, attempts) and not host.off
+    """The host may let the guest run, in the one process that it has for it."""
+    free = host.update.phase is UpdatePhase.QUIET and not host.off
+    return owner(host) and not leaving(host, attempts) and free
+
+
+def may_let_run(host: Host, attempts: tuple[Attempt, ...]) -> bool:
+    """The new process of an update, and it alone, may run the guest."""
+    return owner(host) and not leaving(host, attempts) and host.update.phase is UpdatePhase.RAN
 
 
 def holds(host: Host, attempts: tuple[Attempt, ...]) -> bool:

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 from models import rules
 from models.journals import (
     DESTINATION,
+    NOT_UPDATING,
     RECORDS,
     SOURCE,
     in_destination_journal,
@@ -136,9 +137,9 @@ class Model:
         if world.faults >= self.bounds.faults:
             return
         world = world._replace(faults=world.faults + 1)
-        forgets = self.rules.lacks("what a process knew dies with it")
+        fresh = host.fresh and self.rules.lacks("what a process knew dies with it")
         dead = host._replace(vm=ABSENT, held=0)
-        crashed = dead._replace(fresh=host.fresh and forgets, taking=False)
+        crashed = dead._replace(fresh=fresh, taking=False, **NOT_UPDATING)
         if host.vm != ABSENT:
             lost = self._lost_by(world, number)
             yield self._fault("death", world._replace(lost=lost), number, dead)
@@ -153,8 +154,7 @@ class Model:
         if self.bounds.journals_lost and world.attempts:
             empty = Host(journal=host.journal + 1)
             yield self._fault("journal-loss", world._replace(lost=CRASHED), number, empty)
-        if self.bounds.operator and world.attempts:
-            # Whatever the other host holds, it has no right to it but by an operator's word.
+        if self.bounds.operator and world.attempts:  # what the other one holds is nothing but a copy
             yield self._fault("power-off", world._replace(lost=CRASHED), number, crashed._replace(off=True))
 
     def _rot(self, world: World, number: int, crashed: Host) -> Iterator[Step]:

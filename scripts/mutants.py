@@ -59,6 +59,7 @@ SUITES: Final = {
     "faults": "tests/simulation/test_faults.py",
     "explored": "tests/simulation/test_two_hosts.py",
     "conformance": "tests/simulation/test_conformance.py",
+    "updates": "tests/simulation/test_update_conformance.py",
 }
 """What runs, in this order."""
 NEAREST: Final = {
@@ -72,6 +73,7 @@ NEAREST: Final = {
     "gate": "test_gate.py",
     "rights": "test_rights.py test_gate.py",
     "states": "test_source.py",
+    "updating": "test_updating.py",
 }
 """The tests of the unit suite that are the most likely to notice, and run before the others."""
 

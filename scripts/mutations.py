@@ -26,6 +26,7 @@ CORE: Final = (
     "journal",
     "register",
     "ledger",
+    "updating",
 )
 _SYNCS: Final = {"sync", "sync_data", "sync_folder", "_note", "note", "add"}
 _FLAGS: Final = {"durable", "settled", "wait"}
@@ -181,7 +182,12 @@ class Finder(ast.NodeVisitor):
         text = self._text(node)
         if name == "Append" and not lazy:
             self._add(node, f"lazily {text}", f"{text[:-1].rstrip().rstrip(',')}, durable=False)")
-        elif name == "_append" and not lazy and self._module == "source" and node not in self._lazy:
+        elif (
+            name == "_append"
+            and not lazy
+            and self._module in {"source", "updating"}
+            and node not in self._lazy
+        ):
             self._add(node, f"lazily {text}", f"replace({text}, durable=False)")
         for keyword in node.keywords:
             if (

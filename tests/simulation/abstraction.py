@@ -17,7 +17,7 @@ from models import state as model
 from models.rules import Do
 from models.state import NAMES, NOBODY, Phase, Stands
 from vmferry.errors import VmferryError
-from vmferry.handoff import destination, source
+from vmferry.handoff import destination, source, updating
 from vmferry.handoff.rights import Epochs, Rights
 from vmferry.handoff.states import (
     Action,
@@ -102,10 +102,11 @@ def destination_of(inn: model.In, attempts: Attempts) -> destination.Destination
     return destination.DestinationState(current, MappingProxyType(past))
 
 
-def rights_of(host: model.Host, attempts: Attempts) -> Rights:
+def rights_of(host: model.Host, attempts: Attempts, update: updating.UpdateState | None = None) -> Rights:
     """What the real journals of a host say together."""
     epochs = Epochs(host.rights.granted, host.rights.left)
-    return Rights(epochs, source_of(host.out, attempts), destination_of(host.inn, attempts))
+    now = update or updating.Still()
+    return Rights(epochs, source_of(host.out, attempts), destination_of(host.inn, attempts), update=now)
 
 
 def event_of(event: Any, out: model.Out, attempts: Attempts) -> Any:

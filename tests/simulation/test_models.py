@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from models import spin
+from models import spin, updates
 from models.__main__ import check_broken, check_safe, check_spin
 from models.variants import BROKEN, SAFE, Broken, Safe
 from tests.support import require
@@ -12,14 +12,18 @@ from tests.support import require
 pytestmark = pytest.mark.timeout(400)  # long where other work shares the machine
 
 
-@pytest.mark.parametrize("variant", SAFE, ids=lambda variant: variant.what.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "variant", [*SAFE, *updates.SAFE], ids=lambda variant: variant.what.replace(" ", "-")
+)
 def test_a_safe_variant_keeps_its_promises(variant: Safe) -> None:
     """Within the small bounds no world breaks a promise; ``make model`` searches the large ones."""
     found = check_safe(variant, quick=True)
     assert found.ok, f"{found.outcome}: {' -> '.join(found.trace)}"
 
 
-@pytest.mark.parametrize("variant", BROKEN, ids=lambda variant: variant.guard.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "variant", [*BROKEN, *updates.BROKEN], ids=lambda variant: variant.guard.replace(" ", "-")
+)
 def test_a_protocol_without_one_guard_breaks_its_promise(variant: Broken) -> None:
     """The guard is needed, and the search is not blind: there is a counter-example, of the promise it stands for."""
     found = check_broken(variant)

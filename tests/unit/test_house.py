@@ -66,6 +66,7 @@ PURE = (
     "vmferry.handoff.destination",
     "vmferry.handoff.rights",
     "vmferry.handoff.gate",
+    "vmferry.handoff.updating",
     "vmferry.handoff.blocked",
     "vmferry.handoff.choices",
     "vmferry.negotiation",

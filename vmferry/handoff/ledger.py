@@ -9,6 +9,7 @@ Layout below the journal directory::
   MACHINE-UUID/operator.journal   BORN and ENDED, written by ``vmferry machine run|stop``
   MACHINE-UUID/source.journal     written by the source service
   MACHINE-UUID/destination.journal  written by the destination service
+  MACHINE-UUID/update.journal     written by the source service, about updates in place
   MACHINE-UUID/lock               held for a moment while a journal is checked and then appended to
 
 Promise: :meth:`HostLedger.rights` reads what is in the files, whoever wrote it; a journal that is missing, or is not
@@ -25,24 +26,25 @@ import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from vmferry.errors import (
-    ConfigError,
     InvalidArgumentError,
     JournalDamagedError,
     MachineBusyError,
     MachineExistsError,
     MachineNotOwnedError,
 )
-from vmferry.handoff import destination, gate, journal, records, source
+from vmferry.handoff import destination, gate, journal, records, source, updating
 from vmferry.handoff.disk import DISK, Disk, damaging
 from vmferry.handoff.gate import ResumePermit
 from vmferry.handoff.register import Mark, Register, earlier_incarnation
 from vmferry.handoff.rights import Epochs, Rights
+from vmferry.handoff.rolelock import RoleLock
 from vmferry.handoff.states import Append, Attempt, InvalidTransitionError, Record, RecordKind
 from vmferry.together import to_the_end
 
@@ -55,6 +57,7 @@ class Role(enum.StrEnum):
     OPERATOR = "operator"
     SOURCE = "source"
     DESTINATION = "destination"
+    UPDATE = "update"
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,15 @@ class HostLedger:
         epochs = reduce(Epochs.merged, (view.epochs for view in views.values()))
         outgoing: source.SourceState = source.Quiet()
         incoming = destination.DestinationState()
+        update: updating.UpdateState = updating.Still()
         damaged = bool(views[Role.OPERATOR].damage)
         try:
             outgoing = _folded(views[Role.SOURCE], outgoing, source.evolve)
             incoming = _folded(views[Role.DESTINATION], incoming, destination.evolve)
+            update = _folded(views[Role.UPDATE], update, updating.evolve)
         except InvalidTransitionError:
             damaged = True
-        return Rights(epochs, outgoing, incoming, damaged=damaged)
+        return Rights(epochs, outgoing, incoming, damaged=damaged, update=update)
 
     def health(self, machine_id: str) -> dict[Role, Health]:
         """How far each journal of a machine can be believed, for people to read."""
@@ -141,6 +146,8 @@ class HostLedger:
                 _folded(view, source.Quiet(), source.evolve)
             elif role is Role.DESTINATION:
                 _folded(view, destination.DestinationState(), destination.evolve)
+            elif role is Role.UPDATE:
+                _folded(view, updating.Still(), updating.evolve)
         except InvalidTransitionError as error:
             damage = str(error)
         return Health(view.torn_tail, damage)
@@ -188,7 +195,7 @@ class HostLedger:
         """Record that an operator ended the machine, or a copy that is superseded; nobody may resume it any more.
 
         Raises:
-            MachineBusyError: a migration has an attempt open that takes it away.
+            MachineBusyError: a migration has an attempt open that takes it away, or it is being updated.
             MachineNotOwnedError: it is not this host's to end.
         """
         with self.machine_lock(machine_id):
@@ -197,8 +204,9 @@ class HostLedger:
                 raise JournalDamagedError(
                     f"the journal of machine {machine_id} is damaged", machine=machine_id
                 )
-            if rights.leaving:
-                raise MachineBusyError(f"machine {machine_id} is being migrated away", machine=machine_id)
+            if rights.leaving or rights.being_updated:
+                what = "migrated away" if rights.leaving else "updated in place"
+                raise MachineBusyError(f"machine {machine_id} is being {what}", machine=machine_id)
             if not rights.owner and not rights.superseded:
                 raise MachineNotOwnedError(
                     f"machine {machine_id} does not belong to this host", machine=machine_id
@@ -222,30 +230,30 @@ class HostLedger:
             await to_the_end(asyncio.to_thread(stack.enter_context, self.machine_lock(machine_id)))
             yield
 
-    @contextlib.asynccontextmanager
-    async def permitted(self, machine_id: str) -> AsyncIterator[ResumePermit]:
+    def permitted(self, machine_id: str) -> AbstractAsyncContextManager[ResumePermit]:
         """A permit that cannot go stale while it is used: until then nobody can begin to send the machine away."""
+        return self._minted(machine_id, lambda: self.permit(machine_id))
+
+    def held_back(self, machine_id: str) -> AbstractAsyncContextManager[ResumePermit]:
+        """A permit to let a guest go on that is held for a moment while its machine is copied."""
+        # An attempt was on disk before anything was copied; a later record refuses even before it is.
+        return self._minted(machine_id, lambda: gate.mint_held_back(machine_id, self.rights(machine_id)))
+
+    def for_update(self, machine_id: str) -> AbstractAsyncContextManager[ResumePermit]:
+        """A permit to let the guest run in the new process of an update in place."""
+        # The switch was on disk before RAN was written, which no crash has to leave there.
+        return self._minted(machine_id, lambda: gate.mint_for_update(machine_id, self.rights(machine_id)))
+
+    @contextlib.asynccontextmanager
+    async def _minted(self, machine_id: str, mint: Callable[[], ResumePermit]) -> AsyncIterator[ResumePermit]:
         stack = contextlib.ExitStack()
 
         def lock_and_mint() -> ResumePermit:
             stack.enter_context(self.machine_lock(machine_id))
-            return self.permit(machine_id)
+            return mint()
 
         with stack:
             # One hop to a thread, since a guest's pause waits for it.
-            yield await to_the_end(asyncio.to_thread(lock_and_mint))
-
-    @contextlib.asynccontextmanager
-    async def held_back(self, machine_id: str) -> AsyncIterator[ResumePermit]:
-        """A permit to let a guest go on that is held for a moment while its machine is copied."""
-        stack = contextlib.ExitStack()
-
-        def lock_and_mint() -> ResumePermit:
-            stack.enter_context(self.machine_lock(machine_id))
-            # An attempt was on disk before anything was copied; a later record refuses even before it is.
-            return gate.mint_held_back(machine_id, self.rights(machine_id))
-
-        with stack:
             yield await to_the_end(asyncio.to_thread(lock_and_mint))
 
     def lock_role(self, role: Role) -> RoleLock:
@@ -264,6 +272,10 @@ class HostLedger:
         """The machine's destination journal, for appending; the caller holds the role's lock."""
         initial = destination.DestinationState()
         return MachineJournal(self, machine_id, Role.DESTINATION, initial, destination.evolve)
+
+    def open_update(self, machine_id: str) -> MachineJournal[updating.UpdateState]:
+        """The machine's journal of updates, for appending; the caller holds the lock of the source's role."""
+        return MachineJournal(self, machine_id, Role.UPDATE, updating.Still(), updating.evolve)
 
     def _operator_record(self, record: Record) -> None:
         with contextlib.closing(self._opened(record.machine_id, Role.OPERATOR)) as log:
@@ -367,26 +379,7 @@ def _decoded(contents: journal.Contents) -> _View:
     return _View(found, contents.torn_tail)
 
 
-class RoleLock:
-    """Held by the one service of a role."""
-
-    def __init__(self, path: Path, role: Role, disk: Disk) -> None:
-        try:
-            with damaging("lock", path):
-                self._lock = disk.lock(path, wait=False)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"another {role} service runs on {path.parent}",
-                field="state_dir",
-                remedy="Stop the other one first.",
-            ) from error
-
-    def close(self) -> None:
-        """Let another process have the role; safe to call twice."""
-        self._lock.close()
-
-
-State = TypeVar("State", source.SourceState, destination.DestinationState)
+State = TypeVar("State", source.SourceState, destination.DestinationState, updating.UpdateState)
 Evolve = Callable[[State, Record], State]
 
 

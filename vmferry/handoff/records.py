@@ -11,7 +11,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from vmferry.errors import InvalidArgumentError
-from vmferry.handoff.states import Attempt, Record, RecordKind
+from vmferry.handoff.states import Attempt, Record, RecordKind, Update
 from vmferry.v1 import handoff_pb2, journal_pb2
 
 MAX_NAME_BYTES: Final = 384
@@ -74,6 +74,8 @@ def encode(record: Record, *, boot_id: str, write_unix_ns: int) -> bytes:
     )
     if record.attempt is not None:
         message.attempt.CopyFrom(attempt_to_ref(record.attempt))
+    if record.update is not None:
+        message.update.update_id, message.update.number = record.update.update_id, record.update.number
     if record.ticket_expire_unix:
         message.ticket_expire_time.FromSeconds(record.ticket_expire_unix)
     message.write_time.FromNanoseconds(write_unix_ns)
@@ -97,8 +99,13 @@ def decode(payload: bytes) -> tuple[Record, str]:
         note=message.note,
         operator=message.operator,
         with_memory=message.with_memory,
+        update=_update(message) if message.HasField("update") else None,
     )
     return record, message.boot_id
+
+
+def _update(message: journal_pb2.JournalRecord) -> Update:
+    return Update(message.machine_id, message.update.update_id, message.update.number)
 
 
 def write_unix_ns(payload: bytes) -> int:

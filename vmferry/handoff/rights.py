@@ -7,9 +7,9 @@ the journals are whole; a damaged journal permits nothing.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from vmferry.handoff import destination, source
+from vmferry.handoff import destination, source, updating
 from vmferry.handoff.states import Attempt, Record, RecordKind
 
 
@@ -69,6 +69,7 @@ class Rights:
     outgoing: source.SourceState
     incoming: destination.DestinationState
     damaged: bool = False
+    update: updating.UpdateState = field(default_factory=updating.Still)
 
     @property
     def owner(self) -> bool:
@@ -91,9 +92,20 @@ class Rights:
         return not isinstance(self.outgoing, source.Quiet) and not self.moved_on
 
     @property
+    def being_updated(self) -> bool:
+        """An update in place is open: two hypervisor processes of this host may have the guest."""
+        return not isinstance(self.update, updating.Still)
+
+    @property
     def permitted(self) -> bool:
         """This host may let the guest run: owner, nothing open, nothing doubtful."""
-        return self.owner and not self.leaving and not self.damaged
+        return self.owner and not self.leaving and not self.being_updated and not self.damaged
+
+    @property
+    def may_let_run(self) -> bool:
+        """The new process of an open update, and it alone, may run the guest."""
+        new_one = isinstance(self.update, updating.Ran)
+        return self.owner and not self.leaving and new_one and not self.damaged
 
     @property
     def runs_on(self) -> bool:

@@ -75,6 +75,21 @@ class RecordKind(enum.Enum):
     REFUSED = 13
     FORCED = 14
     SUPERSEDED = 15
+    UPDATE_BEGUN = 16
+    UPDATE_SWITCHED = 17
+    UPDATE_RAN = 18
+    UPDATE_DONE = 19
+    UPDATE_UNDONE = 20
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of one machine in place: another hypervisor process on this host takes it over."""
+
+    machine_id: str
+    update_id: bytes
+    number: int
+    """Strictly increasing over all updates of a machine on one host."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +147,8 @@ class Record:
     """Who decided, for FORCED; ``note`` is then what shows that the other copy cannot run."""
     with_memory: bool = False
     """For FORCED: the guest was to go on from the memory at hand."""
+    update: Update | None = None
+    """In a journal of updates: which one it is about."""
 
 
 class AttemptState(enum.Enum):

@@ -26,15 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vmferry.v1 import handoff_pb2 as vmferry_dot_v1_dot_handoff__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/journal.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18vmferry/v1/handoff.proto\"\xd5\x02\n\rJournalRecord\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.vmferry.v1.RecordKind\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12\'\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x14\n\x0cticket_nonce\x18\x06 \x01(\x0c\x12\x36\n\x12ticket_expire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62oot_id\x18\x08 \x01(\t\x12\x0c\n\x04note\x18\t \x01(\t\x12.\n\nwrite_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08operator\x18\x0b \x01(\t\x12\x13\n\x0bwith_memory\x18\x0c \x01(\x08*\x98\x03\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_BORN\x10\x01\x12\x15\n\x11RECORD_KIND_ENDED\x10\x02\x12\x15\n\x11RECORD_KIND_BEGUN\x10\x03\x12\x16\n\x12RECORD_KIND_SEALED\x10\x04\x12\x1a\n\x16RECORD_KIND_HANDED_OFF\x10\x05\x12\x14\n\x10RECORD_KIND_DONE\x10\x06\x12\x17\n\x13RECORD_KIND_ABORTED\x10\x07\x12\x19\n\x15RECORD_KIND_RECLAIMED\x10\x08\x12\x18\n\x14RECORD_KIND_ACCEPTED\x10\t\x12\x18\n\x14RECORD_KIND_PREPARED\x10\n\x12\x15\n\x11RECORD_KIND_OWNED\x10\x0b\x12\x13\n\x0fRECORD_KIND_RAN\x10\x0c\x12\x17\n\x13RECORD_KIND_REFUSED\x10\r\x12\x16\n\x12RECORD_KIND_FORCED\x10\x0e\x12\x1a\n\x16RECORD_KIND_SUPERSEDED\x10\x0f\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18vmferry/v1/journal.proto\x12\nvmferry.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18vmferry/v1/handoff.proto\"\xfc\x02\n\rJournalRecord\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.vmferry.v1.RecordKind\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12\'\n\x07\x61ttempt\x18\x03 \x01(\x0b\x32\x16.vmferry.v1.AttemptRef\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x14\n\x0cticket_nonce\x18\x06 \x01(\x0c\x12\x36\n\x12ticket_expire_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x62oot_id\x18\x08 \x01(\t\x12\x0c\n\x04note\x18\t \x01(\t\x12.\n\nwrite_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08operator\x18\x0b \x01(\t\x12\x13\n\x0bwith_memory\x18\x0c \x01(\x08\x12%\n\x06update\x18\r \x01(\x0b\x32\x15.vmferry.v1.UpdateRef\".\n\tUpdateRef\x12\x11\n\tupdate_id\x18\x01 \x01(\x0c\x12\x0e\n\x06number\x18\x02 \x01(\x04*\xaf\x04\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_BORN\x10\x01\x12\x15\n\x11RECORD_KIND_ENDED\x10\x02\x12\x15\n\x11RECORD_KIND_BEGUN\x10\x03\x12\x16\n\x12RECORD_KIND_SEALED\x10\x04\x12\x1a\n\x16RECORD_KIND_HANDED_OFF\x10\x05\x12\x14\n\x10RECORD_KIND_DONE\x10\x06\x12\x17\n\x13RECORD_KIND_ABORTED\x10\x07\x12\x19\n\x15RECORD_KIND_RECLAIMED\x10\x08\x12\x18\n\x14RECORD_KIND_ACCEPTED\x10\t\x12\x18\n\x14RECORD_KIND_PREPARED\x10\n\x12\x15\n\x11RECORD_KIND_OWNED\x10\x0b\x12\x13\n\x0fRECORD_KIND_RAN\x10\x0c\x12\x17\n\x13RECORD_KIND_REFUSED\x10\r\x12\x16\n\x12RECORD_KIND_FORCED\x10\x0e\x12\x1a\n\x16RECORD_KIND_SUPERSEDED\x10\x0f\x12\x1c\n\x18RECORD_KIND_UPDATE_BEGUN\x10\x10\x12\x1f\n\x1bRECORD_KIND_UPDATE_SWITCHED\x10\x11\x12\x1a\n\x16RECORD_KIND_UPDATE_RAN\x10\x12\x12\x1b\n\x17RECORD_KIND_UPDATE_DONE\x10\x13\x12\x1d\n\x19RECORD_KIND_UPDATE_UNDONE\x10\x14\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RECORDKIND']._serialized_start=444
-  _globals['_RECORDKIND']._serialized_end=852
+  _globals['_RECORDKIND']._serialized_start=531
+  _globals['_RECORDKIND']._serialized_end=1090
   _globals['_JOURNALRECORD']._serialized_start=100
-  _globals['_JOURNALRECORD']._serialized_end=441
+  _globals['_JOURNALRECORD']._serialized_end=480
+  _globals['_UPDATEREF']._serialized_start=482
+  _globals['_UPDATEREF']._serialized_end=528
 # @@protoc_insertion_point(module_scope)

@@ -57,6 +57,16 @@ class _RecordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordKind
     """Either: an operator gave this host the right to run, with evidence that the other copy cannot run."""
     RECORD_KIND_SUPERSEDED: _RecordKind.ValueType  # 15
     """Either: this host met a later right than its own; its copy was stopped and is never run again."""
+    RECORD_KIND_UPDATE_BEGUN: _RecordKind.ValueType  # 16
+    """An update in place begins: another hypervisor process may be started beside the one that runs the guest."""
+    RECORD_KIND_UPDATE_SWITCHED: _RecordKind.ValueType  # 17
+    """The new process has loaded the guest's latest state; the commit point of an update."""
+    RECORD_KIND_UPDATE_RAN: _RecordKind.ValueType  # 18
+    """The new process may have executed the guest."""
+    RECORD_KIND_UPDATE_DONE: _RecordKind.ValueType  # 19
+    """The new process is the machine, the old one has ended."""
+    RECORD_KIND_UPDATE_UNDONE: _RecordKind.ValueType  # 20
+    """The update is closed, and the old process is the machine."""
 
 class RecordKind(_RecordKind, metaclass=_RecordKindEnumTypeWrapper):
     """What a record states."""
@@ -93,6 +103,16 @@ RECORD_KIND_FORCED: RecordKind.ValueType  # 14
 """Either: an operator gave this host the right to run, with evidence that the other copy cannot run."""
 RECORD_KIND_SUPERSEDED: RecordKind.ValueType  # 15
 """Either: this host met a later right than its own; its copy was stopped and is never run again."""
+RECORD_KIND_UPDATE_BEGUN: RecordKind.ValueType  # 16
+"""An update in place begins: another hypervisor process may be started beside the one that runs the guest."""
+RECORD_KIND_UPDATE_SWITCHED: RecordKind.ValueType  # 17
+"""The new process has loaded the guest's latest state; the commit point of an update."""
+RECORD_KIND_UPDATE_RAN: RecordKind.ValueType  # 18
+"""The new process may have executed the guest."""
+RECORD_KIND_UPDATE_DONE: RecordKind.ValueType  # 19
+"""The new process is the machine, the old one has ended."""
+RECORD_KIND_UPDATE_UNDONE: RecordKind.ValueType  # 20
+"""The update is closed, and the old process is the machine."""
 Global___RecordKind: _TypeAlias = RecordKind  # noqa: Y015
 
 @_typing.final
@@ -113,6 +133,7 @@ class JournalRecord(_message.Message):
     WRITE_TIME_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
     WITH_MEMORY_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
     kind: Global___RecordKind.ValueType
     """What it states."""
     machine_id: _builtins.str
@@ -143,6 +164,10 @@ class JournalRecord(_message.Message):
     def write_time(self) -> _timestamp_pb2.Timestamp:
         """When it was written, by this host's clock; for reading only, no rule uses it."""
 
+    @_builtins.property
+    def update(self) -> Global___UpdateRef:
+        """The update it is about; only in a journal of updates."""
+
     def __init__(
         self,
         *,
@@ -158,11 +183,38 @@ class JournalRecord(_message.Message):
         write_time: _timestamp_pb2.Timestamp | None = ...,
         operator: _builtins.str = ...,
         with_memory: _builtins.bool = ...,
+        update: Global___UpdateRef | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "ticket_expire_time", b"ticket_expire_time", "write_time", b"write_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "ticket_expire_time", b"ticket_expire_time", "update", b"update", "write_time", b"write_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_id", b"boot_id", "digest", b"digest", "epoch", b"epoch", "kind", b"kind", "machine_id", b"machine_id", "note", b"note", "operator", b"operator", "ticket_expire_time", b"ticket_expire_time", "ticket_nonce", b"ticket_nonce", "with_memory", b"with_memory", "write_time", b"write_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "boot_id", b"boot_id", "digest", b"digest", "epoch", b"epoch", "kind", b"kind", "machine_id", b"machine_id", "note", b"note", "operator", b"operator", "ticket_expire_time", b"ticket_expire_time", "ticket_nonce", b"ticket_nonce", "update", b"update", "with_memory", b"with_memory", "write_time", b"write_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JournalRecord: _TypeAlias = JournalRecord  # noqa: Y015
+
+@_typing.final
+class UpdateRef(_message.Message):
+    """One update of a machine in place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPDATE_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    update_id: _builtins.bytes
+    """16 random bytes."""
+    number: _builtins.int
+    """Strictly increasing over all updates of the machine on one host."""
+    def __init__(
+        self,
+        *,
+        update_id: _builtins.bytes = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "update_id", b"update_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateRef: _TypeAlias = UpdateRef  # noqa: Y015

@@ -27,7 +27,7 @@ from vmferry.handoff import destination, journal, records, source
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.register import Register
 from vmferry.handoff.rights import Standing
-from vmferry.handoff.states import Append, Attempt, InvalidTransitionError, RecordKind
+from vmferry.handoff.states import Append, Attempt, InvalidTransitionError, Record, RecordKind, Update
 
 K: Final = RecordKind
 AWAY: Final = attempt(1, epoch=1)
@@ -309,6 +309,8 @@ def test_a_damaged_journal_of_any_role_permits_nothing(ledger: HostLedger, role:
     ledger.birth(MACHINE)
     write(ledger, AWAY, K.BEGUN, K.SEALED, K.ABORTED)
     write(ledger, BACK, K.REFUSED)
+    with closing(ledger.open_update(MACHINE)) as log:
+        log.append(Append(Record(K.UPDATE_BEGUN, MACHINE, update=Update(MACHINE, bytes(16), 1))))
     damage(file_of(ledger, role), slot=0)
     rights = ledger.rights(MACHINE)
     assert rights.standing is Standing.UNKNOWN
@@ -316,9 +318,10 @@ def test_a_damaged_journal_of_any_role_permits_nothing(ledger: HostLedger, role:
     for use in (ledger.permit, ledger.end):
         with pytest.raises(JournalDamagedError):
             use(MACHINE)
+    opens = {Role.SOURCE: ledger.open_source, Role.DESTINATION: ledger.open_destination}
     if role is not Role.OPERATOR:
         with pytest.raises(JournalDamagedError):
-            ledger.open_source(MACHINE) if role is Role.SOURCE else ledger.open_destination(MACHINE)
+            opens.get(role, ledger.open_update)(MACHINE)
 
 
 def test_a_rotten_handover_is_damage(ledger: HostLedger) -> None:

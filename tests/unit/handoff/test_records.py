@@ -20,7 +20,7 @@ from vmferry.handoff.records import (
     decode,
     encode,
 )
-from vmferry.handoff.states import Attempt, AttemptState, Record, RecordKind
+from vmferry.handoff.states import Attempt, AttemptState, Record, RecordKind, Update
 from vmferry.security.identity import MAX_URI_CHARS
 from vmferry.v1 import handoff_pb2, journal_pb2
 
@@ -50,6 +50,14 @@ RECORDS: Final = st.builds(
     note=st.text(st.characters(codec="ascii"), max_size=MAX_NOTE_BYTES),
     operator=NAMES,
 )
+
+
+@given(RECORDS, st.binary(max_size=16), st.integers(0, 2**64 - 1))
+def test_a_record_of_an_update_is_read_back(entry: Record, update_id: bytes, number: int) -> None:
+    """Which update it is about is kept, and a record without one has none."""
+    about = replace(entry, update=Update(entry.machine_id, update_id, number))
+    assert decode(encoded(about))[0] == about
+    assert decode(encoded(entry))[0].update is None
 
 
 def encoded(entry: Record) -> bytes:
@@ -147,7 +155,7 @@ def test_an_attempt_that_contradicts_itself_is_refused(ref: handoff_pb2.AttemptR
         attempt_from_ref(ref)
 
 
-@pytest.mark.parametrize("kind", [0, 16, 99])
+@pytest.mark.parametrize("kind", [0, 21, 99])
 def test_a_record_of_an_unknown_kind_is_refused(kind: int) -> None:
     """What a later release writes is not guessed at."""
     message = journal_pb2.JournalRecord(kind=journal_pb2.RecordKind.ValueType(kind), machine_id=MACHINE)
