@@ -6,6 +6,7 @@ waited (the machine is gone, its ticket is too old) ends it by name when it is t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -77,7 +78,10 @@ class Acceptance:
         forecasts: Forecasts,
         *,
         announcements: Announcements,
+        is_updated: Callable[[str], bool],
     ) -> None:
+        """``is_updated`` says whether an update of a machine in place is open."""
+        self._is_updated = is_updated
         self._host = host
         self._migrations = migrations
         self._means = means
@@ -188,6 +192,12 @@ class Acceptance:
         """Refuse what can be known to fail without asking anybody."""
         if record.spec.uuid in self._returned:
             raise not_resumed_yet(record)
+        if self._is_updated(record.spec.uuid):
+            raise MachineBusyError(
+                f"{record.spec.name} is being updated in place",
+                machine=record.spec.uuid,
+                remedy="Try again when that has ended; it takes seconds.",
+            )
         rights = self._host.ledger.rights(record.spec.uuid)
         if not rights.permitted:
             raise MachineNotOwnedError(

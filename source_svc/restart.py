@@ -19,6 +19,7 @@ from source_svc.means import Means
 from source_svc.migrations import Migration, Migrations
 from source_svc.recovery import Recovered, Returned, settle_quiet
 from source_svc.underway import Underway
+from source_svc.update_service import UpdateService
 from vmferry.errors import (
     JournalDamagedError,
     MachineFailedError,
@@ -55,6 +56,7 @@ class Restart:
         history: History,
         acceptance: Acceptance,
         dispatcher: Dispatcher,
+        updates: UpdateService,
     ) -> None:
         self._host = host
         self._means = means
@@ -65,6 +67,7 @@ class Restart:
         self._history = history
         self._acceptance = acceptance
         self._dispatcher = dispatcher
+        self._updates = updates
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
@@ -83,7 +86,8 @@ class Restart:
     ) -> None:
         ledger, directory = self._host.ledger, self._host.directory
         try:
-            if not leaving or not self._follow_open(machine_id, remembered):
+            updated = await self._updates.recover(machine_id)
+            if updated or not leaving or not self._follow_open(machine_id, remembered):
                 self._farewells.say(machine_id)
                 await settle_quiet(machine_id, ledger, directory)
         except MachineFailedError:

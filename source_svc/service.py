@@ -30,6 +30,7 @@ from source_svc.restart import Restart
 from source_svc.settling import SourcePart
 from source_svc.store import Store
 from source_svc.underway import Underway
+from source_svc.update_service import UpdateService
 from vmferry.errors import PointOfNoReturnError, ServiceStoppingError, WrongPhaseError
 from vmferry.handoff.ledger import Role
 from vmferry.machines.qmp import QmpMachine
@@ -73,6 +74,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._farewells = Farewells(host, self._means.peer, is_busy=self._underway.is_busy)
         # Also one that waits: a process before this one may have told its guest, and it goes on by that event.
         self._metadata = MetadataService(host, is_busy=lambda one: self._migrations.open_of(one) is not None)
+        self._updates = UpdateService(host, self._metadata.announcements, is_busy=self._occupied)
         self._acceptance = Acceptance(
             host,
             self._migrations,
@@ -80,6 +82,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             self._returned,
             self._forecasts,
             announcements=self._metadata.announcements,
+            is_updated=self._updates.is_busy,
         )
         self._dispatcher = Dispatcher(host, self._migrations, self._underway, self._acceptance)
         part = SourcePart(self._migrations, self._underway, self._returned, self._farewells, self._history)
@@ -90,7 +93,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Add the methods to a server."""
         migration_pb2_grpc.add_SourceServiceServicer_to_server(self, server)
         own = DESCRIPTOR.services_by_name["SourceService"].full_name
-        return [own, self._recovery.register(server), self._metadata.events.register(server)]
+        events = self._metadata.events.register(server)
+        return [own, self._recovery.register(server), events, self._updates.register(server)]
 
     async def recover(self) -> None:
         """Settle every attempt that was open when the service ended; called once, before serving."""
@@ -105,6 +109,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             history=self._history,
             acceptance=self._acceptance,
             dispatcher=self._dispatcher,
+            updates=self._updates,
         )
         self._underway.on_end.append(lambda one: self._say_farewell(one.migration.message.machine_id))
         await restart.recover()
@@ -121,7 +126,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         """Give machines back whose hand-off has not begun; leave the others, and what waits, to the next start."""
         self._stopping = True
         await self._dispatcher.stop()
-        await self._underway.interrupt()
+        await asyncio.gather(self._underway.interrupt(), self._updates.stop())
         await self._dispatcher.close()
         await self._returned.stop()
         await self._farewells.stop()
@@ -276,6 +281,14 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return pb.ForceReclaimResponse(report=await to_the_end(work))
 
     # What they are made of
+
+    def _occupied(self, machine_id: str) -> str:
+        """What is being done with a machine that keeps it from being updated in place."""
+        if self._stopping:
+            return "the source service is stopping"
+        if machine_id in self._returned:
+            return "its guest is yet to be resumed here"
+        return "a migration of it is open" if self._migrations.open_of(machine_id) is not None else ""
 
     def _predict(
         self, order: Order, machine: QmpMachine | None, destination: Destination

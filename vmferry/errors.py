@@ -138,6 +138,24 @@ class TraceNotFoundError(VmferryError):
     remedy = "Name the trace folders of both hosts (--dir), and check the id (trace_id of the migration)."
 
 
+class UpdateNotFoundError(VmferryError):
+    """The source service does not know this update in place."""
+
+    code = "NOT_FOUND"
+    reason = "UPDATE_NOT_FOUND"
+    exit_code = ExitCode.PRECONDITION
+    remedy = "Check the id; ended updates are remembered until the service is restarted."
+
+
+class UpdateUndoneError(VmferryError):
+    """An update in place was given up; the guest goes on in the process it was in."""
+
+    code = "ABORTED"
+    reason = "UPDATE_UNDONE"
+    exit_code = ExitCode.FAILED
+    remedy = "Try again; the machine was not harmed."
+
+
 class AttemptNotFoundError(VmferryError):
     """The destination has no such attempt in memory or in its journal."""
 

@@ -54,6 +54,22 @@ DESTINATION: Final = (
     "dest.discarded",
 )
 """In the order in which a migration comes by; the last ones of each only when it fails."""
+UPDATE: Final = (
+    "update.recorded.begun",
+    "update.started",
+    "update.paused",
+    "update.state-saved",
+    "update.loaded",
+    "update.recorded.switched",
+    "update.answered",
+    "update.resumed",
+    "update.adopted",
+    "update.recorded.done",
+    "update.recorded.undone",
+    "update.new-ended",
+    "update.given-back",
+)
+"""The same of an update in place, at the source service."""
 
 _ACTIONS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
@@ -76,7 +92,7 @@ def parse(text: str) -> dict[str, _Failpoint]:
     for item in filter(None, text.split(";")):
         name, _, action = item.partition("=")
         action, _, times = action.partition("@")
-        if name not in (*SOURCE, *DESTINATION):
+        if name not in (*SOURCE, *DESTINATION, *UPDATE):
             raise ConfigError(f"there is no failpoint {name!r}", field=VARIABLE)
         if action not in _ACTIONS or not (times or "1").isdecimal():
             raise ConfigError(

@@ -26,6 +26,7 @@ from vmferry.cli import (
     ticket,
     top,
     trace,
+    update,
     watch,
 )
 from vmferry.cli.drain import drain, drain_status, undrain
@@ -64,6 +65,7 @@ app.command()(playground.playground)
 app.command()(migrate.plan)
 app.command()(migrate.migrate)
 app.command()(migrate.cancel)
+app.command()(update.update)
 app.command("switch-now")(migrate.switch_now)
 app.command("set")(bounds.set_)
 app.command()(status.status)

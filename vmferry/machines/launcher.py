@@ -288,16 +288,21 @@ def _check_ram(path: Path, size_bytes: int) -> None:
 def _start(spec: MachineSpec, paths: MachinePaths, *, incoming: bool) -> ProcessIdentity:
     """Start the process, which inherits the memory of a machine whose memory has no name."""
     if spec.memory_backing != MEMFD:
-        return _spawn(render_command(spec, paths, incoming=incoming), paths)
+        return spawn(render_command(spec, paths, incoming=incoming), paths)
     descriptor = memfd.make(spec.uuid, spec.memory_bytes)
     try:
         command = render_command(spec, paths, incoming=incoming, memory_fd=descriptor)
-        return _spawn(command, paths, inherits=(descriptor,))
+        return spawn(command, paths, inherits=(descriptor,))
     finally:
         os.close(descriptor)
 
 
-def _spawn(command: list[str], paths: MachinePaths, *, inherits: tuple[int, ...] = ()) -> ProcessIdentity:
+def spawn(command: list[str], paths: MachinePaths, *, inherits: tuple[int, ...] = ()) -> ProcessIdentity:
+    """Start a machine's process in a session of its own, and wait for its end beside everything else.
+
+    Raises:
+        MachineFailedError: it cannot be started.
+    """
     environment = {key: os.environ[key] for key in _PASSED_ON if key in os.environ}
     # With the umask of a machine, the folders of its byte code would be shut to everybody else.
     environment["PYTHONDONTWRITEBYTECODE"] = "1"

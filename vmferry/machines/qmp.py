@@ -311,6 +311,30 @@ class QmpMachine(Machine):
         except (KeyError, TypeError, ValueError) as error:
             raise self._failure("x-query-vcpu-times", f"an answer without sense: {answer!r}") from error
 
+    async def version(self) -> str:
+        """What runs the machine, and in which release."""
+        async with self._lock:
+            answer = await self._monitor.execute("query-version", repeatable=True)
+        try:
+            numbers = answer["qemu"]
+            return f"{answer['package']} {numbers['major']}.{numbers['minor']}.{numbers['micro']}".strip()
+        except (KeyError, TypeError) as error:
+            raise self._failure("query-version", f"an answer without sense: {answer!r}") from error
+
+    async def clock_ns(self) -> int:
+        """What the guest would read from the clock of a micro-VM now, in nanoseconds since 1970."""
+        async with self._lock:
+            answer = await self._monitor.execute("x-query-clock", repeatable=True)
+        try:
+            return int(answer["realtime-ns"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._failure("x-query-clock", f"an answer without sense: {answer!r}") from error
+
+    async def drop_owed_ticks(self) -> None:
+        """Let QEMU forget the interrupts of its RTC that came due while the guest was paused."""
+        async with self._lock:
+            await self._monitor.execute("rtc-reset-reinjection", repeatable=True)
+
     async def inspect(self) -> Inspection:
         """What QEMU says of its release, its parts, and what forbids a migration."""
         async with self._lock:

@@ -22,7 +22,7 @@ from vmferry.handoff.journal import SLOT_BYTES, Journal
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.register import ENTRY_BYTES, Mark, Register
 from vmferry.handoff.rights import Standing
-from vmferry.handoff.states import Append, RecordKind
+from vmferry.handoff.states import Append, Record, RecordKind, Update
 
 K: Final = RecordKind
 AWAY: Final = attempt(1, epoch=1)
@@ -45,6 +45,9 @@ def ledger(tmp_path: Path) -> HostLedger:
     with closing(made.open_destination(MACHINE)) as log:
         for kind in (K.ACCEPTED, K.PREPARED, K.OWNED):
             log.append(Append(record(kind, BACK), durable=kind is not K.PREPARED))
+    with closing(made.open_update(MACHINE)) as log:
+        for kind in (K.UPDATE_BEGUN, K.UPDATE_UNDONE):
+            log.append(Append(Record(kind, MACHINE, update=Update(MACHINE, bytes(16), 1))))
     return made
 
 
@@ -73,7 +76,11 @@ def test_a_missing_journal_is_damage(ledger: HostLedger, role: Role) -> None:
     """Without it the host would seem to own what it gave away; it is neither read as empty nor made anew."""
     file_of(ledger, role).unlink()
     is_unknown(ledger)
-    for wanted, use in ((Role.SOURCE, ledger.open_source), (Role.DESTINATION, ledger.open_destination)):
+    for wanted, use in (
+        (Role.SOURCE, ledger.open_source),
+        (Role.DESTINATION, ledger.open_destination),
+        (Role.UPDATE, ledger.open_update),
+    ):
         if role is wanted:
             with pytest.raises(JournalDamagedError, match="is missing"):
                 use(MACHINE)

@@ -182,6 +182,10 @@ class Machine:
         self._arrived = True
         self._set_state(RunState.PAUSED)
 
+    def realtime_ns(self) -> int:
+        """What a guest that asked now would be told is the time of day."""
+        return self._clock.realtime_ns()
+
     def announce(self, how: Announcement) -> None:
         """Announce the machine's address now, and in further rounds; replaces an announcement under way."""
         if self._announcing is not None:

@@ -15,8 +15,8 @@ from typing import Any, Final
 from vmferry.errors import InvalidArgumentError, VmferryError, WrongPhaseError
 from vmferry.machines.microvm.machine import Announcement, Machine, RunState
 from vmferry.machines.microvm.migration import Migration, Status
+from vmferry.machines.microvm.version import VERSION
 
-VERSION: Final = {"qemu": {"major": 1, "minor": 0, "micro": 0}, "package": "vmferry-microvm"}
 _CAPABILITY: Final = "x-ignore-shared"
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -79,6 +79,7 @@ class Commands:
         self._add("cont", self._cont)
         self._add("quit", self._quit)
         self._add("x-query-vcpu-times", self._query_vcpu_times)
+        self._add("x-query-clock", lambda _: {"realtime-ns": self._machine.realtime_ns()})
         self._add("migrate-set-capabilities", self._set_capabilities, {"capabilities": list})
         self._add("query-migrate-capabilities", self._query_capabilities)
         self._add("migrate", self._migrate, {"uri": str})

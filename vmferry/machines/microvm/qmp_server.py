@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from vmferry.errors import ConfigError
 from vmferry.machines.microvm.machine import Machine
-from vmferry.machines.microvm.qmp_commands import VERSION, CommandError, Commands
+from vmferry.machines.microvm.qmp_commands import CommandError, Commands
+from vmferry.machines.microvm.version import VERSION
 
 _log = logging.getLogger(__name__)
 
