@@ -7,67 +7,29 @@ import contextlib
 import itertools
 import signal
 import uuid
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import grpc.aio
 import pytest
 
 from tests.integration.hosts import Guest, World
 from tests.integration.places import collecting
-from tests.integration.services import DEADLINE_S, Host, eventually, processes_with, refusal
+from tests.integration.services import DEADLINE_S, eventually, processes_with, refusal
+from tests.integration.updates import armed, ask, ended, held, nothing_open, updates
 from vmferry import failpoints
 from vmferry.errors import IncompatibleError, MachineBusyError, UpdateNotFoundError
-from vmferry.handoff import updating
-from vmferry.machines.beside import FOLDER, find_beside
+from vmferry.machines.beside import find_beside
 from vmferry.machines.microvm import activity
 from vmferry.machines.wire import spec_to_message
-from vmferry.security.tls import open_channel
 from vmferry.v1 import migration_pb2
 from vmferry.v1 import update_pb2 as pb
-from vmferry.v1.update_pb2_grpc import UpdateServiceStub
-
-if TYPE_CHECKING:  # the stub's type exists for checkers only
-    from vmferry.v1.update_pb2_grpc import UpdateServiceAsyncStub
 
 pytestmark = pytest.mark.usefixtures("tidy")
-
-
-@contextlib.asynccontextmanager
-async def updates(world: World) -> AsyncIterator[UpdateServiceAsyncStub]:
-    """Calls to the update service of host a."""
-    a = world.a
-    async with open_channel(a.source.address, a.identity, world.material("controller")) as channel:
-        yield UpdateServiceStub(channel)
-
-
-async def ask(world: World, guest: Guest, *, max_pause_s: float = 30.0, request_id: str = "") -> pb.Update:
-    """Start an update."""
-    request = pb.UpdateInPlaceRequest(machine=guest.id, request_id=request_id or str(uuid.uuid4()))
-    request.max_pause.FromNanoseconds(int(max_pause_s * 1e9))
-    async with updates(world) as stub:
-        return (await stub.UpdateInPlace(request, timeout=DEADLINE_S)).update
-
-
-async def ended(world: World, update: pb.Update) -> pb.Update:
-    """Wait for its end."""
-    async with asyncio.timeout(2 * DEADLINE_S), updates(world) as stub:
-        async for answer in stub.WatchUpdate(pb.WatchUpdateRequest(id=update.id)):
-            update = answer.update
-    assert update.phase == pb.UPDATE_PHASE_ENDED
-    return update
 
 
 def hypervisors(guest: Guest) -> list[int]:
     """All processes of the machine, by their command lines."""
     return processes_with(f"--uuid\0{guest.id}")
-
-
-def nothing_open(host: Host, guest: Guest) -> bool:
-    """Whether the journal says that no update is open, and nothing is left of one."""
-    still = isinstance(host.ledger.rights(guest.id).update, updating.Still)
-    return still and not (host.record(guest.id).paths.home / FOLDER).exists()
 
 
 async def one_is_left(world: World, guest: Guest) -> int:
@@ -155,20 +117,6 @@ async def test_a_service_killed_at_any_step_leaves_one_process(
         assert done.outcome == pb.UPDATE_OUTCOME_COMPLETED, done
         await one_is_left(world, guest)
         never_two(tmp_path)
-
-
-async def armed(world: World, what: str) -> None:
-    """Start the source service of host a anew, with a failpoint."""
-    world.a.source.environment[failpoints.VARIABLE] = what
-    await world.a.source.restart()
-
-
-async def held(world: World, guest: Guest, place: str, **how: float) -> asyncio.Task[pb.Update]:
-    """Begin an update whose service is held at a place."""
-    await armed(world, f"update.{place}=stop")
-    asked = asyncio.create_task(ask(world, guest, **how))  # type: ignore[arg-type] # the longest pause
-    await eventually(lambda: world.a.source.status("State").startswith("T"), "the service stands there")
-    return asked
 
 
 @pytest.mark.parametrize("dies", ["old", "new"])

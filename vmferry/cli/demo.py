@@ -22,6 +22,7 @@ from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
 from vmferry.cli.demo_report import Crossing, Report
+from vmferry.cli.demo_update import demonstrate
 from vmferry.cli.demo_work import next_sign, watch_before
 from vmferry.cli.machine import run_machine
 from vmferry.cli.migrate import LanesOption, PathOption, Verify, Way, migration_options
@@ -73,6 +74,7 @@ class Wishes:
     vcpus: int
     kernel: Path | None
     path: Way | None
+    update: bool = False
 
     def check(self) -> None:
         """Refuse what does not fit.
@@ -100,7 +102,8 @@ class Wishes:
             )
         if self.path is Way.STREAM and self.kind != QEMU:
             raise InvalidArgumentError("only QEMU has a stream of its own", field="--path")
-        require_memory(self.memory_mib * _MIB, used_mib * _MIB)
+        # An update copies nothing: there is one memory file, of which a guest takes what it fills.
+        require_memory(0 if self.update else self.memory_mib * _MIB, used_mib * _MIB)
         if self.kind == QEMU:
             probe.probe_binary(QemuSpec.binary)
             initramfs()
@@ -146,6 +149,12 @@ def demo(
         typer.Option("--kernel", metavar="PATH", help="Linux kernel for QEMU; default: the newest in /boot."),
     ] = None,
     path: PathOption = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="Replace the hypervisor process beneath the guest instead.")
+    ] = False,
+    qemu_binary: Annotated[
+        str, typer.Option("--qemu-binary", metavar="PATH", help="With --update: the QEMU that takes over.")
+    ] = "",
     keep: Annotated[
         Path | None, typer.Option("--keep", metavar="DIR", help="Keep logs, traces and journals here.")
     ] = None,
@@ -165,14 +174,28 @@ def demo(
         vcpus=vcpus,
         kernel=kernel,
         path=path,
+        update=update,
     )
     wishes.check()
+    if update:
+        _demo_update(wishes, qemu_binary, json=json)
     report = asyncio.run(until_signalled(_demonstrate(wishes, _nothing if json else print)))
     if json:
         print_document(report.document())
     else:
         _print_end(report)
     raise typer.Exit(report.exit_code)
+
+
+def _demo_update(wishes: Wishes, qemu_binary: str, *, json: bool) -> None:
+    tell = _nothing if json else print
+    work = demonstrate(wishes.keep, lambda world: _guest(world, wishes), qemu_binary, wishes.repeat, tell)
+    found = asyncio.run(until_signalled(work))
+    if json:
+        print_document(found.document())
+    else:
+        tell(f"\nthe guest is well: {_yes(found.guest_ok)}")
+    raise typer.Exit(found.exit_code)
 
 
 async def _demonstrate(wishes: Wishes, tell: Callable[[str], None]) -> Report:
