@@ -1,0 +1,111 @@
+"""The release before this one against this one: its services really run, from the commit before the journals changed.
+
+Its source is taken from the repository's own history and run by the same interpreter. Machines run on while the
+services under them are replaced, unfinished migrations are settled, and each release moves machines to the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import subprocess
+import tarfile
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from tests.integration.hosts import World
+from tests.integration.services import Service, eventually
+from tests.integration.updates import ask, ended
+from vmferry.failpoints import VARIABLE
+from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1 import update_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = "protos/vmferry/v1/journal.proto"
+
+pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(240)]
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree of the commit before the journals' schema was last changed."""
+    try:
+        changed = _git("log", "-1", "--format=%H", "--", SCHEMA).decode().strip()
+        archive = _git("archive", f"{changed}^", "vmferry", "source_svc", "dest_svc")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("the repository's history is not here")
+    folder = tmp_path_factory.mktemp("release-before")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(folder, filter="data")
+    assert b"UPDATE_BEGUN" not in (folder / "vmferry/v1/journal_pb2.py").read_bytes()
+    return folder
+
+
+def _environment(service: Service) -> bytes:
+    return Path(f"/proc/{service.pid}/environ").read_bytes()
+
+
+async def as_before(before: Path, *services: Service) -> None:
+    """Let services be those of the release before."""
+    for service in services:
+        service.environment["PYTHONPATH"] = str(before)
+        await service.restart()
+        assert f"PYTHONPATH={before}".encode() in _environment(service)
+
+
+async def as_now(*services: Service) -> None:
+    """Let services be those of this release."""
+    for service in services:
+        service.environment.clear()
+        await service.restart()
+
+
+async def test_machines_move_between_the_two_releases(world: World, before: Path) -> None:
+    """There and back, with the older one at each end in turn, and between two that are updated on the way."""
+    a, b = world.a, world.b
+    await as_before(before, b.source, b.dest)
+    guest = await world.run()
+    for here, there in ((a, b), (b, a)):
+        found = await world.ended(here, await world.start(guest, here, there))
+        assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found
+        await guest.assert_clean(there)
+    await as_now(b.source, b.dest)
+    found = await world.ended(a, await world.start(guest, a, b))
+    assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found
+    await guest.assert_clean(b)
+
+
+async def test_what_the_older_one_left_unfinished_is_settled(world: World, before: Path) -> None:
+    """Killed behind its hand-off, the older source is replaced by this one, which finds out what became of it."""
+    a, b = world.a, world.b
+    a.source.environment[VARIABLE] = "source.recorded.handed-off=kill"
+    await as_before(before, a.source)
+    guest = await world.run()
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        await world.start(guest, a, b)
+    await eventually(lambda: not a.source.running, "the older source is killed")
+    await as_now(a.source)
+    await eventually(lambda: not a.holdings(guest.spec), "the machine has left")
+    await guest.assert_clean(b)
+
+
+async def test_the_older_one_reads_what_an_update_left(world: World, before: Path) -> None:
+    """Back to the older release: a machine that was updated runs on, and leaves with it."""
+    guest = await world.run()
+    done = await ended(world, await ask(world, guest))
+    assert done.outcome == update_pb2.UPDATE_OUTCOME_COMPLETED, done
+    pid = world.a.machine_pid(guest.id)
+    await as_before(before, world.a.source, world.a.dest)
+    assert world.a.machine_pid(guest.id) == pid
+    found = await asyncio.wait_for(
+        world.ended(world.a, await world.start(guest, world.a, world.b)), timeout=60
+    )
+    assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found
+    await guest.assert_clean(world.b)
