@@ -70,6 +70,7 @@ METHODS = [*OURS, *methods_of(health_pb2.DESCRIPTOR), *methods_of(reflection_pb2
 def test_the_services_are_seen() -> None:
     """The walk over the generated code finds all services; otherwise the tests below would be about nothing."""
     assert {method.split("/")[1] for method in OURS} == {
+        "vmferry.v1.UpdateService",
         "vmferry.v1.SourceService",
         "vmferry.v1.DestinationService",
         "vmferry.v1.DrainService",
