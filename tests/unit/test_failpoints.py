@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def places_in_the_code() -> set[str]:
     """Every name that the services pass to ``reach``; ``{place}`` stands for the kinds of records."""
     kinds = [kind.name.lower().replace("_", "-") for kind in RecordKind]
+    kinds += [kind.removeprefix("update-") for kind in kinds]
     found: set[str] = set()
     for package in ("source_svc", "dest_svc", "vmferry"):
         for path in (ROOT / package).rglob("*.py"):
@@ -39,7 +40,7 @@ def places_in_the_code() -> set[str]:
 
 def test_every_failpoint_is_passed_somewhere() -> None:
     """A name that no code passes would make its test prove nothing, and a place without a name is never tested."""
-    known = {*failpoints.SOURCE, *failpoints.DESTINATION}
+    known = {*failpoints.SOURCE, *failpoints.DESTINATION, *failpoints.UPDATE}
     places = places_in_the_code()
     assert known <= places
     assert {name for name in places if ".record" not in name} <= known
