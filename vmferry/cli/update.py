@@ -17,7 +17,7 @@ import typer
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.migrate import MachineArgument
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say
-from vmferry.client.source import new_request_id
+from vmferry.client.draining import new_request_id
 from vmferry.client.watching import AWAY
 from vmferry.errors import ExitCode, PeerUnreachableError, TimedOutError, catalogue
 from vmferry.machines.spec import MachineSpec
