@@ -94,14 +94,17 @@ def differing(old: Mapping[str, object], new: Mapping[str, object], prefix: str 
 def different_cpu(
     old: Mapping[tuple[int, int, str], int] | None, new: Mapping[tuple[int, int, str], int] | None
 ) -> list[Obstacle]:
-    """What the guest would see of its processor in the new process, and did not in the old one."""
+    """What the guest has seen of its processor in the old process, and would miss in the new one.
+
+    More than it has seen does no harm, as in a migration: a guest asks once, when it boots.
+    """
     if old is None or new is None:
         return []
-    leaves = sorted({key[0] for key in {*old, *new} if old.get(key, 0) != new.get(key, 0)})
+    leaves = sorted({key[0] for key, bits in old.items() if bits & ~new.get(key, 0)})
     return [
         Obstacle(
             "update.cpu",
-            f"the new process shows its guest another processor in CPUID leaf {leaf:#x}",
+            f"the new process lacks features that its guest has seen, in CPUID leaf {leaf:#x}",
             "qemu.cpu",
             "Migrate the machine after it was shut down, or use a release that has the same model.",
         )

@@ -74,11 +74,13 @@ def test_descriptions_are_compared_field_by_field() -> None:
     assert differing({"kind": {}}, {"kind": 1}) == ["kind"]
 
 
-def test_another_processor_is_seen() -> None:
-    """By leaf; what is not known is not held against it, and what is absent is 0."""
+def test_a_processor_that_lacks_something_is_seen() -> None:
+    """By leaf; more of it, and what is not known, is not held against it, and what is absent is 0."""
     one = {(1, 0, "ecx"): 5, (7, 0, "ebx"): 0}
     assert different_cpu(one, {(1, 0, "ecx"): 5}) == []
     assert different_cpu(None, one) == different_cpu(one, None) == []
+    assert different_cpu(one, {(1, 0, "ecx"): 7, (2, 0, "ecx"): 1}) == []
+    assert [found.id for found in different_cpu(one, {})] == ["update.cpu"]
     (found,) = different_cpu(one, {(1, 0, "ecx"): 4})
     assert (found.id, "0x1" in found.message) == ("update.cpu", True)
 
