@@ -341,7 +341,9 @@ class World:
         return all(map(self._idle, self.sites.values())) and not any(self.unsettled())
 
     def _idle(self, site: Site) -> bool:
-        if len(site.services) < len(Role) - 1 or not all(one.ready for one in site.services.values()):
+        if len(site.services) < len((Role.SOURCE, Role.DESTINATION)) or not all(
+            one.ready for one in site.services.values()
+        ):
             return False
         # The source of a machine that died with its new host goes on asking about it.
         open_ = site.services[Role.SOURCE].service._migrations.open()
