@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -38,11 +39,11 @@ async def guest(world: World) -> AsyncIterator[Guest]:
                 await service.start()
 
 
-async def start_slowly(world: World, guest: Guest, link: Proxy) -> str:
+async def start_slowly(world: World, guest: Guest, link: Proxy, **options: Any) -> str:
     """A migration that is in pre-copy when this returns, and will be for a while."""
     link.up_bytes_per_s = SLOW
     link.begin_migration()
-    migration_id = await world.start(guest, world.a, world.b, address=link.address)
+    migration_id = await world.start(guest, world.a, world.b, address=link.address, **options)
     await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
     await eventually(lambda: sum(lane.up_bytes for lane in link.lanes) > 0, "memory is on its way")
     return migration_id
@@ -144,7 +145,8 @@ async def test_a_destination_service_killed_in_pre_copy_fails_the_migration(
     world: World, guest: Guest, link: Proxy
 ) -> None:
     """The source fails it and the guest runs on; the restarted destination removes what was left."""
-    migration_id = await start_slowly(world, guest, link)
+    # Long enough for the service to be started again, however busy this computer is.
+    migration_id = await start_slowly(world, guest, link, reconnect_timeout=60.0)
     await world.b.dest.kill()
     held = world.b.holdings(guest.spec)
     assert held, "a killed service leaves its machine behind"
