@@ -174,7 +174,7 @@ HOSTILE_SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "a path with dots": ({"microvm.netdev": "dgram:unix:/tmp/../run/x"}, "spec.microvm.netdev"),
     "somebody's port": ({"microvm.netdev": "dgram:192.0.2.1:53"}, "spec.microvm.netdev"),
     "a tap device": ({"microvm.netdev": "tap,ifname=eth0"}, "spec.microvm.netdev"),
-    "a future version": ({"version": 3}, "spec.version"),
+    "a future version": ({"version": 99}, "spec.version"),
 }
 
 

@@ -273,7 +273,7 @@ async def test_a_ticket_starts_one_migration(world: World, bystander: Bystander)
 async def test_the_destination_remembers_a_ticket_that_the_source_has_forgotten(
     world: World, bystander: Bystander
 ) -> None:
-    """A source service that was restarted knows no migrations; the destination's journal knows the ticket."""
+    """A source that lost its memory of migrations knows none; the destination's journal knows the ticket."""
     guest, here, there = bystander.guest, bystander.here, bystander.there
     ticket = world.ticket(guest, here, there)
     migration_id = await world.start(guest, here, there, ticket=ticket)
@@ -281,7 +281,12 @@ async def test_the_destination_remembers_a_ticket_that_the_source_has_forgotten(
     async with world.source(here) as stub:
         await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
     await world.ended(here, migration_id)
-    await here.source.restart()
+    await here.source.stop()
+    memory = list(here.config.state_dir.glob("source.sqlite3*"))
+    assert memory
+    for file in memory:
+        file.unlink()
+    await here.source.start()
     migration = await world.migrate(guest, here, there, ticket=ticket)
     assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
     assert migration.reason.reason == "TICKET_USED"

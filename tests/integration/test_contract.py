@@ -72,10 +72,10 @@ async def test_reflection_tells_the_contract(world: World) -> None:
         async with open_channel(service.address, host.identity, world.material("admin")) as channel:
             found = await listed(channel)
             assert name in found
-            assert ("vmferry.v1.DrainService" in found) == (service.role == "source")
-            assert found - {name} <= {
+            of_sources = {f"vmferry.v1.{one}Service" for one in ("Drain", "Events", "Update")}
+            assert found & of_sources == (of_sources if service.role == "source" else set())
+            assert found - {name} - of_sources <= {
                 "vmferry.v1.RecoveryService",
-                "vmferry.v1.DrainService",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
                 "grpc.reflection.v1.ServerReflection",

@@ -191,7 +191,10 @@ class PageMap:
             # JUSTIFICATION: there is no other way to read and protect in one step.
             # SAFETY: the argument is 96 bytes as the request says; the kernel writes at most ``room`` results
             # to an array of that length, which this object holds.
-            count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)
+            try:
+                count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)
+            except ProcessLookupError as exc:  # mostly it says that a dead process wrote nothing
+                raise MachineDeadError(f"process {self._mapped.pid} is gone", pid=self._mapped.pid) from exc
             found = self._results[: count * _RESULT_FIELDS]
             yield found[::_RESULT_FIELDS], found[1::_RESULT_FIELDS]
             # walk_end can lie before results: the kernel sets it whenever its own, smaller buffer fills, goes on,

@@ -198,7 +198,7 @@ async def test_journals_are_read_without_anybody_who_believes_them(
     seen = as_inspection(await looking.find(MACHINE), looking, host="")
     assert seen.machine.blockage.reason == "JOURNAL_DAMAGED"
     assert seen.incarnation == ""
-    assert [len(journal.records) for journal in seen.journals] == [1, 3, 0]
+    assert [len(journal.records) for journal in seen.journals] == [1, 3, 0, 0]
     assert {journal.damage for journal in seen.journals} == {"the register was copied"}
     assert ledger.rights(MACHINE).standing is Standing.HANDED_OFF
 
