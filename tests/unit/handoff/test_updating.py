@@ -63,6 +63,12 @@ def test_nothing_of_another_update_counts(name: str) -> None:
                 updating.evolve(STATES[name], of(kind, other))
 
 
+def test_a_record_that_names_no_update_does_not_begin_one() -> None:
+    """Such a journal was not written by us: it is damaged, and that is said by the catalogue's error."""
+    with pytest.raises(InvalidTransitionError, match="UPDATE_BEGUN without an update"):
+        updating.evolve(updating.Still(), of(K.UPDATE_BEGUN, None))
+
+
 def test_an_update_number_is_used_once() -> None:
     """Neither again nor backwards, in the journal and when it is wanted."""
     with pytest.raises(InvalidTransitionError):
