@@ -258,6 +258,10 @@ class Journal:
             self._broken = f"cannot {what}: {error}"
             raise JournalDamagedError(f"cannot {what} {self.path}: {error}", path=self.path) from error
 
+    def give_up(self, why: str) -> None:
+        """Something beside this file failed: no record may follow until somebody has read it anew."""
+        self._broken = self._broken or why
+
     def close(self) -> None:
         """Give the file back; safe to call twice."""
         self._file.close()

@@ -415,9 +415,13 @@ class MachineJournal(Generic[State]):
         # What cannot follow is refused before anything is written.
         state = self._evolve(self.state, action.record)
         self._journal.append(self._ledger._encode(action.record), durable=action.durable)  # noqa: SLF001 - one unit
-        if action.durable:
-            self._ledger._note(self.machine_id, self._role, self._journal)  # noqa: SLF001 - one unit
         self.state = state
+        if action.durable:
+            try:
+                self._ledger._note(self.machine_id, self._role, self._journal)  # noqa: SLF001 - one unit
+            except JournalDamagedError as error:
+                self._journal.give_up(error.message)
+                raise
         self.torn_tail = False
 
     def sync(self) -> None:

@@ -68,6 +68,28 @@ def is_unknown(ledger: HostLedger) -> None:
             one.birth(MACHINE)
 
 
+def test_nothing_follows_a_record_whose_mark_cannot_be_moved_on(
+    ledger: HostLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record is there and counts, for this process and the next one; the same decision is not written twice."""
+    again = attempt(2, epoch=3)
+    with closing(ledger.open_source(MACHINE)) as log:
+        log.append(Append(record(K.BEGUN, again), durable=True))
+        with monkeypatch.context() as broken:
+            broken.setattr(Register, "note", failing)
+            with pytest.raises(JournalDamagedError, match="no mark"):
+                log.append(Append(record(K.ABORTED, again), durable=True))
+        with pytest.raises(JournalDamagedError, match="failed before"):
+            log.append(Append(record(K.BEGUN, attempt(3, epoch=3)), durable=True))
+    assert ledger.rights(MACHINE).standing is Standing.OWNED
+    assert HostLedger(ledger.directory).rights(MACHINE).permitted
+
+
+def failing(*what: object, **how: object) -> None:
+    """A disk that fails."""
+    raise JournalDamagedError("no mark", path="register")
+
+
 # Journals
 
 
