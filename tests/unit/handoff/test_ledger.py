@@ -130,7 +130,7 @@ def test_a_machine_on_its_way_out_is_not_ended(ledger: HostLedger, kinds: tuple[
     """Its end would leave the copy at the destination with nobody to say what became of it."""
     ledger.birth(MACHINE)
     write(ledger, AWAY, *kinds)
-    with pytest.raises(MachineBusyError):
+    with pytest.raises(MachineBusyError, match="being migrated away"):
         ledger.end(MACHINE)
 
 
@@ -377,6 +377,34 @@ def test_records_in_an_order_that_cannot_be_are_damage(ledger: HostLedger) -> No
     assert ledger.rights(MACHINE).standing is Standing.UNKNOWN
     with pytest.raises(JournalDamagedError, match="DONE cannot follow Quiet"):
         ledger.open_source(MACHINE)
+
+
+_HISTORY: Final = {
+    Role.SOURCE: (record(K.BEGUN, AWAY), record(K.ABORTED, AWAY)),
+    Role.DESTINATION: (record(K.ACCEPTED, BACK), record(K.REFUSED, BACK)),
+    Role.UPDATE: tuple(
+        Record(kind, MACHINE, update=Update(MACHINE, bytes(16), 1))
+        for kind in (K.UPDATE_BEGUN, K.UPDATE_UNDONE)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *_HISTORY])
+def test_which_journal_is_not_to_be_believed_is_said(ledger: HostLedger, wrong: Role | None) -> None:
+    """Whoever reads at night what a host has sees which of its journals contradicts itself, and how."""
+    ledger.birth(MACHINE)
+    opens = {Role.SOURCE: ledger.open_source, Role.DESTINATION: ledger.open_destination}
+    for role, (first, last) in _HISTORY.items():
+        with closing(opens.get(role, ledger.open_update)(MACHINE)) as log:
+            log.append(Append(first))
+            log.append(Append(last))
+            if role is wrong:
+                log._journal.append(ledger._encode(last), durable=True)  # as no decision does
+    health = ledger.health(MACHINE)
+    assert {role for role, one in health.items() if one.damage} == ({wrong} if wrong else set())
+    assert not any(one.torn_tail for one in health.values())
+    if wrong:
+        assert health[wrong].damage.startswith(f"{_HISTORY[wrong][1].kind.name} cannot follow")
 
 
 @pytest.mark.parametrize("wrong", ["role", "machine", "host"])

@@ -183,8 +183,9 @@ async def test_while_an_update_is_open_the_old_one_has_no_permit(ledger: HostLed
     write(ledger, *(K.UPDATE_BEGUN, K.UPDATE_SWITCHED, K.UPDATE_RAN)[:count])
     assert ledger.rights(MACHINE).standing is Standing.OWNED
     assert ledger.rights(MACHINE).being_updated
+    assert not ledger.rights(MACHINE).permitted  # nor sent away, told to be blocked or resumed at a start
     for use in (ledger.permit, ledger.end):
-        with pytest.raises(MachineBusyError):
+        with pytest.raises(MachineBusyError, match="being updated in place"):
             use(MACHINE)
     if count == 3:
         async with ledger.for_update(MACHINE) as permit:
@@ -200,6 +201,7 @@ async def test_once_it_is_closed_the_usual_permit_is_back(ledger: HostLedger, la
     """And the new process has none of its own any more."""
     write(ledger, K.UPDATE_BEGUN, K.UPDATE_SWITCHED, K.UPDATE_RAN, last)
     assert ledger.permit(MACHINE).epoch == 1
+    assert ledger.rights(MACHINE).permitted
     with pytest.raises(MachineNotOwnedError):
         async with ledger.for_update(MACHINE):
             pass
