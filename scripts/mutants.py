@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -54,6 +55,11 @@ _SLOW_IMPORTS: Final = (
     "unicorn",
 )
 
+_OPTIONS: Final = (
+    *("-q", "-p", "no:cacheprovider", "--no-header", "--assert=plain", "--timeout=60"),
+    *("-p", "no:tests.integration.hosts"),  # it imports all there is, and no suite here uses it
+)
+
 SUITES: Final = {
     "unit": "tests/unit/handoff",
     "faults": "tests/simulation/test_faults.py",
@@ -68,7 +74,9 @@ NEAREST: Final = {
     "destination": "test_destination.py test_destination_rules.py",
     "journal": "test_journal.py test_journal_disk.py",
     "register": "test_register.py test_registered_journals.py test_journal_directory.py",
-    "ledger": "test_ledger_disk.py test_ledger.py test_registered_journals.py test_journal_directory.py test_updating.py",
+    "ledger": (
+        "test_ledger_disk.py test_ledger.py test_registered_journals.py test_journal_directory.py test_updating.py"
+    ),
     "records": "test_records.py",
     "gate": "test_gate.py test_updating.py",
     "rights": "test_rights.py test_gate.py test_updating.py",
@@ -155,8 +163,7 @@ def _run(
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)
             os.dup2(nowhere, 2)
-            options = ["-q", "-p", "no:cacheprovider", "--no-header", "--assert=plain", "--timeout=60"]
-            os._exit(pytest.main([*options, *arguments], plugins=[plugin(writing)]))
+            os._exit(pytest.main([*_OPTIONS, *arguments], plugins=[plugin(writing)]))
         finally:
             os._exit(pytest.ExitCode.INTERNAL_ERROR)
     os.close(writing)
@@ -235,6 +242,8 @@ def _prepare() -> None:
     sys.dont_write_bytecode = True
     os.environ.update(PYTHONDONTWRITEBYTECODE="1", VMFERRY_SEED="7", GRPC_ENABLE_FORK_SUPPORT="0")
     os.environ.setdefault("VMFERRY_STRIDE", "120")
+    gc.collect()
+    gc.freeze()  # a child looks for garbage when its tests end: what it got from here is none
 
 
 _JUDGE: Final[list[Judge]] = []
