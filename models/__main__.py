@@ -1,6 +1,7 @@
 """``python -m models``: explore every variant of the specification, and say what was found.
 
 Exit code 0 only if each safe variant keeps its promises and each broken one breaks the promise that it should.
+``--only 'OWNED on disk'`` explores those with that in their name; a broken one's shortest counter-example is printed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from models import spin, updates
@@ -82,6 +84,7 @@ def main() -> int:
     """Run all variants, on all cores."""
     parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller bounds for the safe variants")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only variants with this in their name")
     parser.add_argument("--no-spin", action="store_true", help="without the search by Spin")
     parser.add_argument("--brief", action="store_true", help="without the traces of broken variants")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -92,16 +95,29 @@ def main() -> int:
         contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout),
         ProcessPoolExecutor(arguments.jobs) as pool,
     ):
-        todo = [pool.submit(check_safe, variant, quick=arguments.quick) for variant in (*SAFE, *updates.SAFE)]
-        todo += [pool.submit(check_broken, variant) for variant in (*BROKEN, *updates.BROKEN)]
-        if not (arguments.no_spin or missing):
-            todo += [pool.submit(check_spin, name, defines) for name, defines in spin.SAFE.items()]
-            todo += [pool.submit(check_spin, name, (f"-D{name}",)) for name in spin.BROKEN]
+        chosen = checks(quick=arguments.quick, with_spin=not (arguments.no_spin or missing))
+        todo = [pool.submit(check) for name, check in chosen.items() if arguments.only in name]
+        if not todo:
+            parser.error(f"no variant has {arguments.only!r} in its name")
         told = [_shown(one.result(), brief=arguments.brief) for one in todo]
         code = _summary(told, missing)
     if arguments.json:
         print(json.dumps(document(told, missing)))
     return code
+
+
+def checks(*, quick: bool, with_spin: bool) -> dict[str, Callable[[], Told]]:
+    """Everything there is to check, by its name in the report, and in its order."""
+    found: dict[str, Callable[[], Told]] = {
+        variant.what: partial(check_safe, variant, quick=quick) for variant in (*SAFE, *updates.SAFE)
+    }
+    found |= {
+        f"without: {variant.guard}": partial(check_broken, variant) for variant in (*BROKEN, *updates.BROKEN)
+    }
+    if with_spin:
+        found |= {f"spin: {name}": partial(check_spin, name, how) for name, how in spin.SAFE.items()}
+        found |= {f"spin: {name}": partial(check_spin, name, (f"-D{name}",)) for name in spin.BROKEN}
+    return found
 
 
 def _summary(told: Sequence[Told], missing: Sequence[str]) -> int:

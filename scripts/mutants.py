@@ -359,7 +359,9 @@ def main() -> int:
         wrong = report(verdicts, len(made), equivalent, time.monotonic() - started)
     if given.json:
         killers = {mutant.name: test for mutant, test in verdicts.items()}
-        print(json.dumps({"made": len(made), "equivalent": len(equivalent), "killers": killers}))
+        suites = {name: suite_of(test) for name, test in killers.items()}
+        document = {"made": len(made), "equivalent": len(equivalent), "killers": killers, "suites": suites}
+        print(json.dumps(document))
     return int(wrong > 0)
 
 

@@ -95,7 +95,9 @@ def answered(actions: Sequence[updating.UpdateAction] | None) -> tuple[Do, ...]:
 
 
 @pytest.mark.parametrize("variant", spec.SAFE[:2], ids=lambda variant: variant.what.replace(" ", "-"))
-def test_every_edge_of_an_update_is_an_edge_of_the_core(variant: Any) -> None:
+def test_every_edge_of_an_update_is_an_edge_of_the_core(
+    variant: Any, record_property: Callable[[str, object], None]
+) -> None:
     """On each edge the core does what the specification does, and its journal says the same afterwards."""
     count = 0
     for now, step in edges(UpdateModel(bounds=variant.quick)):
@@ -108,6 +110,7 @@ def test_every_edge_of_an_update_is_an_edge_of_the_core(variant: Any) -> None:
         assert answered(actions) == step.decision.does, (step.name, before)
         records = [do.record for do in actions[: step.decision.done] if isinstance(do, Append)]
         assert told(reduce(updating.evolve, records, state_of(before))) == after, (step.name, before)
+    record_property("edges of updates", count)
     assert count > 50
 
 

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -193,6 +194,20 @@ def test_after_a_failed_sync_nothing_is_tried_again(
     monkeypatch.undo()
     is_refused(log)
     log.close()
+
+
+def test_a_journal_that_was_given_up_takes_nothing_more_and_says_what_failed_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something beside the file failed: its records are there, none follows; the first failure is the cause."""
+    with closing(Journal(path, LABEL)) as log:
+        log.append(payload(0), durable=True)
+        log.give_up("no mark")
+        log.give_up("whatever failed after that")
+        is_refused(log)
+        with pytest.raises(JournalDamagedError, match=r"failed before: no mark$"):
+            log.probe()
+    assert journal.read(path, LABEL).payloads == expected(1)
 
 
 def test_after_a_failed_write_nothing_is_tried_again(path: Path) -> None:
