@@ -133,13 +133,19 @@ class World:
             yield SourceServiceStub(channel)
 
     async def run(
-        self, host: Host | None = None, memory_mib: int = 16, program: str = "canary", **changes: Any
+        self,
+        host: Host | None = None,
+        memory_mib: int = 16,
+        program: str = "canary",
+        *,
+        name: str = "",
+        **changes: Any,
     ) -> Guest:
         """Start a machine of a fresh identity, and wait until its guest speaks."""
         host = host or self.a
         values: dict[str, Any] = {"params": {"resident-mib": "4"} if program == "canary" else {}}
         part = MicrovmSpec(program=program, mac=new_mac(), **(values | changes))
-        name = f"vm-{uuid.uuid4().hex[:8]}"
+        name = name or f"vm-{uuid.uuid4().hex[:8]}"
         spec = MachineSpec(name=name, uuid=str(uuid.uuid4()), memory_mib=memory_mib, microvm=part)
         guest = Guest(spec, host)
         self.guests.append(guest)
@@ -310,7 +316,7 @@ async def open_world(
         tempfile.TemporaryDirectory(prefix="vf-", dir="/dev/shm") as ram,
     ):
         root = Path(run)
-        _certificates(root / "tls")
+        _certificates(root / "tls", names)
         (root / "logs").mkdir()
         hosts = {
             name: _host(name, root, Path(ram), values | settings, (places or {}).get(name, Place()))
@@ -336,10 +342,10 @@ async def configured(service: Service, **settings: Any) -> AsyncIterator[None]:
         await service.restart()
 
 
-def _certificates(folder: Path) -> None:
+def _certificates(folder: Path, names: str) -> None:
     init_authority(folder / "authority", DOMAIN)
-    for kind, name in ((Kind.VMHOST, "a"), (Kind.VMHOST, "b"), (Kind.VMHOST, "c")):
-        issue(folder / "authority", Identity(DOMAIN, kind, name), folder / name)
+    for name in sorted({*"abc", *names}):
+        issue(folder / "authority", Identity(DOMAIN, Kind.VMHOST, name), folder / name)
     issue(folder / "authority", Identity(DOMAIN, Kind.CONTROLLER, "scheduler"), folder / "controller")
     issue(folder / "authority", Identity(DOMAIN, Kind.ADMIN, "operator"), folder / "admin")
 

@@ -16,7 +16,8 @@ from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Guest
 from vmferry.cli.demo_hosts import TwoHosts, show_logs, two_hosts
 from vmferry.cli.machine import run_machine
-from vmferry.cli.update import Wanted, document, exit_code, sentence, update_in_place
+from vmferry.cli.update import document, exit_code, sentence
+from vmferry.client.updating import Wanted
 from vmferry.config import HostConfig
 from vmferry.errors import ExitCode
 from vmferry.telemetry.tracing import configure, phase
@@ -92,7 +93,7 @@ async def _updated(
         for _ in range(repeat):
             wanted = Wanted(guest.spec.uuid, pb.UpdateTarget(qemu_binary=binary))
             with phase("schedule"):
-                found.updates.append(await update_in_place(source, wanted))
+                found.updates.append(await source.update_in_place(wanted))
             tell(f"  update    {sentence(found.updates[-1])}")
             if exit_code(found.updates[-1]) is not ExitCode.OK:
                 return found

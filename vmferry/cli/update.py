@@ -6,42 +6,25 @@ the new process, goes on in the old one, or was lost.
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import grpc.aio
 import typer
 
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.migrate import MachineArgument
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say
-from vmferry.client.draining import new_request_id
-from vmferry.client.watching import AWAY
-from vmferry.errors import ExitCode, PeerUnreachableError, TimedOutError, catalogue
+from vmferry.client.updating import Wanted
+from vmferry.errors import ExitCode, catalogue
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_to_message
 from vmferry.v1 import update_pb2 as pb
-from vmferry.v1.update_pb2_grpc import UpdateServiceStub
 
 OUTCOMES: Final = {
     pb.UPDATE_OUTCOME_COMPLETED: "completed",
     pb.UPDATE_OUTCOME_ROLLED_BACK: "rolled-back",
     pb.UPDATE_OUTCOME_LOST: "lost",
 }
-_TRIES: Final = 120
-_RETRY_S: Final = 0.5
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the machine is to be, and how long it may take."""
-
-    machine: str
-    target: pb.UpdateTarget
-    max_pause_s: float | None = None
-    notice_s: float | None = None
 
 
 def target_of(qemu_binary: str, spec: Path | None) -> pb.UpdateTarget:
@@ -80,58 +63,14 @@ async def update(
     """Put another hypervisor process beneath a running machine; its memory is not copied."""
     wanted = Wanted(machine, target_of(qemu_binary, spec), max_pause_s, notice_s)
     if check:
-        _print_check(await check_update(source, wanted), json=json)
+        _print_check(await source.check_update(wanted), json=json)
         return
-    found = await update_in_place(source, wanted)
+    found = await source.update_in_place(wanted)
     if json:
         print_document(document(found))
     else:
         say(sentence(found))
     raise typer.Exit(exit_code(found))
-
-
-async def check_update(source: Source, wanted: Wanted) -> pb.CheckUpdateResponse:
-    """What stands in the way."""
-    request = pb.CheckUpdateRequest(machine=wanted.machine, target=wanted.target)
-    return await source.call(UpdateServiceStub(source.channel).CheckUpdate, request)
-
-
-async def update_in_place(source: Source, wanted: Wanted) -> pb.Update:
-    """Start an update and wait for its end; a lost connection is taken up again.
-
-    Raises:
-        VmferryError: it was not started, or (PeerUnreachableError) that is not known.
-    """
-    request = pb.UpdateInPlaceRequest(
-        machine=wanted.machine, request_id=new_request_id(), target=wanted.target
-    )
-    if wanted.max_pause_s is not None:
-        request.max_pause.FromNanoseconds(int(wanted.max_pause_s * 1e9))
-    if wanted.notice_s is not None:
-        request.notice.FromNanoseconds(int(wanted.notice_s * 1e9))
-
-    async def begin() -> pb.UpdateInPlaceResponse:
-        return await source.call(UpdateServiceStub(source.channel).UpdateInPlace, request)
-
-    found = (await source.ask(begin)).update
-    for _ in range(_TRIES):
-        try:
-            return await _followed(source, found)
-        except (*AWAY, TimedOutError):
-            await asyncio.sleep(_RETRY_S)
-    raise PeerUnreachableError(f"the source does not answer; the update {found.id} may have gone on")
-
-
-async def _followed(source: Source, found: pb.Update) -> pb.Update:
-    stub = UpdateServiceStub(source.channel)
-    try:
-        async for answer in stub.WatchUpdate(pb.WatchUpdateRequest(id=found.id)):
-            found = answer.update
-    except grpc.aio.AioRpcError as error:
-        raise source.explain(error, source.host) from error
-    if found.phase != pb.UPDATE_PHASE_ENDED:
-        raise PeerUnreachableError("the source ended the answer before the update had ended")
-    return found
 
 
 def exit_code(found: pb.Update) -> ExitCode:

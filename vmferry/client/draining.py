@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from typing import Final
 
 from vmferry.client.connection import Connection
@@ -50,6 +50,7 @@ class DrainCalls(Connection):
         options: pb.MigrationOptions | None = None,
         request_id: str = "",
         valid_s: int = MAX_WARRANT_S,
+        machines: Collection[str] | None = None,
     ) -> dp.Drain:
         """Have the host take no newcomers and move its machines to these hosts; asked twice it goes on as asked last.
 
@@ -58,21 +59,28 @@ class DrainCalls(Connection):
             options: for each migration, what to do differently from the service's configuration.
             request_id: of an earlier call whose answer was lost, or of one's own choice (a UUID).
             valid_s: how long machines may be moved by what is signed now.
+            machines: the only ones that may be moved, by UUID; None: all that are there now.
         """
         request = dp.DrainHostRequest(
             request_id=request_id or new_request_id(),
             destinations=[target.message() for target in to],
-            warrant=await self.warrant(to, valid_s=valid_s),
+            warrant=await self.warrant(to, valid_s=valid_s, only=machines),
             options=options,
         )
         return (await self.ask(lambda: self.call(self.drain_stub.DrainHost, request))).drain
 
-    async def warrant(self, to: Sequence[Target], *, valid_s: int = MAX_WARRANT_S) -> bytes:
+    async def warrant(
+        self,
+        to: Sequence[Target],
+        *,
+        valid_s: int = MAX_WARRANT_S,
+        only: Collection[str] | None = None,
+    ) -> bytes:
         """What lets the host move the machines that are on it now to these hosts, signed with the own key."""
         machines = {
             machine.uuid: Allowance(machine.spec.memory_mib * _MIB, machine.spec.vcpus)
             for machine in await self.list_machines()
-            if machine.HasField("spec")
+            if machine.HasField("spec") and (only is None or machine.uuid in only)
         }
         return issue_warrant(
             TicketSigner.load(self.tls_dir),

@@ -15,6 +15,7 @@ from typing import Final
 
 from vmferry.client.draining import DrainCalls, new_request_id
 from vmferry.client.places import Target
+from vmferry.client.updating import UpdateCalls
 from vmferry.client.watching import AWAY, PATIENCE, Patience, Watched, watch
 from vmferry.errors import (
     MachineNotFoundError,
@@ -33,7 +34,7 @@ _PAGE: Final = 500
 """The most that a page of a list may hold."""
 
 
-class SourceClient(DrainCalls):
+class SourceClient(DrainCalls, UpdateCalls):
     """An open connection to a source service; made by :meth:`open`."""
 
     # Machines

@@ -1,49 +1,42 @@
-"""A fleet's update as it is carried out: each host is emptied, updated, looked at, and gets its machines back.
+"""A fleet's update as it is carried out: each host lets go of what cannot stay, is updated, and is whole again.
 
-Promise: what is done next is decided by ``rollout`` on what the journal says; each step that cannot be looked up
-afterwards is in the journal before it is done; the first host that fails ends everything that has not begun, and what
-is under way elsewhere is brought to its end. A run that follows on another asks the hosts where the machines are.
+Promise: what is done next is decided by ``rollout`` and ``ways`` on what the journal says; each step that cannot be
+looked up afterwards is in the journal before it is done; the first host that fails ends everything that has not
+begun, and what is under way elsewhere is brought to its end. A run that follows on another asks the hosts where the
+machines are::
+
+    each machine: stays or leaves -> the others leave -> command -> healthy -> those that stayed: updated in place
+        (one that cannot be after all leaves) -> healthy -> all come back
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from pathlib import Path
-from typing import Final
+from collections.abc import Callable, Sequence
 
 from vmferry.client.draining import new_request_id
-from vmferry.client.source import SourceClient
-from vmferry.errors import MachineNotFoundError, VmferryError
+from vmferry.errors import VmferryError
 from vmferry.fleet import rollout
-from vmferry.fleet.health import filled, run, unhealthy, wait_healthy
+from vmferry.fleet.hosts import HostFailedError, Hosts, Resident
 from vmferry.fleet.journal import Journal
-from vmferry.fleet.plan import HostPlan, Plan
+from vmferry.fleet.plan import Plan
 from vmferry.fleet.rollout import Entry, Kind, Stage
-from vmferry.v1 import machine_pb2
-from vmferry.v1 import migration_pb2 as pb
-from vmferry.v1.compatibility_pb2 import SEVERITY_BLOCKS
+from vmferry.fleet.ways import way
 
 Say = Callable[[str], None]
-_GOING: Final = (machine_pb2.MACHINE_STATE_RUNNING, machine_pb2.MACHINE_STATE_PAUSED)
-
-
-class HostFailedError(Exception):
-    """The update of one host cannot go on."""
-
-
-class NotMovedError(HostFailedError):
-    """A machine did not go to a host, and is where it was."""
+_OF_HOSTS = frozenset({Kind.BEGUN, Kind.EMPTY, Kind.UPDATED, Kind.DONE, Kind.FAILED, Kind.RETRIED})
+_LONGEST_NOTE = 500
+_ELSEWHERE = "elsewhere"
+"""Stands for a host that is asked for when it matters."""
 
 
 class Update:
     """One run."""
 
-    def __init__(self, plan: Plan, journal: Journal, tls_dir: Path, say: Say) -> None:
+    def __init__(self, plan: Plan, journal: Journal, hosts: Hosts, say: Say) -> None:
         self._plan = plan
         self._journal = journal
-        self._tls_dir = tls_dir
+        self._hosts = hosts
         self._say = say
 
     async def run(self) -> str:
@@ -61,8 +54,7 @@ class Update:
                 if not running:
                     break
                 done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                await asyncio.gather(*done)
         finally:
             for task in running:
                 task.cancel()
@@ -77,126 +69,139 @@ class Update:
             return ""
         for host in self._plan.hosts:
             if progress.of(host.name).stage is Stage.DONE:
-                wrong = await unhealthy(self._plan, host, self._tls_dir)
+                wrong = await self._hosts.unhealthy(host.name)
                 if wrong:
                     return f"{host.name} was updated, and is not healthy: {wrong}"
         return ""
 
     async def _host(self, name: str) -> None:
-        host = self._plan.host(name)
         try:
             if not self._of(name).empty:
-                await self._empty(host)
+                await self._clear(name)
                 self._write(name, Kind.EMPTY)
             if not self._of(name).updated:
-                await self._replace(host)
+                if self._plan.update.command:
+                    self._say(f"{name}: the command runs")
+                    await self._hosts.command(name)
                 self._write(name, Kind.UPDATED)
-            await self._well(host)
-            for machine_id in list(self._of(name).away):
-                await self._bring_back(host, machine_id)
+            await self._well(name)
+            await self._look_after_departures(name)
+            if self._of(name).stays:
+                await self._renew_all(name)
+                await self._well(name)
+            await self._hosts.undrain(name)
+            for machine in list(self._of(name).away):
+                await self._bring_back(name, machine)
         except (HostFailedError, VmferryError, OSError) as error:
-            self._write(name, Kind.FAILED, note=str(error)[:500])
+            self._write(name, Kind.FAILED, note=str(error)[:_LONGEST_NOTE])
         else:
             self._write(name, Kind.DONE)
 
-    async def _well(self, host: HostPlan) -> None:
-        if wrong := await wait_healthy(self._plan, host, self._tls_dir):
+    async def _well(self, name: str) -> None:
+        if wrong := await self._hosts.wait_healthy(name):
             raise HostFailedError(wrong)
 
-    # Machines
+    # Away
 
-    async def _empty(self, host: HostPlan) -> None:
-        async with self._open(host) as source:
-            for machine_id, away in list(self._of(host.name).away.items()):
-                await self._settled(source, machine_id, away.target)
-            for machine in await source.list_machines():
-                if machine.right == machine_pb2.MACHINE_RIGHT_OWNED and machine.state in _GOING:
-                    await self._send_away(host, source, machine)
-
-    async def _settled(self, source: SourceClient, machine_id: str, target: str) -> None:
-        """A migration that an earlier run began has ended."""
-        try:
-            machine = await source.get_machine(machine_id)
-        except MachineNotFoundError:
-            return
-        if machine.migration_id:
-            await source.wait(machine.migration_id)
-        self._say(f"{machine.name}: was on its way to {target}")
-
-    async def _send_away(self, host: HostPlan, source: SourceClient, machine: machine_pb2.Machine) -> None:
-        why = "no other host is up"
-        sets = [machine.spec.availability_set]
-        for name in rollout.targets(self._plan, self._journal.progress, host.name, sets):
-            target = self._plan.host(name)
-            try:
-                report = await source.plan(machine.uuid, target.target, predict=False)
-                if not report.compatible:
-                    blocking = [one.message for one in report.items if one.severity == SEVERITY_BLOCKS]
-                    why = f"{name}: {'; '.join(blocking)}"
-                    continue
-                request_id = new_request_id()
-                self._write(host.name, Kind.LEAVING, machine=machine.uuid, target=name, request_id=request_id)
-                await self._move(source, machine.uuid, target, request_id)
-            except (VmferryError, NotMovedError) as error:
-                why = f"{name}: {error}"
+    async def _clear(self, name: str) -> None:
+        """Find out which way each machine goes, and have those leave that cannot stay."""
+        here = {one.id: one for one in await self._hosts.machines(name)}
+        for machine in list(self._of(name).stays):
+            if machine not in here:
+                self._write(name, Kind.RENEWED, machine, note="it does not run here any more")
+        leaving = [here[machine] for machine in self._of(name).away if machine in here]
+        for machine, away in list(self._of(name).away.items()):
+            if machine not in here and not away.target:  # it left as an earlier run ended
+                self._write(
+                    name, Kind.LEFT, machine, target=await self._hosts.owner(machine, ()) or _ELSEWHERE
+                )
+        for one in here.values():
+            if one.id in self._of(name).away:
                 continue
-            self._say(f"{machine.name}: {host.name} -> {name}")
-            return
-        raise HostFailedError(f"{machine.name} cannot be moved away: {why}")
+            found = await self._hosts.obstacles(name, one.id) if self._plan.in_place else []
+            chosen = way(self._plan, found, commanded=False)
+            self._say(f"{one.name}: {'stays' if chosen.in_place else 'leaves'}: {chosen.why}")
+            if chosen.in_place:
+                if one.id not in self._of(name).stays:
+                    self._write(name, Kind.STAYS, one.id)
+            else:
+                leaving.append(one)
+        await self._send_away(name, leaving)
 
-    async def _bring_back(self, host: HostPlan, machine_id: str) -> None:
-        away = self._of(host.name).away[machine_id]
-        elsewhere = self._plan.host(away.target)
-        async with self._open(elsewhere) as source:
-            if await self._is_at(source, machine_id):
-                await self._move(source, machine_id, host, new_request_id())
-        async with self._open(host) as source:
-            if not await self._is_at(source, machine_id):
-                raise HostFailedError(f"machine {machine_id} is neither here nor at {away.target}")
-        self._write(host.name, Kind.RETURNED, machine=machine_id)
-        self._say(f"{machine_id}: {away.target} -> {host.name}")
+    async def _send_away(self, name: str, leaving: Sequence[Resident]) -> None:
+        """Have the host drained of these machines: by the hosts that suit them best, then by more and more others."""
+        progress = self._journal.progress
+        for one in leaving:
+            self._write(name, Kind.LEAVING, one.id)
+        left = {one.id: one for one in leaving}
 
-    async def _is_at(self, source: SourceClient, machine_id: str) -> bool:
-        try:
-            machine = await source.get_machine(machine_id)
-        except MachineNotFoundError:
-            return False
-        if machine.migration_id:  # an earlier run's
-            await source.wait(machine.migration_id)
-            return await self._is_at(source, machine_id)
-        return machine.right == machine_pb2.MACHINE_RIGHT_OWNED
+        def note(machine: str, target: str) -> None:
+            self._write(name, Kind.LEFT, machine, target=target or _ELSEWHERE)
+            self._say(f"{left.pop(machine).name}: {name} -> {target or _ELSEWHERE}")
 
-    async def _move(self, source: SourceClient, machine_id: str, to: HostPlan, request_id: str) -> None:
-        options = pb.MigrationOptions()
-        if self._plan.update.notice_s:
-            options.notice.FromNanoseconds(int(self._plan.update.notice_s * 1e9))
-        migration = await source.migrate(machine_id, to.target, options=options, request_id=request_id)
-        if migration.outcome != pb.MIGRATION_OUTCOME_COMPLETED:
-            outcome = pb.MigrationOutcome.Name(migration.outcome).removeprefix("MIGRATION_OUTCOME_").lower()
-            why = (
-                f"the migration of {migration.machine} to {to.name} is {outcome}: {migration.reason.message}"
-            )
-            unknown = migration.outcome == pb.MIGRATION_OUTCOME_UNKNOWN
-            raise HostFailedError(why) if unknown else NotMovedError(why)
+        sets = {one.availability_set for one in leaving if one.availability_set}
+        tiers = rollout.tiers(self._plan, progress, name, sets)
+        names: list[str] = []
+        why: dict[str, str] = dict.fromkeys(left, "no other host is up")
+        for number, tier in enumerate(tiers):
+            names += tier
+            patience_s = self._plan.update.patience_s if number == len(tiers) - 1 else 0.0
+            why = dict(await self._hosts.drain(name, list(left), names, patience_s, note))
+            if not left:
+                return
+        for machine in list(left):  # one that was already on its way may be noted nowhere
+            if (target := await self._hosts.owner(machine, ())) not in ("", name):
+                note(machine, target)
+        if left:
+            one = next(iter(left.values()))
+            raise HostFailedError(f"{one.name} cannot be moved away: {why.get(one.id, 'it stays')}")
+
+    async def _look_after_departures(self, name: str) -> None:
+        """Machines that were to leave when an earlier run ended have left, or are to be updated where they are."""
+        unsure = [machine for machine, away in self._of(name).away.items() if not away.target]
+        for machine in unsure:
+            at = await self._hosts.owner(machine, ())
+            if at == name:
+                self._write(name, Kind.STAYS, machine)
+            elif at:
+                self._write(name, Kind.LEFT, machine, target=at)
+
+    async def _bring_back(self, name: str, machine: str) -> None:
+        elsewhere = await self._hosts.owner(machine, [self._of(name).away[machine].target])
+        if not elsewhere:
+            raise HostFailedError(f"machine {machine} is at no host of the plan that answers")
+        if elsewhere != name:
+            await self._hosts.bring(machine, elsewhere, name)
+            self._say(f"{machine}: {elsewhere} -> {name}")
+        self._write(name, Kind.RETURNED, machine)
+
+    # In place
+
+    async def _renew_all(self, name: str) -> None:
+        here = {one.id: one for one in await self._hosts.machines(name)}
+        for machine in list(self._of(name).stays):
+            if machine not in here:
+                self._write(name, Kind.RENEWED, machine, note="it does not run here any more")
+            elif why := await self._renewed(name, machine):
+                self._say(f"{here[machine].name}: leaves after all: {why}")
+                await self._send_away(name, [here[machine]])
+            else:
+                self._write(name, Kind.RENEWED, machine)
+                self._say(f"{here[machine].name}: updated in place")
+
+    async def _renewed(self, name: str, machine: str) -> str:
+        """Update a machine in place; returns why that cannot be, or nothing."""
+        begun = self._of(name).stays[machine]
+        if begun and not await self._hosts.renew(name, machine, begun):
+            return ""  # that of an earlier run, which has come to its end or was not known any more
+        chosen = way(self._plan, await self._hosts.obstacles(name, machine), commanded=True)
+        if not chosen.in_place:
+            return chosen.why
+        request_id = new_request_id()
+        self._write(name, Kind.RENEWING, machine, request_id=request_id)
+        return await self._hosts.renew(name, machine, request_id)
 
     # The rest
-
-    async def _replace(self, host: HostPlan) -> None:
-        command = filled(self._plan.update.command, host)
-        if not command:
-            return
-        self._say(f"{host.name}: {' '.join(command)}")
-        try:
-            async with asyncio.timeout(self._plan.update.command_timeout_s):
-                code, output = await run(command)
-        except TimeoutError:
-            limit = self._plan.update.command_timeout_s
-            raise HostFailedError(f"the command took longer than {limit:g} s") from None
-        if code:
-            raise HostFailedError(f"the command ended with exit code {code}: {output}")
-
-    def _open(self, host: HostPlan) -> AbstractAsyncContextManager[SourceClient]:
-        return SourceClient.open(host.source, host.host, self._tls_dir)
 
     def _of(self, name: str) -> rollout.HostProgress:
         return self._journal.progress.of(name)
@@ -205,12 +210,12 @@ class Update:
         self,
         name: str,
         kind: Kind,
-        *,
         machine: str = "",
+        *,
         target: str = "",
         request_id: str = "",
         note: str = "",
     ) -> None:
         self._journal.write(Entry(name, kind, machine, target, request_id, note))
-        if kind not in (Kind.LEAVING, Kind.RETURNED):
+        if kind in _OF_HOSTS:
             self._say(f"{name}: {kind.value}" + (f": {note}" if note else ""))

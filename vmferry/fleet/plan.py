@@ -20,6 +20,8 @@ GRPC: Final = "grpc"
 HTTP: Final = "http"
 KINDS: Final = (COMMAND, GRPC, HTTP)
 _MAX_PARALLEL: Final = 64
+_LEAST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 3600.0
 Table = TypeVar("Table")
 
 
@@ -67,14 +69,22 @@ class UpdatePlan:
     """The table ``[update]``: what is done to each host."""
 
     command: tuple[str, ...] = ()
-    """Replaces the host's software while its machines are away; ``{name}`` stands for the host."""
+    """Replaces the host's software, with the machines that must not stay away; ``{name}`` stands for the host."""
+    in_place: bool | None = None
+    """Whether machines may stay while the command runs, and be updated in place; by default if there is none."""
+    qemu_binary: str = ""
+    """What QEMU machines are to run in that stay; by default the path that they have, with what is there then."""
+    max_pause_s: float = 30.0
+    """How long an update in place may pause a guest."""
     parallel: int = 1
     """How many hosts of one update domain are updated at a time."""
     command_timeout_s: float = 1800.0
     health_timeout_s: float = 120.0
     """How long a host may take to become healthy."""
     notice_s: float = 0.0
-    """How long guests are told before they are moved."""
+    """How long guests are told before they are moved, or updated in place; 0: as their hosts are configured."""
+    patience_s: float = 60.0
+    """How long nothing may be able to move while a host is emptied, or a machine may be busy with something else."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,12 @@ class Plan:
     update: UpdatePlan = UpdatePlan()
     digest: str = ""
     """Of the text; a journal goes with one plan and no other."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether machines may stay. Only who wrote the command knows that it does not end them, as a reboot does."""
+        said = self.update.in_place
+        return not self.update.command if said is None else said
 
     def host(self, name: str) -> HostPlan:
         """A host by name."""
@@ -157,11 +173,22 @@ class Plan:
             _check_check(check)
         if not 1 <= self.update.parallel <= _MAX_PARALLEL:
             raise ConfigError(f"parallel must be between 1 and {_MAX_PARALLEL}", field="update.parallel")
+        self._check_times()
+
+    def _check_times(self) -> None:
         for key in ("command_timeout_s", "health_timeout_s"):
             if getattr(self.update, key) <= 0:
                 raise ConfigError(f"{key} must be greater than 0", field=f"update.{key}")
-        if self.update.notice_s < 0:
-            raise ConfigError("notice_s must not be negative", field="update.notice_s")
+        for key in ("notice_s", "patience_s"):
+            if getattr(self.update, key) < 0:
+                raise ConfigError(f"{key} must not be negative", field=f"update.{key}")
+        if not _LEAST_PAUSE_S <= self.update.max_pause_s <= _LONGEST_PAUSE_S:
+            raise ConfigError("max_pause_s must be from 0.05 to 3600", field="update.max_pause_s")
+        if self.update.qemu_binary and not self.in_place:
+            raise ConfigError(
+                "qemu_binary is for machines that stay, and in_place = true is not said",
+                field="update.qemu_binary",
+            )
 
     def _check_set(self, one: SetPlan) -> None:
         names = {host.name for host in self.hosts}
@@ -221,6 +248,10 @@ def _table(cls: type[Table], said: object, key: str) -> Table:
 def _value(value: object, wanted: Any, field: str) -> object:
     if wanted is float and type(value) is int:
         return float(value)
+    if wanted == bool | None:
+        if type(value) is not bool:
+            raise ConfigError("must be true or false", field=field)
+        return value
     if wanted in (str, int, float):
         if type(value) is not wanted or value == "":
             raise ConfigError(f"must be a {wanted.__name__}, and not empty", field=field)

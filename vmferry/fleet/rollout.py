@@ -14,21 +14,35 @@ domain, a new one begins only if nothing has failed, and a domain begins only wh
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TypeVar
 
-from vmferry.fleet.plan import Plan
+from vmferry.fleet.plan import HostPlan, Plan
+
+Value = TypeVar("Value")
 
 
 class Kind(enum.StrEnum):
     """What a line of the journal says about a host."""
 
     BEGUN = "begun"
+    STAYS = "stays"
+    """A machine is to be updated in place."""
     LEAVING = "leaving"
     """A machine is about to be moved away."""
+    LEFT = "left"
+    """A machine has been moved away."""
     EMPTY = "empty"
+    """Every machine that must not stay has left."""
     UPDATED = "updated"
+    """The command has run."""
+    RENEWING = "renewing"
+    """A machine is about to be updated in place."""
+    RENEWED = "renewed"
+    """A machine was updated in place, or is not running any more."""
     RETURNED = "returned"
     """A machine is back."""
     DONE = "done"
@@ -55,7 +69,7 @@ class Entry:
     target: str = ""
     """The host that a machine goes to."""
     request_id: str = ""
-    """Of its migration, so that another run repeats that one and begins no second."""
+    """Of its update in place, so that another run repeats that one and begins no second."""
     note: str = ""
 
 
@@ -64,7 +78,8 @@ class Away:
     """Where a machine of a host is while that is updated."""
 
     target: str
-    request_id: str
+    """Empty while it is not known to have left."""
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,8 @@ class HostProgress:
     stage: Stage = Stage.WAITING
     away: Mapping[str, Away] = field(default_factory=lambda: MappingProxyType({}))
     """Machines that left, or were about to, and are not back."""
+    stays: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Machines that are to be updated in place and have not been; with the request, once there is one."""
     empty: bool = False
     updated: bool = False
     note: str = ""
@@ -126,21 +143,29 @@ def evolve(progress: Progress, entry: Entry) -> Progress:
     match entry.kind:
         case Kind.BEGUN | Kind.RETRIED:
             after = replace(before, stage=Stage.UPDATING, note="")
-        case Kind.LEAVING:
+        case Kind.LEAVING | Kind.LEFT:
             away = dict(before.away) | {entry.machine: Away(entry.target, entry.request_id)}
-            after = replace(before, away=MappingProxyType(away))
+            after = replace(before, away=MappingProxyType(away), stays=_without(before.stays, entry.machine))
+        case Kind.STAYS | Kind.RENEWING:
+            stays = dict(before.stays) | {entry.machine: entry.request_id}
+            after = replace(before, stays=MappingProxyType(stays), away=_without(before.away, entry.machine))
+        case Kind.RENEWED:
+            after = replace(before, stays=_without(before.stays, entry.machine))
         case Kind.EMPTY:
             after = replace(before, empty=True)
         case Kind.UPDATED:
             after = replace(before, updated=True)
         case Kind.RETURNED:
-            left = {name: one for name, one in before.away.items() if name != entry.machine}
-            after = replace(before, away=MappingProxyType(left))
+            after = replace(before, away=_without(before.away, entry.machine))
         case Kind.DONE:
             after = replace(before, stage=Stage.DONE)
         case Kind.FAILED:
             after = replace(before, stage=Stage.FAILED, note=entry.note)
     return Progress(MappingProxyType(dict(progress.hosts) | {entry.host: after}))
+
+
+def _without(known: Mapping[str, Value], machine: str) -> Mapping[str, Value]:
+    return MappingProxyType({name: one for name, one in known.items() if name != machine})
 
 
 def may_begin(plan: Plan, progress: Progress) -> list[str]:
@@ -162,27 +187,32 @@ def finished(plan: Plan, progress: Progress) -> bool:
 
 
 def targets(plan: Plan, progress: Progress, leaving: str, machine_sets: Iterable[str] = ()) -> list[str]:
-    """Where a host's machines may go meanwhile, the best first.
+    """Where a host's machines may go meanwhile, the best first."""
+    return [name for tier in tiers(plan, progress, leaving, machine_sets) for name in tier]
+
+
+def tiers(plan: Plan, progress: Progress, leaving: str, machine_sets: Iterable[str] = ()) -> list[list[str]]:
+    """The same, with those together that are as good as each other.
 
     Hosts that are up, and rather those that carry no machines of the same availability sets, that have been updated
     already, and that are in another fault domain.
     """
     wanted = plan.sets_of(leaving) | frozenset(machine_sets)
-    domain = plan.host(leaving).update_domain
+    here = plan.host(leaving)
+
+    def rank(host: HostPlan) -> tuple[bool, bool, bool]:
+        return (
+            bool(wanted & plan.sets_of(host.name)),
+            progress.of(host.name).stage is not Stage.DONE,
+            host.fault_domain == here.fault_domain,
+        )
+
     up = [
         host
         for host in plan.hosts
-        if host.name not in progress.down and host.name != leaving and host.update_domain != domain
+        if host.name not in progress.down
+        and host.name != leaving
+        and host.update_domain != here.update_domain
     ]
-    return [
-        host.name
-        for host in sorted(
-            up,
-            key=lambda host: (
-                bool(wanted & plan.sets_of(host.name)),
-                progress.of(host.name).stage is not Stage.DONE,
-                host.fault_domain == plan.host(leaving).fault_domain,
-                host.name,
-            ),
-        )
-    ]
+    ranked = sorted(up, key=lambda host: (rank(host), host.name))
+    return [[host.name for host in group] for _, group in itertools.groupby(ranked, key=rank)]
