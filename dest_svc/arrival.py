@@ -14,12 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, assert_never
 
+from dest_svc.outcomes import count_record
 from dest_svc.receiver import Receiver
 from vmferry.errors import (
     JournalDamagedError,
     MachineDeadError,
     MachineNotFoundError,
     MachineNotOwnedError,
+    ServiceStoppingError,
     VmferryError,
 )
 from vmferry.failpoints import reach
@@ -31,7 +33,6 @@ from vmferry.handoff.states import (
     Append,
     Attempt,
     Halt,
-    RecordKind,
     Release,
     Resume,
     Tell,
@@ -42,13 +43,9 @@ from vmferry.machines.launcher import discard_leftover, halt_machine
 from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.telemetry.logs import get_logger, within_migration
-from vmferry.telemetry.metrics import count_arrival
 from vmferry.telemetry.tracing import phase
 
 _LOG: Final = get_logger(__name__)
-_COUNTED: Final = (RecordKind.OWNED, RecordKind.REFUSED)
-OUTCOMES: Final = tuple(kind.name.lower() for kind in _COUNTED)
-"""The ways in which an attempt comes out, as metrics name them."""
 
 
 class Arrival:
@@ -92,14 +89,21 @@ class Arrival:
         """Check that the records to come could be written."""
         self._journal.probe()
 
-    async def apply(self, event: destination.DestinationEvent) -> Answer | None:
-        """Decide about one event and do it; the caller holds the lock. Returns an answer if the decision has one."""
+    async def apply(self, event: destination.DestinationEvent, reason: str = "") -> Answer | None:
+        """Decide about one event and do it; the caller holds the lock. Returns an answer if the decision has one.
+
+        Args:
+            event: what happened.
+            reason: why, in the words of the catalogue of errors, for those who count.
+        """
         given = None
         for action in destination.decide(self.state, event):
             if isinstance(action, Answer):
                 given = action
             else:
                 await self._do(action)
+                if isinstance(action, Append):
+                    count_record(action.record.kind, event, reason)
         return given
 
     async def _do(self, action: Action) -> None:
@@ -134,8 +138,6 @@ class Arrival:
             self._on_broken_journal(error)
             raise
         reach(f"dest.recorded.{place}")
-        if action.record.kind in _COUNTED:
-            count_arrival(place)
         record = action.record
         whose = {"migration": record.attempt.migration_id.hex()} if record.attempt is not None else {}
         _LOG.info("recorded", machine=self.machine_id, record=record.kind.name, note=record.note, **whose)
@@ -236,10 +238,10 @@ class Arrival:
         async with self.lock:
             match self.state.current:
                 case destination.Receiving():
-                    await self.lose_copy("the destination service was restarted")
+                    await self.lose_copy("the destination service was restarted", ServiceStoppingError.reason)
                 case destination.Prepared():
                     if not await self.copy_waits():
-                        await self.lose_copy("the prepared copy died")
+                        await self.lose_copy("the prepared copy died", MachineDeadError.reason)
                 case destination.Owned(ran=False):
                     await self._try_resume()
                 case destination.Refused():
@@ -259,7 +261,7 @@ class Arrival:
         async with self.lock:
             match self.state.current:
                 case destination.Prepared() if copy_gone and not await self.copy_waits():
-                    await self.lose_copy("the prepared copy died")
+                    await self.lose_copy("the prepared copy died", MachineDeadError.reason)
                     refused = isinstance(self.state.current, destination.Refused)
                     return "the prepared copy is gone: the attempt is refused" if refused else ""
                 case destination.Owned(ran=False):
@@ -269,15 +271,15 @@ class Arrival:
                     return "the guest is resumed here" if ran else f"it is not resumed: {self._hindered}"
         return ""
 
-    async def lose_copy(self, why: str) -> None:
-        """The copy here is gone or unusable; the caller holds the lock."""
-        await self.apply(destination.CopyLost(why, tail_certain=not self._journal.torn_tail))
+    async def lose_copy(self, why: str, reason: str) -> None:
+        """The copy here is gone or unusable, for a reason of the catalogue of errors; the caller holds the lock."""
+        await self.apply(destination.CopyLost(why, tail_certain=not self._journal.torn_tail), reason)
 
     async def go(self, attempt: Attempt, digest: bytes) -> None:
         """The source gave the right to run up; take it, if there is a copy to run."""
         intact = await self.copy_waits()
         if not intact and isinstance(self.state.current, destination.Prepared):
-            await self.lose_copy("the prepared copy died")
+            await self.lose_copy("the prepared copy died", MachineDeadError.reason)
         await self.apply(destination.GoAsked(attempt, digest, copy_intact=intact))
 
     async def force(self, event: destination.ForceAccept) -> None:
@@ -337,7 +339,7 @@ class Arrival:
         """Close an attempt that is still being received; a prepared copy stays as it is."""
         async with self.lock:
             if isinstance(self.state.current, destination.Receiving):
-                await self.lose_copy(why)
+                await self.lose_copy(why, ServiceStoppingError.reason)
 
     async def close(self) -> None:
         """Let go of the journal."""

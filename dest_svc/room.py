@@ -6,7 +6,7 @@ free; memory that is kept ready counts as free, and is given up before a newcome
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from dest_svc.arrival import Arrival
@@ -28,16 +28,30 @@ class Room:
     """The room of one host, in which its open attempts have their share."""
 
     def __init__(
-        self, config: HostConfig, directory: MachineDirectory, arrivals: Mapping[str, Arrival]
+        self,
+        config: HostConfig,
+        directory: MachineDirectory,
+        arrivals: Mapping[str, Arrival],
+        *,
+        closed: Callable[[], bool],
     ) -> None:
+        """Nothing is taken yet.
+
+        Args:
+            config: this host's.
+            directory: its machines.
+            arrivals: its open attempts.
+            closed: whether it takes no newcomers; it may change at any time.
+        """
         self._config = config
         self._directory = directory
         self._arrivals = arrivals
         self.ready = ReadyMemory(
             config.ram_dir,
-            () if config.draining else config.ready_memory_mib,
+            config.ready_memory_mib,
             headroom_bytes=config.memory_headroom_mib * _MIB,
             busy=lambda: bool(self._receivers()),
+            closed=closed,
         )
 
     def backings(self) -> list[MemoryBacking]:

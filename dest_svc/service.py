@@ -18,6 +18,7 @@ from dest_svc.arrival import Arrival
 from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
 from dest_svc.offer import guest_cpuid, make_offer
+from dest_svc.outcomes import reason_of_error, turned_away
 from dest_svc.override import Accepting
 from dest_svc.receiver import Receiver
 from dest_svc.room import Room
@@ -75,13 +76,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self._directory = host.directory
         self._own = host.own
         self._arrivals: dict[str, Arrival] = {}
-        self._room = Room(host.config, host.directory, self._arrivals)
+        self._judge = Judge(host.config)
+        self._room = Room(host.config, host.directory, self._arrivals, closed=lambda: self._judge.draining)
         self._part = DestinationPart(self._arrivals)
         self._recovery = RecoveryService(host, Role.DESTINATION, self._part)
         self._admission = asyncio.Lock()
         self._accepting = Accepting(host, self._arrival)
         self._measurements = Measurements(host.config.ram_dir, lambda: self._room.ready.ready_bytes > 0)
-        self._judge = Judge(host.config)
         self._stopping = False
         self._watcher: asyncio.Task[None] | None = None
 
@@ -157,15 +158,16 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
 
     async def Begin(self, request: handoff_pb2.BeginRequest, context: Context) -> handoff_pb2.BeginResponse:
         """Accept an attempt and make an empty, waiting copy for it."""
-        if self._stopping:
-            raise ServiceStoppingError("the destination service is stopping")
-        if self._judge.draining:
-            raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
-        attempt = self._attempt(request.attempt)
-        spec, ticket = await asyncio.to_thread(check_begin, request, attempt, self._host)
-        for refusal in await self._judge.against(spec, request.files):
-            if refusal.severity is Severity.BLOCKS:
-                raise refusal.error()
+        with turned_away():
+            if self._stopping:
+                raise ServiceStoppingError("the destination service is stopping")
+            if self._judge.draining:
+                raise HostDrainingError(f"{self._own} is being emptied and takes no newcomers")
+            attempt = self._attempt(request.attempt)
+            spec, ticket = await asyncio.to_thread(check_begin, request, attempt, self._host)
+            for refusal in await self._judge.against(spec, request.files):
+                if refusal.severity is Severity.BLOCKS:
+                    raise refusal.error()
         span_attributes(machine=spec.name, migration_id=attempt.migration_id.hex())
         receiver = await to_the_end(self._admit(attempt, spec, ticket, request))
         response = handoff_pb2.BeginResponse(
@@ -282,10 +284,12 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         self, attempt: Attempt, spec: MachineSpec, ticket: VerifiedTicket, request: handoff_pb2.BeginRequest
     ) -> Receiver:
         async with self._admission:
-            self._room.check(attempt, spec)
-            arrival = self._arrival(attempt.machine_id)
+            with turned_away():
+                self._room.check(attempt, spec)
+                arrival = self._arrival(attempt.machine_id)
             async with arrival.lock:
-                await self._accept(arrival, attempt, ticket)
+                with turned_away():
+                    await self._accept(arrival, attempt, ticket)
                 return await self._receive(arrival, attempt, spec, request)
 
     async def _accept(self, arrival: Arrival, attempt: Attempt, ticket: VerifiedTicket) -> None:
@@ -323,7 +327,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 async with asyncio.timeout(self._config.reserve_timeout_s):
                     await arrival.receiver.prepare()
             except BaseException as error:
-                await arrival.lose_copy(f"the copy could not be made: {error}")
+                await arrival.lose_copy(f"the copy could not be made: {error}", reason_of_error(error))
                 raise
         return arrival.receiver
 
@@ -347,7 +351,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             try:
                 own = await receiver.seal_as(digest)
             except (HashMismatchError, MachineDeadError) as error:
-                await arrival.lose_copy(error.message)
+                await arrival.lose_copy(error.message, error.reason)
                 raise
             reach("dest.verified")
             BoardFiles(self._config.events_dir).take(attempt.machine_id, events)

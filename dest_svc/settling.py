@@ -9,14 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from dest_svc.arrival import OUTCOMES, Arrival
+from dest_svc.arrival import Arrival
+from dest_svc.outcomes import begin_at_zero
 from vmferry.handoff import destination
 from vmferry.handoff.blocked import Guest
 from vmferry.handoff.states import Attempt
 from vmferry.recovery.contact import Contact
 from vmferry.recovery.examination import Known
 from vmferry.telemetry.logs import bind_migration
-from vmferry.telemetry.metrics import add_received, count_arrival
+from vmferry.telemetry.metrics import add_received
 from vmferry.together import to_the_end
 from vmferry.v1.migration_pb2 import Migration
 from vmferry.web.view import Arriving
@@ -31,8 +32,7 @@ class DestinationPart:
     def __init__(self, arrivals: Mapping[str, Arrival]) -> None:
         self._arrivals = arrivals
         self._contacts: dict[str, Contact] = {}
-        for outcome in OUTCOMES:
-            count_arrival(outcome, times=0)
+        begin_at_zero()
         add_received(0)
 
     def hear(self, attempt: Attempt, what: str) -> None:

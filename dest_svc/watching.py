@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 from dest_svc.arrival import Arrival
 from dest_svc.receiver import Receiver
 from vmferry.config import HostConfig
-from vmferry.errors import VmferryError
+from vmferry.errors import MachineDeadError, VmferryError
 from vmferry.handoff import destination
 from vmferry.telemetry.logs import get_logger, within_migration
 
@@ -47,7 +47,7 @@ async def _close(arrival: Arrival, receiver: Receiver, *, died: bool) -> None:
         return
     try:
         if died:
-            await arrival.lose_copy("the waiting copy's process died")
+            await arrival.lose_copy("the waiting copy's process died", MachineDeadError.reason)
         else:
             await arrival.apply(destination.Stalled())
     except VmferryError as error:

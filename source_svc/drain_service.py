@@ -13,6 +13,7 @@ from typing import Final
 
 import grpc
 
+from source_svc.drain_figures import observe_drain
 from source_svc.draining import Draining
 from source_svc.drainstate import DrainBook
 from source_svc.inside import Inside
@@ -39,6 +40,7 @@ class DrainService(drain_pb2_grpc.DrainServiceServicer):
         self._book = DrainBook(host.config, host.own)
         self._draining = Draining(host, inside, self._book)
         self._one_at_a_time = asyncio.Lock()
+        self._end_measuring = observe_drain(self._book.snapshot)
 
     def register(self, server: grpc.aio.Server) -> str:
         """Add the methods to a server; returns the service's full name."""
@@ -52,6 +54,7 @@ class DrainService(drain_pb2_grpc.DrainServiceServicer):
 
     async def stop(self) -> None:
         """Begin nothing more; the next start goes on."""
+        self._end_measuring()
         await self._draining.stop()
 
     async def DrainHost(  # noqa: N802 - named by the contract
@@ -64,13 +67,14 @@ class DrainService(drain_pb2_grpc.DrainServiceServicer):
         async with self._one_at_a_time:
             if not self._book.knows(request.request_id):
                 warrant = self._read(request)
+                afresh = not self._book.record.draining
                 await self._book.begin(request, warrant, current_caller())
                 _LOG.warning(
                     "this host is being emptied",
                     caller=current_caller().uri,
                     destinations=[one.host for one in request.destinations],
                 )
-                self._draining.renew()
+                self._draining.renew(afresh=afresh)
             return dp.DrainHostResponse(drain=self._book.snapshot())
 
     async def UndrainHost(  # noqa: N802 - named by the contract

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
+from source_svc.drain_figures import move_ended
 from source_svc.drainstate import DrainBook, obstacle
 from source_svc.inside import Inside
-from vmferry.drain import planner
+from vmferry.drain import activity, planner
 from vmferry.drain.planner import Consequence, Decision, Facts, Failures, Placed, Prospect, Standing
 from vmferry.errors import TicketExpiredError, TicketInvalidError, VmferryError
 from vmferry.handoff.rights import Standing as Right
@@ -28,6 +29,7 @@ from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
 from vmferry.security.warrants import VerifiedWarrant, open_warrant
 from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import context_of, phase
 from vmferry.together import to_the_end
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1 import machine_pb2
@@ -86,12 +88,16 @@ class Draining:
         if self._book.record.draining:
             self._go_on()
 
-    def renew(self) -> None:
-        """Go on with a request that is on disk now; whatever rested is tried again."""
-        self._now.pairs.clear()
-        self._now.hosts.clear()
-        self._now.held.clear()
-        self._now.prospects.clear()
+    def renew(self, *, afresh: bool) -> None:
+        """Go on with a request that is on disk now; whatever rested is tried again.
+
+        Args:
+            afresh: the host was not being emptied before, so costs are measured anew.
+        """
+        known = self._now
+        self._now = _Memory(predicted_s=known.predicted_s, placed=known.placed, measured=known.measured)
+        if afresh:
+            self._now.predicted_s, self._now.measured = {}, False
         self._go_on()
 
     async def undo(self) -> None:
@@ -121,7 +127,8 @@ class Draining:
     def _go_on(self) -> None:
         self._wake.set()
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run(), name="drain")
+            # Not within the call that asked for it: every migration has a trace of its own, however long this takes.
+            self._task = asyncio.create_task(self._run(), name="drain", context=context_of(""))
 
     # The loop
 
@@ -143,16 +150,21 @@ class Draining:
         """Look, ask, decide, begin; how long nothing needs to be done then."""
         warrant = self._warrant()
         machines = await self._look()
-        decision = planner.decide(self._facts(machines))
+        facts = self._facts(machines)
+        decision = planner.decide(facts)
         if decision.ask:
+            if not self._now.measured:
+                await self._book.settle(machines, decision, activity.asking(machines, facts.destinations))
             await self._ask_all(decision)
             await self._measure(machines)
-            decision = planner.decide(self._facts(machines))
+            facts = self._facts(machines)
+            decision = planner.decide(facts)
         began = False
         for machine_id, host in decision.start if warrant is not None else ():
             # Whoever ends the drain must find what was begun by it.
             began = await to_the_end(self._begin(machine_id, host, warrant)) or began
-        await self._book.settle(machines, decision)
+        names = {item.machine_id: item.machine or item.machine_id for item in self._book.drain.machines}
+        await self._book.settle(machines, decision, activity.what_next(facts, decision, names))
         return _SOON_S if began else max(0.05, min(decision.wake_s - time.time(), self._config.drain_look_s))
 
     def _facts(self, machines: list[planner.Machine]) -> Facts:
@@ -270,13 +282,20 @@ class Draining:
         if self._now.measured:
             return
         self._now.measured = True
+        limit_s = self._config.drain_measure_s
+        ready = {one.id for one in machines if one.standing is Standing.READY}
+        where = {
+            machine_id: host
+            for (machine_id, host), known in self._now.prospects.items()
+            if known.compatible and machine_id in ready
+        }
+        smallest_first = sorted(where, key=lambda machine_id: self._book.items[machine_id].memory_bytes)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.drain_measure_s):
-                for one in sorted(machines, key=lambda one: one.memory_bytes):
-                    found = (pair for pair, known in self._now.prospects.items() if known.compatible)
-                    host = next((host for machine_id, host in found if machine_id == one.id), None)
-                    if host is not None and one.standing is Standing.READY:
-                        await self._ask(one.id, host, predict=True)
+            async with asyncio.timeout(limit_s):
+                for done, machine_id in enumerate(smallest_first):
+                    self._book.drain.activity = activity.measuring(done, len(where), limit_s)
+                    await to_the_end(self._book.save())
+                    await self._ask(machine_id, where[machine_id], predict=True)
         for index, one in enumerate(machines):
             cost_s = self._now.predicted_s.get(one.id)
             if cost_s is not None:
@@ -295,7 +314,9 @@ class Draining:
             ticket = warrant.make_ticket(
                 machine_id=machine_id, destination=Identity.parse(host), now=datetime.now(UTC)
             )
-            migration = await self._inside.start(machine_id, destination, ticket, self._book.record.options)
+            async with phase("order", machine=item.machine, drain_trace=self._book.drain.trace_id):
+                options = self._book.record.options
+                migration = await self._inside.start(machine_id, destination, ticket, options)
         except VmferryError as error:
             self._fail(item, host, error.reason, error.message, error.instance_remedy, tried=True)
             return False
@@ -316,6 +337,9 @@ class Draining:
         try:
             async for migration in self._inside.watch(migration_id):
                 self._seen(machine_id, migration)
+                if not self._book.record.draining and self._inside.may_take_back(migration):
+                    # It was about to begin when the drain was undone, and found no room at its destination.
+                    await self._inside.cancel_if_waiting(migration_id)
         except VmferryError as error:  # nobody knows it any more: the journals say what became of the machine
             _LOG.info("a migration is not known any more", migration=migration_id, reason=error.reason)
             self._state(machine_id, dp.DRAINED_MACHINE_STATE_WAITING)
@@ -358,6 +382,7 @@ class Draining:
 
     def _ended(self, item: dp.DrainedMachine, migration: pb.Migration) -> None:
         host = migration.destination.host
+        move_ended(self._book.record, item, migration)
         if migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED:
             item.state = dp.DRAINED_MACHINE_STATE_MOVED
             del item.obstacles[:]

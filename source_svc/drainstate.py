@@ -10,13 +10,16 @@ import asyncio
 from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from typing import Final
 
+from source_svc.drain_figures import EMPTIED, UNDONE, drain_ended
 from vmferry.config import HostConfig
+from vmferry.drain.activity import turns
 from vmferry.drain.planner import Decision, Machine, Standing
 from vmferry.drain.record import DrainFile
 from vmferry.errors import ConfigError, VmferryError
 from vmferry.security.identity import Identity
 from vmferry.security.warrants import VerifiedWarrant
 from vmferry.telemetry.logs import get_logger
+from vmferry.telemetry.tracing import current_trace_id, current_traceparent
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
@@ -72,8 +75,9 @@ class DrainBook:
         if not self.record.draining or self.damaged is not None:
             revision = drain.revision
             moving = [one for one in drain.machines if one.state == dp.DRAINED_MACHINE_STATE_MOVING]
-            drain.CopyFrom(dp.Drain(machines=moving, revision=revision))
+            drain.CopyFrom(dp.Drain(machines=moving, revision=revision, trace_id=current_trace_id()))
             drain.create_time.GetCurrentTime()
+            self.record.traceparent, self.record.counted = current_traceparent(), False
         self.damaged = None
         self.record.draining = True
         self.record.warrant = request.warrant
@@ -100,9 +104,13 @@ class DrainBook:
         drain.state = dp.DRAIN_STATE_NONE
         drain.ClearField("problem")
         drain.end_time.GetCurrentTime()
+        drain.ClearField("activity")
         for item in drain.machines:
+            item.ClearField("turn")
             if item.state == dp.DRAINED_MACHINE_STATE_WAITING:
                 item.state = dp.DRAINED_MACHINE_STATE_STAYS
+        if drain.HasField("create_time"):
+            drain_ended(self.record, UNDONE)
         await self.save()
 
     async def save(self) -> None:
@@ -234,9 +242,10 @@ class DrainBook:
         except ConfigError as failure:
             _LOG.error("the drain cannot be written down", detail=failure.message)
 
-    async def settle(self, machines: Sequence[Machine], decision: Decision) -> None:
-        """Say how each machine and the whole stand, as it was decided."""
+    async def settle(self, machines: Sequence[Machine], decision: Decision, activity: str) -> None:
+        """Say how each machine and the whole stand, as it was decided, and what comes next."""
         items = self.items
+        turn = {machine_id: number for number, machine_id in enumerate(turns(decision), 1)}
         for machine in machines:
             item = items[machine.id]
             if item.state == dp.DRAINED_MACHINE_STATE_MOVED or (
@@ -245,12 +254,17 @@ class DrainBook:
                 continue  # it was begun, or has ended, meanwhile
             stays = machine.id in decision.stays
             item.state = dp.DRAINED_MACHINE_STATE_STAYS if stays else _STATES[machine.standing]
+        for item in items.values():
+            waits = item.state == dp.DRAINED_MACHINE_STATE_WAITING
+            item.turn = turn.get(item.machine_id, 0) if waits else 0
         drain = self.drain
+        drain.activity = "" if drain.HasField("problem") else activity
         followed = any(item.state == dp.DRAINED_MACHINE_STATE_MOVING for item in drain.machines)
         if not machines and not followed:
             if drain.state != dp.DRAIN_STATE_DRAINED:
                 drain.end_time.GetCurrentTime()
             drain.state = dp.DRAIN_STATE_DRAINED
+            drain_ended(self.record, EMPTIED)
         else:
             drain.ClearField("end_time")
             stuck = not followed and (drain.HasField("problem") or decision.is_stuck(machines))

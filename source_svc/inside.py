@@ -73,8 +73,12 @@ class Inside:
             yield answer.migration
 
     async def cancel_if_waiting(self, migration_id: str) -> None:
-        """Take a migration back that waits in the queue; one that has begun goes on."""
+        """Take a migration back that this host ordered and that waits in the queue; one that has begun goes on."""
         answer = await self._service.GetMigration(pb.GetMigrationRequest(id=migration_id), _NOBODY)
-        if answer.migration.phase == pb.MIGRATION_PHASE_QUEUED:
+        if self.may_take_back(answer.migration):
             with acting_as(self._own):
                 await self._service.CancelMigration(pb.CancelMigrationRequest(id=migration_id), _NOBODY)
+
+    def may_take_back(self, migration: pb.Migration) -> bool:
+        """Whether nobody but this host wants it, and it has not begun, or has come back to the queue."""
+        return migration.phase == pb.MIGRATION_PHASE_QUEUED and migration.caller == self._own.uri

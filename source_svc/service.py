@@ -224,7 +224,8 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
             return pb.UpdateMigrationResponse(migration=migration.snapshot())
         running = self._underway.get(migration.id)
         if running is None:
-            raise WrongPhaseError("the migration has ended", migration=migration.id)
+            remedy = f"See how it came out: vmferry status {migration.id} (GetMigration)."
+            raise WrongPhaseError("the migration has ended", migration=migration.id, remedy=remedy)
         if request.HasField("priority") or request.ticket:
             field = "priority" if request.HasField("priority") else "ticket"
             raise WrongPhaseError("the migration does not wait in the queue any more", field=field)

@@ -22,7 +22,7 @@ from vmferry.cli.bounds import (
     ThrottleOption,
 )
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
-from vmferry.cli.drain_view import drain_lines, headline
+from vmferry.cli.drain_view import changes, drain_lines, headline
 from vmferry.cli.migrate import ReconnectOption
 from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.client.draining import drain_is_over
@@ -145,7 +145,8 @@ async def drain_status(
 async def _follow(source: Source, last: dp.Drain, patience_s: float) -> dp.Drain:
     """Watch until the drain is over, or nothing has been able to move for a while."""
     states = source.watch_drain(on_lost=lambda: say("the connection to the source is lost; trying again"))
-    shown = ""
+    shown = last
+    say(headline(last))
     now = asyncio.get_running_loop().time
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(None) as limit, contextlib.aclosing(states):
@@ -154,9 +155,9 @@ async def _follow(source: Source, last: dp.Drain, patience_s: float) -> dp.Drain
                 stuck = last.state == dp.DRAIN_STATE_STUCK
                 if not stuck or limit.when() is None:
                     limit.reschedule(now() + patience_s if stuck else None)
-                if (text := headline(last)) != shown:
-                    shown = text
-                    say(text)
+                for line in changes(shown, last):
+                    say(line)
+                shown = last
                 if drain_is_over(last):
                     break
     return last

@@ -32,17 +32,21 @@ from vmferry.cli.bounds import (
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.findings import report_lines
 from vmferry.cli.output import JsonOption, as_document, print_document, say
-from vmferry.cli.progress import progress_view
+from vmferry.cli.progress import outcome_name, progress_view
 from vmferry.cli.watch import MigrationArgument, finish, follow
 from vmferry.client.draining import new_request_id
 from vmferry.client.places import Target
 from vmferry.errors import (
     IncompatibleError,
     InvalidArgumentError,
+    PointOfNoReturnError,
 )
 from vmferry.telemetry.tracing import configure, phase
 from vmferry.v1 import migration_pb2
 from vmferry.v1.migration_pb2 import (
+    MIGRATION_OUTCOME_COMPLETED,
+    MIGRATION_PHASE_ENDED,
+    MIGRATION_PHASE_PRECOPYING,
     CancelMigrationRequest,
     Migration,
     MigrationOptions,
@@ -259,12 +263,15 @@ async def _followed(source: Source, migration: Migration) -> Migration:
 async def cancel(source: Source, *, migration_id: MigrationArgument, json: JsonOption = False) -> None:
     """Cancel a migration that has not begun its hand-off; the machine runs on where it is."""
     answer = await source.call(source.stub.CancelMigration, CancelMigrationRequest(id=migration_id))
+    found = answer.migration
     if json:
-        print_document(as_document(answer.migration))
+        print_document(as_document(found))
+    elif found.phase == MIGRATION_PHASE_ENDED:
+        say(f"nothing to cancel: {ended_line(found)}")
     else:
-        say(
-            f"cancelling {answer.migration.id}: {answer.migration.machine} stays at {answer.migration.source}"
-        )
+        say(f"cancelling {found.id}: {found.machine} stays at {found.source}")
+    if found.outcome == MIGRATION_OUTCOME_COMPLETED:
+        raise typer.Exit(PointOfNoReturnError.exit_code)
 
 
 @calls_source
@@ -273,10 +280,21 @@ async def switch_now(source: Source, *, migration_id: MigrationArgument, json: J
     answer = await source.ask(lambda: source.call(source.stub.SwitchNow, SwitchNowRequest(id=migration_id)))
     if json:
         print_document(as_document(answer.migration))
+    elif answer.migration.phase == MIGRATION_PHASE_ENDED:
+        say(f"nothing to switch: {ended_line(answer.migration)}")
+    elif answer.migration.phase > MIGRATION_PHASE_PRECOPYING:
+        say(f"its guest is paused for the switch already: vmferry watch {answer.migration.id}")
     else:
         say(
             f"switching {answer.migration.id} as soon as this round is over: vmferry watch {answer.migration.id}"
         )
+
+
+def ended_line(migration: Migration) -> str:
+    """How a migration that has ended came out, and where its machine is."""
+    where = f"belongs to {migration.owner}" if migration.owner else "belongs to nobody who is known"
+    why = f" ({migration.reason.reason})" if migration.reason.reason else ""
+    return f"{migration.id} has ended before, {outcome_name(migration)}{why}: {migration.machine} {where}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import termios
 import time
 import tty
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Final
 
 import typer
@@ -25,10 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from vmferry.cli.connection import Source
+from vmferry.cli.drain_view import what_may_be_done
 from vmferry.cli.hosts import Hosts, Told, calls_hosts, finish
 from vmferry.cli.output import console, harmless, label, milliseconds, size
 from vmferry.cli.progress import outcome_name, phase_name
-from vmferry.v1 import machine_pb2
+from vmferry.errors import VmferryError
+from vmferry.v1 import drain_pb2, machine_pb2
 from vmferry.v1.machine_pb2 import Machine
 from vmferry.v1.migration_pb2 import MIGRATION_OUTCOME_UNKNOWN, MIGRATION_PHASE_PRECOPYING, Migration
 
@@ -43,11 +45,21 @@ class Load:
     machines: Sequence[Machine]
     migrations: Sequence[Migration]
     """Those that have not ended."""
+    drain: drain_pb2.Drain = field(default_factory=drain_pb2.Drain)
 
 
 async def _load(source: Source) -> Load:
-    machines, migrations = await asyncio.gather(source.list_machines(), source.history(open_only=True))
-    return Load(machines, migrations)
+    machines, migrations, drain = await asyncio.gather(
+        source.list_machines(), source.history(open_only=True), _drain(source)
+    )
+    return Load(machines, migrations, drain)
+
+
+async def _drain(source: Source) -> drain_pb2.Drain:
+    try:
+        return await source.get_drain()
+    except VmferryError:  # a release that knows of none; what else it does not answer shows in the others
+        return drain_pb2.Drain()
 
 
 @calls_hosts
@@ -128,6 +140,7 @@ def picture(told: Sequence[Told[Load]], rounds: Rounds) -> RenderableType:
     """The whole screen."""
     parts: list[RenderableType] = [_hosts(told), Text()]
     parts += [_migrations(told, rounds), Text(), _machines(told)]
+    parts += [Text(harmless(line), style="cyan") for line in _drains(told)]
     parts += [Text(harmless(line), style="red") for line in _troubles(told)]
     return Group(*parts)
 
@@ -150,13 +163,28 @@ def _hosts(told: Sequence[Told[Load]]) -> Table:
         blocked = sum(machine.HasField("blockage") for machine in one.answer.machines)
         table.add_row(
             one.name,
-            Text("answers", style="green"),
+            _state(one.answer.drain),
             str(len(one.answer.machines)),
             str(len(one.answer.migrations)),
             Text(str(blocked), style="bold red" if blocked else ""),
             one.address,
         )
     return table
+
+
+def _state(drain: drain_pb2.Drain) -> Text:
+    """Whether a host is being emptied, and how far."""
+    moved = sum(one.state == drain_pb2.DRAINED_MACHINE_STATE_MOVED for one in drain.machines)
+    done = f"{moved}/{len(drain.machines)}"
+    match drain.state:
+        case drain_pb2.DRAIN_STATE_DRAINING:
+            return Text(f"being emptied {done}", style="cyan")
+        case drain_pb2.DRAIN_STATE_STUCK:
+            return Text(f"not empty, stuck {done}", style="bold red")
+        case drain_pb2.DRAIN_STATE_DRAINED:
+            return Text("emptied", style="cyan")
+    closed = drain.state == drain_pb2.DRAIN_STATE_NONE and not drain.takes_newcomers
+    return Text("takes no newcomers" if closed else "answers", style="green")
 
 
 def _migrations(told: Sequence[Told[Load]], rounds: Rounds) -> RenderableType:
@@ -211,11 +239,24 @@ def _machines(told: Sequence[Told[Load]]) -> RenderableType:
     return table if table.row_count else Text("no machines", style="dim")
 
 
+def _drains(told: Sequence[Told[Load]]) -> Iterator[str]:
+    """What goes on where a host is being emptied, and what may be done about it."""
+    for one in told:
+        drain = one.answer.drain if one.answer else drain_pb2.Drain()
+        if drain.activity:
+            yield f"{one.name}: {drain.activity}"
+        if may := what_may_be_done(drain):
+            yield f"{one.name}: you may: {may}"
+
+
 def _troubles(told: Sequence[Told[Load]]) -> Iterator[str]:
     """What somebody should know, in sentences."""
     for one in told:
         if one.error is not None:
             yield f"host {one.name} at {one.address}: {one.error.message}"
+        if one.answer and one.answer.drain.HasField("problem"):
+            problem = one.answer.drain.problem
+            yield f"the drain of {one.name} is held up: {problem.reason}: {problem.message} {problem.remedy}"
         for machine in one.answer.machines if one.answer else ():
             if machine.HasField("blockage"):
                 blockage = machine.blockage

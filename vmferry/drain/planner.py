@@ -147,6 +147,8 @@ class Decision:
     """Ready machines that no host takes as things are."""
     wake_s: float
     """When to decide again at the latest, if nothing happens before."""
+    order: Sequence[str] = ()
+    """Ready machines, the cheapest first."""
 
     def is_stuck(self, machines: Iterable[Machine]) -> bool:
         """Whether nothing moves and nothing will before something changes."""
@@ -184,7 +186,7 @@ def decide(facts: Facts) -> Decision:
     stays = frozenset(
         one.id for one in ready if one.id not in begun and known and not _hopeful(one, facts, placed)
     )
-    return Decision(start, ask, stays, _wake_s(facts, ready))
+    return Decision(start, ask, stays, _wake_s(facts, ready), [one.id for one in ready])
 
 
 def _rests_until(facts: Facts, host: str, machine: str = "") -> float:

@@ -12,8 +12,8 @@ take a second or more. A host may do that beforehand::
 
 Promise: a file that is given out was made by this object, has been zeroed by the kernel, and was never written: no
 other machine's memory is ever in it. What is kept counts as free for newcomers, because it is given up for whoever
-needs memory and cannot use it; it is never filled beyond what ``headroom_bytes`` leaves to the host. Files of an
-earlier process are removed, and :meth:`close` leaves none.
+needs memory and cannot use it, and while nobody may arrive; it is never filled beyond what ``headroom_bytes`` leaves
+to the host. Files of an earlier process are removed, and :meth:`close` leaves none.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class ReadyMemory:
         *,
         headroom_bytes: int,
         busy: Callable[[], bool],
+        closed: Callable[[], bool] = lambda: False,
         available: Callable[[], int] = available_memory_bytes,
     ) -> None:
         """Nothing is made yet.
@@ -81,12 +82,14 @@ class ReadyMemory:
             sizes_mib: a file of each is kept.
             headroom_bytes: what has to stay free on this host.
             busy: whether somebody arrives, so that processors and memory are needed otherwise.
+            closed: whether nobody may arrive, so that nothing is kept for anybody; it may change at any time.
             available: says how much memory this host has to give.
         """
         self._folder = ram_dir / FOLDER
         self._sizes = tuple(size * _MIB for size in sizes_mib)
         self._headroom_bytes = headroom_bytes
         self._busy = busy
+        self._closed = closed
         self._available = available
         self._files: list[_File] = []
         self._lock = threading.Lock()
@@ -163,7 +166,11 @@ class ReadyMemory:
 
     async def _keep_filling(self) -> None:
         while True:
-            size_bytes = None if self._busy() else self._missing()
+            if self._files and self._closed():
+                held = self.held_bytes
+                await asyncio.to_thread(self._give_up_all)
+                _LOG.info("ready memory given up: this host takes no newcomers", bytes=held)
+            size_bytes = None if self._busy() or self._closed() else self._missing()
             if size_bytes is None:
                 await asyncio.sleep(_LOOK_S)
                 continue
@@ -205,6 +212,9 @@ class ReadyMemory:
 
     async def _take_all(self, file: _File, ram: RamFile) -> None:
         while file.taken_bytes < file.size_bytes and file in self._files:
+            if self._closed():
+                self._forget(file)
+                return
             if self._busy():
                 await asyncio.sleep(_LOOK_S)
                 continue
@@ -219,8 +229,9 @@ class ReadyMemory:
 
     def _forget(self, file: _File) -> None:
         with self._lock:
-            if file in self._files:
-                self._files.remove(file)
+            if file not in self._files:  # given out, or given up by somebody else, who sees to it
+                return
+            self._files.remove(file)
         file.path.unlink(missing_ok=True)
 
     def _give_up_all(self) -> None:

@@ -183,8 +183,8 @@ ARRIVALS: Final = Instrument(
     "vmferry.arrivals",
     Kind.COUNTER,
     "{machine}",
-    "Attempts to bring a machine to this host that came out: owned, or refused.",
-    (semconv.OUTCOME,),
+    "Attempts to bring a machine to this host: owned, refused after they had begun, or turned away at once.",
+    (semconv.OUTCOME, semconv.REASON),
 )
 ARRIVALS_OPEN: Final = Instrument(
     "vmferry.arrivals.open",
@@ -197,6 +197,35 @@ RECEIVED: Final = Instrument(
     Kind.COUNTER,
     "By",
     "Page contents and streamed memory taken in from sources, after decompression.",
+)
+DRAIN_STATE: Final = Instrument(
+    "vmferry.drain.state",
+    Kind.GAUGE,
+    "{host}",
+    "1 for how the emptying of this host stands, 0 for how it does not.",
+    (semconv.STATE,),
+)
+DRAIN_MACHINES: Final = Instrument(
+    "vmferry.drain.machines",
+    Kind.GAUGE,
+    "{machine}",
+    "Machines of the newest drain of this host, by how they stand.",
+    (semconv.STATE,),
+)
+DRAIN_MOVES: Final = Instrument(
+    "vmferry.drain.moves",
+    Kind.COUNTER,
+    "{migration}",
+    "Migrations during a drain of this host that have ended.",
+    (semconv.OUTCOME, semconv.REASON),
+)
+DRAIN_DURATION: Final = Instrument(
+    "vmferry.drain.duration",
+    Kind.HISTOGRAM,
+    "s",
+    "Time from asking for a drain until this host was empty for the first time, or the drain was undone before.",
+    (semconv.OUTCOME,),
+    _LONG_S,
 )
 BLOCKED: Final = Instrument(
     semconv.MACHINES_BLOCKED,

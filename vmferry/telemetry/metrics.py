@@ -62,6 +62,8 @@ _TRAFFIC: Final = tuple(
 _RETRIES: Final = _counter(instruments.RETRIES)
 _ARRIVALS: Final = _counter(instruments.ARRIVALS)
 _RECEIVED: Final = _counter(instruments.RECEIVED)
+_DRAIN_MOVES: Final = _counter(instruments.DRAIN_MOVES)
+_DRAIN_DURATION: Final = _histogram(instruments.DRAIN_DURATION)
 _TOTAL_ERROR: Final = _histogram(instruments.TOTAL_ERROR)
 _DOWNTIME_ERROR: Final = _histogram(instruments.DOWNTIME_ERROR)
 _LOOP_LAG: Final = _histogram(instruments.LOOP_LAG)
@@ -123,9 +125,19 @@ def count_retry(call: str, *, times: int = 1) -> None:
     _RETRIES.add(times, {semconv.CALL: call})
 
 
-def count_arrival(outcome: str, *, times: int = 1) -> None:
-    """Note how an attempt to bring a machine here came out; with 0 times the count begins to exist."""
-    _ARRIVALS.add(times, {semconv.OUTCOME: outcome})
+def count_arrival(outcome: str, reason: str = "", *, times: int = 1) -> None:
+    """Note how an attempt to bring a machine here came out, and why; with 0 times the count begins to exist."""
+    _ARRIVALS.add(times, {semconv.OUTCOME: outcome, semconv.REASON: reason})
+
+
+def count_drain_move(outcome: str, reason: str = "", *, times: int = 1) -> None:
+    """Note how a migration during a drain came out, and why; with 0 times the count begins to exist."""
+    _DRAIN_MOVES.add(times, {semconv.OUTCOME: outcome, semconv.REASON: reason})
+
+
+def record_drain(outcome: str, seconds: float) -> None:
+    """Note how a drain came out, and how long it took."""
+    _DRAIN_DURATION.record(seconds, {semconv.OUTCOME: outcome})
 
 
 def add_received(count: int) -> None:

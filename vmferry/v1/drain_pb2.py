@@ -27,41 +27,41 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from vmferry.v1 import migration_pb2 as vmferry_dot_v1_dot_migration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vmferry/v1/drain.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1avmferry/v1/migration.proto\"\x8e\x01\n\rDrainObstacle\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05tried\x18\x06 \x01(\x08\"\xc9\x02\n\x0e\x44rainedMachine\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.vmferry.v1.DrainedMachineState\x12,\n\x0b\x64\x65stination\x18\x04 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x14\n\x0cmigration_id\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x31\n\x0epredicted_cost\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\r\x12,\n\tobstacles\x18\t \x03(\x0b\x32\x19.vmferry.v1.DrainObstacle\x12\x15\n\rcost_measured\x18\n \x01(\x08\"\xc6\x03\n\x05\x44rain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.vmferry.v1.DrainState\x12\x17\n\x0ftakes_newcomers\x18\x03 \x01(\x08\x12\x16\n\x0enewcomers_note\x18\x04 \x01(\t\x12-\n\x0c\x64\x65stinations\x18\x05 \x03(\x0b\x32\x17.vmferry.v1.Destination\x12,\n\x08machines\x18\x06 \x03(\x0b\x32\x1a.vmferry.v1.DrainedMachine\x12\x0e\n\x06\x63\x61ller\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13warrant_expire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07problem\x18\x0c \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12\x10\n\x08revision\x18\r \x01(\x04\"\x95\x01\n\x10\x44rainHostRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0c\x64\x65stinations\x18\x02 \x03(\x0b\x32\x17.vmferry.v1.Destination\x12\x0f\n\x07warrant\x18\x03 \x01(\x0c\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"5\n\x11\x44rainHostResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x14\n\x12UndrainHostRequest\"7\n\x13UndrainHostResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x11\n\x0fGetDrainRequest\"4\n\x10GetDrainResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x13\n\x11WatchDrainRequest\"6\n\x12WatchDrainResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x96\x01\n\x0b\x44rainRecord\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x0f\n\x07warrant\x18\x03 \x01(\x0c\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x13\n\x0brequest_ids\x18\x05 \x03(\t*\x89\x01\n\nDrainState\x12\x1b\n\x17\x44RAIN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44RAIN_STATE_NONE\x10\x01\x12\x18\n\x14\x44RAIN_STATE_DRAINING\x10\x02\x12\x15\n\x11\x44RAIN_STATE_STUCK\x10\x03\x12\x17\n\x13\x44RAIN_STATE_DRAINED\x10\x04*\xe6\x01\n\x13\x44rainedMachineState\x12%\n!DRAINED_MACHINE_STATE_UNSPECIFIED\x10\x00\x12!\n\x1d\x44RAINED_MACHINE_STATE_WAITING\x10\x01\x12 \n\x1c\x44RAINED_MACHINE_STATE_MOVING\x10\x02\x12\x1f\n\x1b\x44RAINED_MACHINE_STATE_MOVED\x10\x03\x12\x1f\n\x1b\x44RAINED_MACHINE_STATE_STAYS\x10\x04\x12!\n\x1d\x44RAINED_MACHINE_STATE_BLOCKED\x10\x05\x32\xbe\x02\n\x0c\x44rainService\x12H\n\tDrainHost\x12\x1c.vmferry.v1.DrainHostRequest\x1a\x1d.vmferry.v1.DrainHostResponse\x12N\n\x0bUndrainHost\x12\x1e.vmferry.v1.UndrainHostRequest\x1a\x1f.vmferry.v1.UndrainHostResponse\x12\x45\n\x08GetDrain\x12\x1b.vmferry.v1.GetDrainRequest\x1a\x1c.vmferry.v1.GetDrainResponse\x12M\n\nWatchDrain\x12\x1d.vmferry.v1.WatchDrainRequest\x1a\x1e.vmferry.v1.WatchDrainResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16vmferry/v1/drain.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1avmferry/v1/migration.proto\"\x8e\x01\n\rDrainObstacle\x12\x13\n\x0b\x64\x65stination\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\x12(\n\x04time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05tried\x18\x06 \x01(\x08\"\xd7\x02\n\x0e\x44rainedMachine\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x12\n\nmachine_id\x18\x02 \x01(\t\x12.\n\x05state\x18\x03 \x01(\x0e\x32\x1f.vmferry.v1.DrainedMachineState\x12,\n\x0b\x64\x65stination\x18\x04 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x14\n\x0cmigration_id\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x31\n\x0epredicted_cost\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\r\x12,\n\tobstacles\x18\t \x03(\x0b\x32\x19.vmferry.v1.DrainObstacle\x12\x15\n\rcost_measured\x18\n \x01(\x08\x12\x0c\n\x04turn\x18\x0b \x01(\r\"\xea\x03\n\x05\x44rain\x12\x0c\n\x04host\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.vmferry.v1.DrainState\x12\x17\n\x0ftakes_newcomers\x18\x03 \x01(\x08\x12\x16\n\x0enewcomers_note\x18\x04 \x01(\t\x12-\n\x0c\x64\x65stinations\x18\x05 \x03(\x0b\x32\x17.vmferry.v1.Destination\x12,\n\x08machines\x18\x06 \x03(\x0b\x32\x1a.vmferry.v1.DrainedMachine\x12\x0e\n\x06\x63\x61ller\x18\x07 \x01(\t\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x37\n\x13warrant_expire_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x07problem\x18\x0c \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12\x10\n\x08revision\x18\r \x01(\x04\x12\x10\n\x08\x61\x63tivity\x18\x0e \x01(\t\x12\x10\n\x08trace_id\x18\x0f \x01(\t\"\x95\x01\n\x10\x44rainHostRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\x0c\x64\x65stinations\x18\x02 \x03(\x0b\x32\x17.vmferry.v1.Destination\x12\x0f\n\x07warrant\x18\x03 \x01(\x0c\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"5\n\x11\x44rainHostResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x14\n\x12UndrainHostRequest\"7\n\x13UndrainHostResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x11\n\x0fGetDrainRequest\"4\n\x10GetDrainResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\x13\n\x11WatchDrainRequest\"6\n\x12WatchDrainResponse\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\"\xbc\x01\n\x0b\x44rainRecord\x12 \n\x05\x64rain\x18\x01 \x01(\x0b\x32\x11.vmferry.v1.Drain\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x0f\n\x07warrant\x18\x03 \x01(\x0c\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x13\n\x0brequest_ids\x18\x05 \x03(\t\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\x12\x0f\n\x07\x63ounted\x18\x07 \x01(\x08*\x89\x01\n\nDrainState\x12\x1b\n\x17\x44RAIN_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44RAIN_STATE_NONE\x10\x01\x12\x18\n\x14\x44RAIN_STATE_DRAINING\x10\x02\x12\x15\n\x11\x44RAIN_STATE_STUCK\x10\x03\x12\x17\n\x13\x44RAIN_STATE_DRAINED\x10\x04*\xe6\x01\n\x13\x44rainedMachineState\x12%\n!DRAINED_MACHINE_STATE_UNSPECIFIED\x10\x00\x12!\n\x1d\x44RAINED_MACHINE_STATE_WAITING\x10\x01\x12 \n\x1c\x44RAINED_MACHINE_STATE_MOVING\x10\x02\x12\x1f\n\x1b\x44RAINED_MACHINE_STATE_MOVED\x10\x03\x12\x1f\n\x1b\x44RAINED_MACHINE_STATE_STAYS\x10\x04\x12!\n\x1d\x44RAINED_MACHINE_STATE_BLOCKED\x10\x05\x32\xbe\x02\n\x0c\x44rainService\x12H\n\tDrainHost\x12\x1c.vmferry.v1.DrainHostRequest\x1a\x1d.vmferry.v1.DrainHostResponse\x12N\n\x0bUndrainHost\x12\x1e.vmferry.v1.UndrainHostRequest\x1a\x1f.vmferry.v1.UndrainHostResponse\x12\x45\n\x08GetDrain\x12\x1b.vmferry.v1.GetDrainRequest\x1a\x1c.vmferry.v1.GetDrainResponse\x12M\n\nWatchDrain\x12\x1d.vmferry.v1.WatchDrainRequest\x1a\x1e.vmferry.v1.WatchDrainResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.drain_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINSTATE']._serialized_start=1655
-  _globals['_DRAINSTATE']._serialized_end=1792
-  _globals['_DRAINEDMACHINESTATE']._serialized_start=1795
-  _globals['_DRAINEDMACHINESTATE']._serialized_end=2025
+  _globals['_DRAINSTATE']._serialized_start=1743
+  _globals['_DRAINSTATE']._serialized_end=1880
+  _globals['_DRAINEDMACHINESTATE']._serialized_start=1883
+  _globals['_DRAINEDMACHINESTATE']._serialized_end=2113
   _globals['_DRAINOBSTACLE']._serialized_start=132
   _globals['_DRAINOBSTACLE']._serialized_end=274
   _globals['_DRAINEDMACHINE']._serialized_start=277
-  _globals['_DRAINEDMACHINE']._serialized_end=606
-  _globals['_DRAIN']._serialized_start=609
-  _globals['_DRAIN']._serialized_end=1063
-  _globals['_DRAINHOSTREQUEST']._serialized_start=1066
-  _globals['_DRAINHOSTREQUEST']._serialized_end=1215
-  _globals['_DRAINHOSTRESPONSE']._serialized_start=1217
-  _globals['_DRAINHOSTRESPONSE']._serialized_end=1270
-  _globals['_UNDRAINHOSTREQUEST']._serialized_start=1272
-  _globals['_UNDRAINHOSTREQUEST']._serialized_end=1292
-  _globals['_UNDRAINHOSTRESPONSE']._serialized_start=1294
-  _globals['_UNDRAINHOSTRESPONSE']._serialized_end=1349
-  _globals['_GETDRAINREQUEST']._serialized_start=1351
-  _globals['_GETDRAINREQUEST']._serialized_end=1368
-  _globals['_GETDRAINRESPONSE']._serialized_start=1370
-  _globals['_GETDRAINRESPONSE']._serialized_end=1422
-  _globals['_WATCHDRAINREQUEST']._serialized_start=1424
-  _globals['_WATCHDRAINREQUEST']._serialized_end=1443
-  _globals['_WATCHDRAINRESPONSE']._serialized_start=1445
-  _globals['_WATCHDRAINRESPONSE']._serialized_end=1499
-  _globals['_DRAINRECORD']._serialized_start=1502
-  _globals['_DRAINRECORD']._serialized_end=1652
-  _globals['_DRAINSERVICE']._serialized_start=2028
-  _globals['_DRAINSERVICE']._serialized_end=2346
+  _globals['_DRAINEDMACHINE']._serialized_end=620
+  _globals['_DRAIN']._serialized_start=623
+  _globals['_DRAIN']._serialized_end=1113
+  _globals['_DRAINHOSTREQUEST']._serialized_start=1116
+  _globals['_DRAINHOSTREQUEST']._serialized_end=1265
+  _globals['_DRAINHOSTRESPONSE']._serialized_start=1267
+  _globals['_DRAINHOSTRESPONSE']._serialized_end=1320
+  _globals['_UNDRAINHOSTREQUEST']._serialized_start=1322
+  _globals['_UNDRAINHOSTREQUEST']._serialized_end=1342
+  _globals['_UNDRAINHOSTRESPONSE']._serialized_start=1344
+  _globals['_UNDRAINHOSTRESPONSE']._serialized_end=1399
+  _globals['_GETDRAINREQUEST']._serialized_start=1401
+  _globals['_GETDRAINREQUEST']._serialized_end=1418
+  _globals['_GETDRAINRESPONSE']._serialized_start=1420
+  _globals['_GETDRAINRESPONSE']._serialized_end=1472
+  _globals['_WATCHDRAINREQUEST']._serialized_start=1474
+  _globals['_WATCHDRAINREQUEST']._serialized_end=1493
+  _globals['_WATCHDRAINRESPONSE']._serialized_start=1495
+  _globals['_WATCHDRAINRESPONSE']._serialized_end=1549
+  _globals['_DRAINRECORD']._serialized_start=1552
+  _globals['_DRAINRECORD']._serialized_end=1740
+  _globals['_DRAINSERVICE']._serialized_start=2116
+  _globals['_DRAINSERVICE']._serialized_end=2434
 # @@protoc_insertion_point(module_scope)

@@ -150,6 +150,7 @@ class DrainedMachine(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     OBSTACLES_FIELD_NUMBER: _builtins.int
     COST_MEASURED_FIELD_NUMBER: _builtins.int
+    TURN_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """Name of the machine."""
     machine_id: _builtins.str
@@ -164,6 +165,8 @@ class DrainedMachine(_message.Message):
     """How often a migration of it was begun by this drain."""
     cost_measured: _builtins.bool
     """Whether the cost was measured, and is not only its memory at a usual rate."""
+    turn: _builtins.int
+    """Its place among those that wait for their turn; 1 goes next, 0 does not wait."""
     @_builtins.property
     def destination(self) -> _migration_pb2.Destination:
         """Where it is going, or went; absent if that is not known."""
@@ -189,10 +192,11 @@ class DrainedMachine(_message.Message):
         attempts: _builtins.int = ...,
         obstacles: _abc.Iterable[Global___DrainObstacle] | None = ...,
         cost_measured: _builtins.bool = ...,
+        turn: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["destination", b"destination", "predicted_cost", b"predicted_cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cost_measured", b"cost_measured", "destination", b"destination", "machine", b"machine", "machine_id", b"machine_id", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "obstacles", b"obstacles", "predicted_cost", b"predicted_cost", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "cost_measured", b"cost_measured", "destination", b"destination", "machine", b"machine", "machine_id", b"machine_id", "memory_bytes", b"memory_bytes", "migration_id", b"migration_id", "obstacles", b"obstacles", "predicted_cost", b"predicted_cost", "state", b"state", "turn", b"turn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,6 +221,8 @@ class Drain(_message.Message):
     WARRANT_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """SPIFFE identity of this host."""
     state: Global___DrainState.ValueType
@@ -231,6 +237,12 @@ class Drain(_message.Message):
     """The request that it was asked for by."""
     revision: _builtins.int
     """Grows with every change."""
+    activity: _builtins.str
+    """What is being done, and what comes next, as a sentence; empty if nothing is."""
+    trace_id: _builtins.str
+    """Trace of the drain, as 32 hexadecimal digits: how long it took, and every migration that it began; each of those
+    has a trace of its own besides. Empty if the drain is not recorded.
+    """
     @_builtins.property
     def destinations(self) -> _containers.RepeatedCompositeFieldContainer[_migration_pb2.Destination]:
         """Where machines may go."""
@@ -271,10 +283,12 @@ class Drain(_message.Message):
         warrant_expire_time: _timestamp_pb2.Timestamp | None = ...,
         problem: _migration_pb2.MigrationReason | None = ...,
         revision: _builtins.int = ...,
+        activity: _builtins.str = ...,
+        trace_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "problem", b"problem", "warrant_expire_time", b"warrant_expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "destinations", b"destinations", "end_time", b"end_time", "host", b"host", "machines", b"machines", "newcomers_note", b"newcomers_note", "problem", b"problem", "request_id", b"request_id", "revision", b"revision", "state", b"state", "takes_newcomers", b"takes_newcomers", "warrant_expire_time", b"warrant_expire_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "caller", b"caller", "create_time", b"create_time", "destinations", b"destinations", "end_time", b"end_time", "host", b"host", "machines", b"machines", "newcomers_note", b"newcomers_note", "problem", b"problem", "request_id", b"request_id", "revision", b"revision", "state", b"state", "takes_newcomers", b"takes_newcomers", "trace_id", b"trace_id", "warrant_expire_time", b"warrant_expire_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -476,10 +490,16 @@ class DrainRecord(_message.Message):
     WARRANT_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
+    COUNTED_FIELD_NUMBER: _builtins.int
     draining: _builtins.bool
     """Whether this host is to be empty."""
     warrant: _builtins.bytes
     """Serialized SignedWarrant."""
+    traceparent: _builtins.str
+    """The span that the drain's own spans are children of, by the W3C's trace context."""
+    counted: _builtins.bool
+    """Whether it has been counted that the host is empty; once for each drain."""
     @_builtins.property
     def drain(self) -> Global___Drain:
         """How it stood."""
@@ -500,10 +520,12 @@ class DrainRecord(_message.Message):
         warrant: _builtins.bytes = ...,
         options: _migration_pb2.MigrationOptions | None = ...,
         request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        traceparent: _builtins.str = ...,
+        counted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "draining", b"draining", "options", b"options", "request_ids", b"request_ids", "warrant", b"warrant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "drain", b"drain", "draining", b"draining", "options", b"options", "request_ids", b"request_ids", "traceparent", b"traceparent", "warrant", b"warrant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

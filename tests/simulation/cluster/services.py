@@ -85,7 +85,7 @@ class SimulatedDestination(DestinationService):
     def __init__(self, host: Host) -> None:
         super().__init__(host)
         self._judge = LenientJudge(host.config)
-        self._room = AmpleRoom(host.config, host.directory, self._arrivals)
+        self._room = AmpleRoom(host.config, host.directory, self._arrivals, closed=lambda: False)
 
     async def Negotiate(self, request: Any, context: Any) -> handoff_pb2.NegotiateResponse:
         """Everything is compatible."""

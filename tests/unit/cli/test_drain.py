@@ -7,7 +7,7 @@ import pytest
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_source import HOST_A, HOST_B
 from vmferry.cli.drain import exit_code
-from vmferry.cli.drain_view import drain_lines, headline
+from vmferry.cli.drain_view import changes, drain_lines, headline, natural, what_may_be_done
 from vmferry.errors import ExitCode
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1.migration_pb2 import Destination
@@ -101,3 +101,44 @@ def test_the_headline_counts() -> None:
 def test_the_exit_code_says_how_it_stands(found: dp.Drain, code: ExitCode) -> None:
     """Empty or undone, refused as things are, or not known."""
     assert exit_code(found) == code
+
+
+def test_what_goes_on_what_comes_next_and_what_may_be_done_are_said() -> None:
+    """In each state; machines that wait stand in the order in which they go."""
+    second, first = machine("web-2", WAITING), machine("web-10", WAITING)
+    second.turn, first.turn = 2, 1
+    found = drain(dp.DRAIN_STATE_DRAINING, second, first)
+    found.activity, found.trace_id = "web-10 goes next\x1b[2J", "ab" * 16
+
+    lines = list(drain_lines(found))
+
+    assert any(line.startswith("now         web-10 goes next") and "\x1b" not in line for line in lines)
+    assert f"trace       {'ab' * 16}" in lines
+    assert any(line.startswith("you may     vmferry undrain a stops it") for line in lines)
+    assert next(i for i, line in enumerate(lines) if "web-10 " in line and "number 1 to go" in line) < next(
+        i for i, line in enumerate(lines) if "web-2 " in line and "number 2 to go" in line
+    )
+    assert "vmferry undrain a" in what_may_be_done(drain(dp.DRAIN_STATE_STUCK))
+    assert "lets machines in again" in what_may_be_done(drain(dp.DRAIN_STATE_DRAINED))
+    assert what_may_be_done(drain(dp.DRAIN_STATE_NONE)) == ""
+    assert sorted(["web-10", "web-2", "web"], key=natural) == ["web", "web-2", "web-10"]
+
+
+def test_what_has_happened_is_told_machine_by_machine() -> None:
+    """Where each goes, that it is there, or why it came back; a measurement is not told number by number."""
+    before = drain(dp.DRAIN_STATE_DRAINING, machine("x", WAITING), machine("y", MOVING), machine("z", MOVING))
+    before.activity = "measuring, 3 of 10 done"
+    after = drain(
+        dp.DRAIN_STATE_STUCK, machine("x", MOVING), machine("y", MOVED), machine("z", STAYS, "NOT_CONVERGING")
+    )
+    after.activity = "measuring, 4 of 10 done"
+
+    lines = list(changes(before, after))
+
+    assert lines[:2] == ["  x: moving to b", "  y: has moved to b (1 of 3)"]
+    assert lines[2].startswith("  z: came back: NOT_CONVERGING at b: it does not fit")
+    assert "\x1b" not in lines[2]
+    assert "nothing that is left can move" in lines[3]
+    assert len(lines) == 4
+    assert list(changes(after, after)) == []
+    assert list(changes(before, before)) == []

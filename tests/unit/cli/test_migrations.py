@@ -322,6 +322,35 @@ def test_cancel(call: Run, source: FakeSource) -> None:
     assert "POINT_OF_NO_RETURN" in refused.err
 
 
+def test_cancelling_or_switching_what_has_ended_says_what_is_true(call: Run, source: FakeSource) -> None:
+    """Never that a machine stays which has gone: exit code 4 then; one that was cancelled before is well, again."""
+    source.migrations = [migration(phase=migration_pb2.MIGRATION_PHASE_ENDED, outcome=COMPLETED)]
+    source.migrations[0].owner = HOST_B
+    for command in ("cancel", "switch-now"):
+        ran = call(command, MIGRATION_ID)
+        assert f"has ended before, completed: web-1 belongs to {HOST_B}" in ran.err
+        assert "stays" not in ran.err
+        assert ran.code == (ExitCode.PRECONDITION if command == "cancel" else ExitCode.OK)
+
+    source.migrations = [
+        migration(
+            phase=migration_pb2.MIGRATION_PHASE_ENDED,
+            outcome=CANCELLED,
+            reason=CancelledByCallerError("by jane"),
+        )
+    ]
+    source.migrations[0].owner = HOST_A
+    ran = call("cancel", MIGRATION_ID)
+    assert f"has ended before, cancelled (CANCELLED): web-1 belongs to {HOST_A}" in ran.err
+    assert ran.code == ExitCode.OK
+
+
+def test_switching_what_has_paused_says_so(call: Run, source: FakeSource) -> None:
+    """There is no round to wait for any more."""
+    source.migrations = [migration(phase=HANDING_OFF)]
+    assert "its guest is paused for the switch already" in call("switch-now", MIGRATION_ID).err
+
+
 def test_plan_prints_the_whole_report(call: Run, source: FakeSource) -> None:
     """A report that blocks is printed whole and ends with exit code 4; one that does not with 0."""
     arguments = ("plan", "web-1", *MOVE[2:])

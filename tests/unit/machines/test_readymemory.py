@@ -36,6 +36,7 @@ class Host:
     """What a host would say of itself."""
 
     busy: bool = False
+    closed: bool = False
     available: int = PLENTY
 
     def ready(self, folder: Path, *sizes: int, headroom: int = 0) -> ReadyMemory:
@@ -45,6 +46,7 @@ class Host:
             sizes,
             headroom_bytes=headroom,
             busy=lambda: self.busy,
+            closed=lambda: self.closed,
             available=lambda: self.available,
         )
 
@@ -177,6 +179,23 @@ async def test_it_is_given_up_for_who_cannot_use_it(folder: Path) -> None:
         await ready.close()
 
 
+async def test_a_host_that_takes_nobody_keeps_nothing_for_anybody(folder: Path) -> None:
+    """What is ready and what is being made goes when the host is closed, and is made again when it is opened."""
+    host = Host()
+    ready = host.ready(folder, 8, 4096)
+    ready.start()
+    try:
+        await until(lambda: ready_files(folder) == [8] and filling_files(folder))
+        host.closed = True
+        await until(lambda: (ready_files(folder), filling_files(folder)) == ([], 0))
+        assert (ready.held_bytes, ready.take(folder / "machine.ram", 8 * MIB)) == (0, 0)
+        host.closed = False
+        await until(lambda: ready_files(folder) == [8])
+    finally:
+        await ready.close()
+    assert not names(folder)
+
+
 async def test_what_an_earlier_process_left_is_removed(folder: Path) -> None:
     """Nobody knows what became of it, so it is made anew."""
     left = folder / FOLDER / "8-0123.ready"
@@ -208,6 +227,7 @@ async def test_newcomers_are_offered_it_and_have_it_given_up(folder: Path) -> No
         HostConfig(ram_dir=folder, memory_headroom_mib=0, ready_memory_mib=(32,)),
         MachineDirectory(folder / "machines", folder),
         promised,
+        closed=lambda: False,
     )
     room.ready.start()
     try:

@@ -52,7 +52,7 @@ const Page = {
     Page.of("arriving-section").hidden = source;
     const found = Page.of("filter").value.trim().toLowerCase();
     const matches = (...texts) => !found || texts.some((text) => (text || "").toLowerCase().includes(found));
-    Page.drain(state.drain || {});
+    Page.drain(state.drain || {}, name);
     Page.blocked(state.machines.filter((machine) => machine.blockage));
     Page.running(state.migrations);
     if (state.open > state.migrations.length) Page.say(Page.of("running-count"), `${state.open}, the first ${state.migrations.length} are shown`);
@@ -68,31 +68,60 @@ const Page = {
     Page.of(`${id}-empty`).hidden = items.length > 0;
   },
 
-  DRAINED: { moved: "good", moving: "accent", blocked: "bad", stays: "warn", waiting: "" },
+  DRAINED: { blocked: "bad", stays: "warn", moving: "accent", waiting: "", moved: "good" },
+  DRAINS: {
+    DRAINING: ["Being emptied", "vmferry undrain HOST stops it: what is under way ends as it will, the rest stays."],
+    STUCK: ["Not empty, and nothing that is left can move", "Do what is said below, or name further hosts (vmferry drain HOST --to …), or give it up (vmferry undrain HOST)."],
+    DRAINED: ["Empty", "Switch the host off, or update it. vmferry undrain HOST lets machines in again."],
+  },
 
-  drain(drain) {
-    const machines = drain.machines || [];
+  drain(drain, host) {
+    const machines = [...(drain.machines || [])];
     const moved = machines.filter((one) => one.state === "DRAINED_MACHINE_STATE_MOVED").length;
+    const [title, may] = Page.DRAINS[Format.word(drain.state, "DRAIN_STATE_").toUpperCase()] || ["Being emptied", ""];
     Page.of("drain-section").hidden = !drain.state && !drain.problem;
-    Page.say(Page.of("drain-count"), `${moved} of ${machines.length} machines have moved`);
-    const share = machines.length ? (100 * moved) / machines.length : 100;
+    Page.say(Page.of("drain-title"), title);
+    // The list of machines is there as soon as they have been looked at.
+    Page.say(Page.of("drain-count"), machines.length || drain.state === "DRAIN_STATE_DRAINED" ? `${moved} of ${machines.length} machines have moved` : "");
+    const share = machines.length ? (100 * moved) / machines.length : drain.state === "DRAIN_STATE_DRAINED" ? 100 : 0;
     Page.of("drain-bar").firstElementChild.style.width = `${share}%`;
     Page.of("drain-bar").setAttribute("aria-valuenow", share.toFixed(0));
-    Page.of("drain-problem").hidden = !drain.problem;
-    if (drain.problem) Page.say(Page.of("drain-problem"), Page.why(drain.problem));
+    const tell = (id, text) => {
+      Page.of(id).hidden = !text;
+      Page.say(Page.of(id), text);
+    };
+    tell("drain-problem", drain.problem ? Page.why(drain.problem) : "");
+    tell("drain-activity", drain.activity ? `${Format.capital(drain.activity)}.` : "");
+    tell("drain-may", may ? `You may: ${may.replaceAll("HOST", host)}` : "");
+    const state = (one) => Format.word(one.state, "DRAINED_MACHINE_STATE_");
+    const order = Object.keys(Page.DRAINED);
+    machines.sort((one, other) => order.indexOf(state(one)) - order.indexOf(state(other)) || (one.turn || 0) - (other.turn || 0)
+      || (one.machine || "").localeCompare(other.machine || "", "en", { numeric: true }));
     Page.keyed(Page.of("drained"), machines, (one) => one.machine_id, () => {
       const row = Page.make("li", {}, Page.make("span", { class: "badge" }), Page.make("strong", {}), Page.make("span", { class: "way" }));
       return row;
     }, (row, one) => {
-      const state = Format.word(one.state, "DRAINED_MACHINE_STATE_");
       const [badge, name, way] = row.children;
-      badge.className = `badge ${Page.DRAINED[state] ?? ""}`;
-      Page.say(badge, state);
+      badge.className = `badge ${Page.DRAINED[state(one)] ?? ""}`;
+      Page.say(badge, state(one));
       Page.say(name, one.machine || one.machine_id);
-      const obstacle = (one.obstacles || [])[0];
-      const stuck = obstacle && state !== "moved" && state !== "moving";
-      Page.say(way, stuck ? Page.why(obstacle) : one.destination ? `to ${Format.host(one.destination.host)}` : "");
+      Page.say(way, Page.drained(one, state(one)));
     });
+  },
+
+  // What there is to say of one machine: where it goes, when its turn comes, or everything that is in its way.
+  drained(one, state) {
+    const placed = state === "moving" || state === "moved";
+    if (placed) return one.destination ? `to ${Format.host(one.destination.host)}` : "";
+    const parts = [];
+    if (state === "waiting" && one.turn) {
+      const cost = one.predicted_cost ? `, ${Format.time(Format.seconds(one.predicted_cost))} ${one.cost_measured ? "predicted" : "estimated"}` : "";
+      parts.push(`number ${one.turn} to go${cost}.`);
+    }
+    for (const obstacle of one.obstacles || []) {
+      parts.push(`${obstacle.destination ? `${Format.host(obstacle.destination)}: ` : ""}${obstacle.tried ? "tried, " : ""}${Page.why(obstacle)}`);
+    }
+    return parts.join(" ");
   },
 
   blocked(machines) {
