@@ -55,6 +55,7 @@ class _Memory:
     predicted_s: dict[str, float] = field(default_factory=dict)
     placed: dict[str, Placed] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
+    asked: bool = False
     measured: bool = False
 
 
@@ -153,7 +154,8 @@ class Draining:
         facts = self._facts(machines)
         decision = planner.decide(facts)
         if decision.ask:
-            if not self._now.measured:
+            if not self._now.asked:
+                self._now.asked = True
                 await self._book.settle(machines, decision, activity.asking(machines, facts.destinations))
             await self._ask_all(decision)
             await self._measure(machines)
@@ -279,9 +281,6 @@ class Draining:
 
     async def _measure(self, machines: list[planner.Machine]) -> None:
         """Predict what moving costs, smallest machines first, in the time there is for that; once in a drain."""
-        if self._now.measured:
-            return
-        self._now.measured = True
         limit_s = self._config.drain_measure_s
         ready = {one.id for one in machines if one.standing is Standing.READY}
         where = {
@@ -289,6 +288,11 @@ class Draining:
             for (machine_id, host), known in self._now.prospects.items()
             if known.compatible and machine_id in ready
         }
+        if self._now.measured or not where:
+            return
+        self._now.measured = True
+        if not self._book.drain.HasField("problem"):
+            self._book.drain.state = dp.DRAIN_STATE_DRAINING
         smallest_first = sorted(where, key=lambda machine_id: self._book.items[machine_id].memory_bytes)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit_s):

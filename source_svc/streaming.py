@@ -316,20 +316,29 @@ class StreamedCopy:
         self._measured = (now, arrived)
 
     async def _let_arrive(self) -> None:
-        """Wait for what was on its way when the hypervisor paused the guest, which it knows nothing about."""
+        """Wait for what was on its way when the hypervisor paused the guest, which it knows nothing about.
+
+        Whoever said "switch now" meant whatever the pause; only a link that stands ends it then.
+        """
         limit_s = self._effort.downtime_s(self._settings.terms.limits)
-        try:
-            async with asyncio.timeout(limit_s - (time.monotonic() - self._active_at)):
-                await self._open_lanes.drain()
-                while self._source.waiting_bytes:
-                    await self._look_again_in(_PAUSED_POLL_S)
+        left_s = limit_s - (time.monotonic() - self._active_at)
+        while True:
+            try:
+                async with asyncio.timeout(None if self._settings.terms.limits.switch_now else left_s):
                     await self._open_lanes.drain()
-        except TimeoutError as error:
-            raise NotConvergingError(
-                f"what was on its way when nothing was left to send took longer than the {limit_s * 1e3:.0f} ms for "
-                f"which the guest may be paused; {self._bytes_per_second / 1e6:.1f} MB/s can be sent",
-                rounds=self.round_number,
-            ) from error
+                    while self._source.waiting_bytes:
+                        await self._look_again_in(_PAUSED_POLL_S)
+                        await self._open_lanes.drain()
+                return
+            except TimeoutError as error:
+                if self._settings.terms.limits.switch_now:
+                    continue
+                raise NotConvergingError(
+                    "what was on its way when nothing was left to send took longer than the "
+                    f"{limit_s * 1e3:.0f} ms for which the guest may be paused; "
+                    f"{self._bytes_per_second / 1e6:.1f} MB/s can be sent",
+                    rounds=self.round_number,
+                ) from error
 
     async def _look_again_in(self, seconds: float) -> None:
         """Wait, but not beyond the stream's end, which never comes unasked unless something failed."""

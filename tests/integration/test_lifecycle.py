@@ -6,6 +6,8 @@ A service is held at a named place while the test acts, so that the phase is cer
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 
@@ -143,6 +145,29 @@ async def test_too_late_once_the_hand_off_has_begun(world: World, guest: Guest) 
     assert ended.outcome == COMPLETED
     assert await cancel(world, migration_id) == ended
     assert await switch_now(world, migration_id) == ended
+    await world.assert_stays(guest, world.b, world.a)
+
+
+async def test_too_late_while_the_source_lets_go(world: World, guest: Guest) -> None:
+    """The guest runs at the other host, and it is too late, said by name, twice."""
+    hypervisor = world.a.directory.find(guest.id).pid
+    async with armed(world, "dest.recorded.owned", "stop") as service:
+        migration_id = await world.start(guest, world.a, world.b)
+        await eventually(lambda: halted(service), "the destination owns it")
+        os.kill(hypervisor, signal.SIGSTOP)  # it does not end when it is asked to
+        try:
+            service.resume()
+            now = await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_RELEASING)
+            assert now.owner == world.b.identity.uri
+            async with world.source(world.a) as stub:
+                for _ in range(2):
+                    late = stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
+                    assert (await refusal(late)).reason == "POINT_OF_NO_RETURN"
+            assert (await switch_now(world, migration_id)).phase == pb.MIGRATION_PHASE_RELEASING
+        finally:
+            os.kill(hypervisor, signal.SIGCONT)
+    ended = await world.ended(world.a, migration_id)
+    assert ended.outcome == COMPLETED
     await world.assert_stays(guest, world.b, world.a)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.integration.browser import Tab, open_tab
 from tests.integration.hosts import MIB, World, open_world
+from tests.integration.test_drain import client, target
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")
@@ -21,7 +23,8 @@ NARROWEST = 320
 async def world() -> AsyncIterator[World]:
     """Hosts whose pages are on loopback ports."""
     ports = {"source_http_listen": "127.0.0.1:0", "dest_http_listen": "127.0.0.1:0"}
-    async with open_world(**ports) as opened:
+    drains = {"drain_look_s": 1.0, "drain_retry_s": 0.5, "drain_measure_s": 2.0}
+    async with open_world(**ports, **drains) as opened:
         yield opened
 
 
@@ -110,6 +113,8 @@ async def pictures(tab: Tab, what: str) -> None:
                 "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             )
             assert wide <= 0, f"{what} sticks out {wide} pixels at {width}"
+            high = await tab.ask("document.querySelector('header').offsetHeight")
+            assert high < 200, f"the head of {what} is {high} pixels high at {width}"
             if width != NARROWEST:
                 await tab.picture(
                     f"{what}-{'phone' if width == PHONE else 'desktop'}-{'dark' if dark else 'light'}"
@@ -149,6 +154,60 @@ async def test_what_waits_says_for_what(world: World, tab: Tab) -> None:
         for migration_id in started:
             await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
     await tab.until("!document.querySelector('#running .card')", "nothing is left")
+
+
+async def test_a_host_is_emptied_before_the_eyes_of_an_operator(world: World, tab: Tab) -> None:
+    """What is stuck and why, who moves and whose turn is next, that it is empty; and each time what may be done."""
+    guests = [await world.run() for _ in range(3)]
+    slowly = pb.MigrationOptions(max_bandwidth=MIB)
+    await tab.open(f"http://{world.a.source.http}/")
+    async with client(world, world.a) as a, client(world, world.b) as b:
+        try:
+            await b.drain([target(world.a)])
+            await a.drain([target(world.b)], options=slowly)
+            await tab.until(
+                "document.querySelectorAll('#drained .badge.warn').length === 3", "all of them stay"
+            )
+            section = await tab.text("#drain-section")
+            assert "Not empty, and nothing that is left can move 0 of 3 machines have moved" in section
+            assert "b: host.draining: " in section, "the host that refuses, and why"
+            assert "vmferry undrain" in await tab.text("#drained li:first-child"), "what to do about it"
+            assert "You may: do what is said below" in section
+            await pictures(tab, "drain-stuck")
+            for dark in (False, True):
+                await tab.look_as(dark=dark)
+                assert await tab.ask(_CONTRAST) == [], f"dark={dark}"
+            await tab.look_as()
+
+            await b.undrain()
+            words = "document.getElementById('drain-activity').textContent"
+            await tab.until(
+                f"{words}.includes(' goes next, as soon as one of the ')", "one moves, one is next"
+            )
+            section = await tab.text("#drain-section")
+            assert "Being emptied " in section
+            assert "number 1 to go, " in section
+            assert "You may: vmferry undrain a stops it" in section
+            await pictures(tab, "drain")
+            await tab.look_as()
+            await a.drain([target(world.b)])  # what waits goes as fast as it can
+            async with world.source(world.a) as stub:
+                for one in await a.history(open_only=True):
+                    await stub.UpdateMigration(pb.UpdateMigrationRequest(id=one.id, max_bandwidth=0))
+            await tab.until(
+                "document.getElementById('drain-title').textContent === 'Empty'", "the host is empty"
+            )
+            assert "3 of 3 machines have moved" in await tab.text("#drain-section")
+            assert "vmferry undrain a lets machines in again" in await tab.text("#drain-may")
+            assert await tab.ask("document.getElementById('draining').checkVisibility()")
+            await tab.picture("drain-empty-desktop-light")
+        finally:
+            await asyncio.gather(a.undrain(), b.undrain())
+    await tab.until("!document.getElementById('drain-section').checkVisibility()", "it is undone")
+    assert not await tab.ask("document.getElementById('draining').checkVisibility()")
+    assert world.a.holdings() == []
+    for guest in guests:
+        await guest.assert_clean(world.b)
 
 
 async def test_it_finds_its_service_again(world: World, tab: Tab) -> None:

@@ -46,7 +46,8 @@ def what_next(facts: Facts, decision: Decision, names: Mapping[str, str]) -> str
     elif waiting:
         parts.append(f"{names[waiting[0]]} goes next, as soon as a destination has room for it")
     elif under_way:
-        parts.append(f"nothing waits; {under_way} under way")
+        others = f"{len(decision.stays)} cannot move now" if decision.stays else "nothing waits"
+        parts.append(f"{others}; {under_way} under way")
     elif facts.machines:
         parts.append(f"looking again every {facts.fresh_s:g} s; it goes on by itself when something can move")
     parts += [_resting(host, until_s) for host in facts.destinations if (until_s := _rest(facts, host))]

@@ -189,6 +189,27 @@ async def test_a_guest_is_never_paused_for_longer_than_allowed(
     await assert_well(world, guest)
 
 
+async def test_a_stream_is_switched_by_hand(world: World, ticker: MachineSpec, link: Proxy) -> None:
+    """Said while its stream flows, twice or not, the guest crosses, whatever the pause; it is never damaged."""
+    guest = await boot(world, ticker)
+    link.begin_migration()
+    link.up_bytes_per_s = SLOW
+    waits = {"downtime_limit": 0.1, "on_no_convergence": pb.ON_NO_CONVERGENCE_WAIT}
+    allowed = waits if guest.spec.streams_live else {"downtime_limit": 30.0}
+    migration_id = await world.start(guest, world.a, world.b, address=link.address, path="stream", **allowed)
+    await world.reaches(
+        world.a, migration_id, lambda now: now.progress.wire_bytes > 50_000, "a part of the stream is sent"
+    )
+    async with world.source(world.a) as stub:
+        for _ in range(2):
+            await stub.SwitchNow(pb.SwitchNowRequest(id=migration_id), timeout=DEADLINE_S)
+    migration = await world.ended(world.a, migration_id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration.reason
+    assert migration.path == "stream"
+    link.heal()
+    await guest.assert_clean(world.b)
+
+
 async def test_a_stream_keeps_to_its_limits(world: World, ticker: MachineSpec) -> None:
     """It takes as long as its caps make it, and its hypervisor takes in how far it may hold the guest back."""
     guest = await boot(world, ticker)

@@ -33,8 +33,6 @@ const Format = {
   // "MIGRATION_PHASE_HANDING_OFF" without its prefix, as words.
   word: (name, prefix) => (name || "").replace(prefix, "").toLowerCase().replaceAll("_", " "),
 
-  capital: (text) => text.charAt(0).toUpperCase() + text.slice(1),
-
   ago(iso, now) {
     if (!iso) return "";
     const seconds = Math.max(0, (now - Date.parse(iso)) / 1000);

@@ -71,8 +71,8 @@ const Page = {
   DRAINED: { blocked: "bad", stays: "warn", moving: "accent", waiting: "", moved: "good" },
   DRAINS: {
     DRAINING: ["Being emptied", "vmferry undrain HOST stops it: what is under way ends as it will, the rest stays."],
-    STUCK: ["Not empty, and nothing that is left can move", "Do what is said below, or name further hosts (vmferry drain HOST --to …), or give it up (vmferry undrain HOST)."],
-    DRAINED: ["Empty", "Switch the host off, or update it. vmferry undrain HOST lets machines in again."],
+    STUCK: ["Not empty, and nothing that is left can move", "do what is said below, or name further hosts (vmferry drain HOST --to …), or give it up (vmferry undrain HOST)."],
+    DRAINED: ["Empty", "switch the host off, or update it. vmferry undrain HOST lets machines in again."],
   },
 
   drain(drain, host) {
@@ -91,7 +91,7 @@ const Page = {
       Page.say(Page.of(id), text);
     };
     tell("drain-problem", drain.problem ? Page.why(drain.problem) : "");
-    tell("drain-activity", drain.activity ? `${Format.capital(drain.activity)}.` : "");
+    tell("drain-activity", drain.activity ? `Now: ${drain.activity}.` : "");
     tell("drain-may", may ? `You may: ${may.replaceAll("HOST", host)}` : "");
     const state = (one) => Format.word(one.state, "DRAINED_MACHINE_STATE_");
     const order = Object.keys(Page.DRAINED);
@@ -282,7 +282,8 @@ const Page = {
   row(migration) {
     const outcome = Format.outcome(migration);
     const when = Page.make("span", { class: "when" });
-    const figure = migration.downtime ? `${Format.time(Format.seconds(migration.downtime))} pause` : (migration.reason?.reason || "").toLowerCase().replaceAll("_", " ");
+    const reason = (migration.reason?.reason || "").toLowerCase().replaceAll("_", " ");
+    const figure = migration.downtime ? `${Format.time(Format.seconds(migration.downtime))} pause` : reason === outcome ? "" : reason;
     const inside = Page.make("div", { class: "inside" });
     const details = Page.make("details", {}, Page.make("summary", {},
       Page.make("span", { class: `badge ${Page.OUTCOMES[outcome] || ""}` }, outcome),
