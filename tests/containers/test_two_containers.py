@@ -10,9 +10,11 @@ import pytest
 
 from tests.containers.hosts import MIB, TwoContainers, new_canary, new_linux
 from tests.containers.podman import podman
-from tests.integration.services import eventually
+from tests.integration.services import eventually, eventually_async
+from vmferry.client import SourceClient, Target
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1.drain_pb2 import DRAIN_STATE_DRAINED, DRAIN_STATE_STUCK
 
 pytestmark = pytest.mark.timeout(580)
 
@@ -97,6 +99,49 @@ async def test_the_destination_loses_power_in_the_middle(world: TwoContainers) -
     await guest.assert_only_on(world.a, world.b)
     await guest.assert_crosses(world.a, world.b)
     world.b.container.exec("vmferry", "machine", "stop", guest.spec.name)
+
+
+async def test_a_host_is_emptied_and_its_destination_loses_power(world: TwoContainers) -> None:
+    """What was on its way runs on; the drain says who does not answer, and until when; then the host is emptied."""
+    guests = [new_canary() for _ in range(3)]
+    for guest in guests:
+        world.a.run(guest.spec)
+        await guest.speaks(world.a)
+    there = Target(world.b.identity.uri, f"{world.b.name}:7602")
+    operator = world.a.fleet.volume("tls") / "operator"
+    async with SourceClient.open(f"{world.a.container.address}:7601", world.a.identity.uri, operator) as a:
+        try:
+            await a.drain([there], options=pb.MigrationOptions(max_bandwidth=SLOW))
+
+            async def copying() -> list[str]:
+                found = await a.history(open_only=True)
+                return [one.id for one in found if one.progress.sent_bytes >= MIB]
+
+            await eventually_async(copying, "machines are on their way", seconds=60)
+            world.b.container.kill()
+
+            async def told() -> bool:
+                found = await a.get_drain()
+                reasons = {one.reason for item in found.machines for one in item.obstacles}
+                rests = "b does not answer as it should and is left alone until" in found.activity
+                return found.state == DRAIN_STATE_STUCK and "PEER_UNREACHABLE" in reasons and rests
+
+            await eventually_async(told, "it says that host b does not answer", seconds=60)
+            for guest in guests:
+                await guest.assert_well(world.a)
+            world.b.container.start()
+            world.b.container.wait_healthy()
+            await a.drain([there])  # or wait: it tries again by itself
+
+            async def empty() -> bool:
+                return (await a.get_drain()).state == DRAIN_STATE_DRAINED
+
+            await eventually_async(empty, "the host is empty", seconds=60)
+        finally:
+            await a.undrain()
+    for guest in guests:
+        await guest.assert_only_on(world.b, world.a)
+        world.b.container.exec("vmferry", "machine", "stop", guest.spec.name)
 
 
 async def test_the_source_loses_power_in_the_middle(world: TwoContainers) -> None:

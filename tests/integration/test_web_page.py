@@ -260,6 +260,18 @@ async def test_nothing_is_taken_for_html(world: World, tab: Tab) -> None:
     assert evil in found[3]
 
 
+async def test_it_says_whose_spans_are_kept_elsewhere(world: World, tab: Tab) -> None:
+    """On hosts that share no folder, the destination's part of a timeline is missing, and is not missing silently."""
+    await tab.open(f"http://{world.a.source.http}/")
+    await tab.until("typeof Timeline === 'object'", "the scripts are there")
+    migration = {"source": "spiffe://t/vmhost/a", "destination": {"host": "spiffe://t/vmhost/b"}}
+    own, other = ({"host": name, "children": []} for name in "ab")
+    for spans, words in (([own], "what b did"), ([own | {"children": [other]}], "")):
+        said = await tab.ask(f"Timeline.absent({json.dumps(migration)}, {json.dumps({'spans': spans})})")
+        assert words in said
+        assert bool(said) == bool(words)
+
+
 async def test_everything_has_a_name_and_can_be_read(world: World, tab: Tab) -> None:
     """Whatever takes the focus has a name for a screen reader; text stands out from its ground, dark and light."""
     await world.run()

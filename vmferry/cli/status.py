@@ -80,6 +80,10 @@ async def list_(
         ),
     ] = "",
     before: Annotated[str, typer.Option("--before", metavar="TIME", help="Only accepted before then.")] = "",
+    limit: Annotated[
+        int,
+        typer.Option("--limit", metavar="COUNT", min=0, help="Only so many, the newest; 0: all there are."),
+    ] = 0,
     machines: Annotated[bool, typer.Option("--machines", help="List machines instead.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -98,15 +102,16 @@ async def list_(
     if before:
         request.created_before.FromDatetime(moment(before, field="--before", ahead=False))
     if machines:
-        if request != ListMigrationsRequest():
+        if request != ListMigrationsRequest() or limit:
             raise InvalidArgumentError(
                 "--machines lists machines, and goes with no option about migrations", field="--machines"
             )
         await _list_machines(hosts, json=json)
         return
-    told = await hosts.ask(lambda source: source.migrations(request))
+    told = await hosts.ask(lambda source: source.migrations(request, limit=limit))
     found = [(one.name, migration) for one in told for migration in one.answer or ()]
     found.sort(key=lambda pair: pair[1].create_time.ToNanoseconds(), reverse=True)
+    found = found[:limit] if limit else found
     if json:
         migrations = [as_document(migration) for _, migration in found]
         print_document({"migrations": migrations, **unanswered(hosts, told)})

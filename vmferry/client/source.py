@@ -210,17 +210,17 @@ class SourceClient(DrainCalls, UpdateCalls):
         """The migrations that the host knows, ended ones included, newest first."""
         return await self.migrations(pb.ListMigrationsRequest(machine=machine, open_only=open_only))
 
-    async def migrations(self, wanted: pb.ListMigrationsRequest) -> list[pb.Migration]:
-        """All pages of the migrations that are wanted, newest first."""
+    async def migrations(self, wanted: pb.ListMigrationsRequest, *, limit: int = 0) -> list[pb.Migration]:
+        """The migrations that are wanted, newest first: all pages, or as many as it takes for ``limit`` of them."""
         found: list[pb.Migration] = []
         request = pb.ListMigrationsRequest()
         request.CopyFrom(wanted)
-        request.page_size = wanted.page_size or _PAGE
+        request.page_size = min(limit or _PAGE, wanted.page_size or _PAGE)
         while True:
             answer = await self.ask(lambda: self.call(self.stub.ListMigrations, request))
             found.extend(answer.migrations)
-            if not answer.next_page_token:
-                return found
+            if not answer.next_page_token or 0 < limit <= len(found):
+                return found[:limit] if limit else found
             request.page_token = answer.next_page_token
 
     async def cancel(self, migration_id: str) -> pb.Migration:

@@ -65,6 +65,16 @@ def test_switch_now(call: Run, source: FakeSource) -> None:
     assert call("switch-now", "0" * 32).code == ExitCode.PRECONDITION
 
 
+def test_list_ends_where_it_is_told_to(call: Run, source: FakeSource) -> None:
+    """All pages are fetched, or no more of them than it takes."""
+    source.migrations = [migration() for _ in range(5)]
+    for options, count in (((), 5), (("--limit", "2"), 2), (("--limit", "9"), 5)):
+        source.requests.clear()
+        assert len(json.loads(call("list", "--json", *options).out)["migrations"]) == count
+        assert len(source.requests) == count, "one migration to a page"
+    assert call("list", "--machines", "--limit", "2").code == ExitCode.USAGE
+
+
 def test_list_asks_for_what_is_wanted(call: Run, source: FakeSource) -> None:
     """Every filter arrives in its field, on every page."""
     ran = call(

@@ -35,6 +35,15 @@ const Timeline = {
       return;
     }
     place.replaceChildren(Timeline.table(found, 1000 * Format.seconds(migration.downtime)));
+    const absent = Timeline.absent(migration, found);
+    if (absent) place.append(Page.make("p", { class: "trace" }, absent));
+  },
+
+  // Whose spans are not here: each host writes its own.
+  absent(migration, found) {
+    const there = new Set(Timeline.flat(found.spans).map((row) => row.host));
+    const hosts = [migration.source, migration.destination?.host].filter((host) => host && !there.has(host) && !there.has(Format.host(host)));
+    return hosts.length ? `Not among them: what ${hosts.map(Format.host).join(" and ")} did. Each host keeps its own spans; give the folders of both to the command above, or look into your collector.` : "";
   },
 
   flat(nodes, depth = 0) {
