@@ -38,6 +38,7 @@ from vmferry.handoff.states import (
     Tell,
     Wait,
 )
+from vmferry.machines.clock import ClockFinding, put_right
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import discard_leftover, halt_machine
 from vmferry.machines.port import RunState
@@ -58,6 +59,7 @@ class Arrival:
         directory: MachineDirectory,
         *,
         resume_retry_s: float,
+        agent_timeout_s: float,
         on_broken_journal: Callable[[VmferryError], None],
     ) -> None:
         self.machine_id = machine_id
@@ -69,6 +71,9 @@ class Arrival:
         self._directory = directory
         self._journal = ledger.open_destination(machine_id)
         self._resume_retry_s = resume_retry_s
+        self._agent_timeout_s = agent_timeout_s
+        self._clock: tuple[Attempt, asyncio.Task[ClockFinding | None]] | None = None
+        """The attempt by which the guest was resumed here, and what is found about its clock."""
         self._on_broken_journal = on_broken_journal
         self._resuming: asyncio.Task[None] | None = None
         self._hindered = ""
@@ -183,6 +188,9 @@ class Arrival:
         await self.apply(destination.GuestRan())
         # The source waits for the answer with the guest's pause on its clock; the rest can follow.
         self._afterwards = asyncio.create_task(self._after_resume(machine))
+        now = self.state.current
+        if not isinstance(now, destination.Empty):
+            self._clock = (now.attempt, asyncio.create_task(self._put_clock_right(self._afterwards)))
 
     async def _after_resume(self, machine: QmpMachine) -> None:
         try:
@@ -194,6 +202,25 @@ class Arrival:
             await receiver.release()
         reach("dest.released")
         await machine.close()
+
+    async def _put_clock_right(self, before: asyncio.Task[None]) -> ClockFinding | None:
+        """Look after the guest's clock, once the rest is done; None if the machine has ended since."""
+        await asyncio.wait([before])
+        try:
+            machine = self.machine()
+        except VmferryError as error:
+            _LOG.warning("no clock was put right", machine=self.machine_id, detail=error.message)
+            return None
+        try:
+            return await put_right(machine, None, agent_timeout_s=self._agent_timeout_s)
+        finally:
+            await machine.close()
+
+    async def clock_of(self, attempt: Attempt) -> ClockFinding | None:
+        """What was found about the clock of the guest that came by an attempt; None if that is not known."""
+        if self._clock is None or not self._clock[0].matches(attempt):
+            return None
+        return await asyncio.shield(self._clock[1])
 
     async def _keep_resuming(self) -> None:
         while True:
@@ -345,6 +372,7 @@ class Arrival:
         """Let go of the journal."""
         if self._resuming is not None:
             self._resuming.cancel()
-        last_steps = [task for task in (self._afterwards, self._settling) if task is not None]
+        clock = self._clock[1] if self._clock is not None else None
+        last_steps = [task for task in (self._afterwards, self._settling, clock) if task is not None]
         await asyncio.gather(*last_steps, return_exceptions=True)
         self._journal.close()

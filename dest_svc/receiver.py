@@ -26,6 +26,7 @@ from vmferry.errors import (
 )
 from vmferry.failpoints import reach
 from vmferry.handoff.states import Attempt
+from vmferry.machines.clock import keep
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.launcher import make_memory_file, start_machine, stop_machine
 from vmferry.machines.qmp import QmpMachine
@@ -219,6 +220,11 @@ class Receiver:
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
         )
+
+    async def keep_clock(self, realtime_ns: int) -> None:
+        """See that the guest of a loaded micro-VM is never told an earlier time than it has read at its source."""
+        if self.machine is not None:
+            await keep(self.machine, realtime_ns)
 
     async def _until_ended(self) -> None:
         """Wait a moment for the ends of the lanes, which may be overtaken by the call that seals."""

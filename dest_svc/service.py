@@ -15,6 +15,7 @@ from typing import Final
 import grpc
 
 from dest_svc.arrival import Arrival
+from dest_svc.clock_service import ClockService
 from dest_svc.judging import Judge, check_begin
 from dest_svc.measuring import Measurements
 from dest_svc.offer import guest_cpuid, make_offer
@@ -93,7 +94,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         # The two that carry memory are read without a copy.
         read_requests_with(server, name, self.Transfer, decode_request)
         read_requests_with(server, name, self.Measure, decode_measured)
-        return [name, self._recovery.register(server)]
+        clocks = ClockService(self._arrivals, self._attempt)
+        return [name, self._recovery.register(server), clocks.register(server)]
 
     async def recover(self) -> None:
         """Bring every machine that was arriving into the state its journal asks for; called once, before serving."""
@@ -200,7 +202,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
         arrival = self._arrivals.get(attempt.machine_id)
         if arrival is None:  # nothing is made for a machine that nobody has begun to send
             raise WrongPhaseError("there is no such attempt to seal", field="attempt")
-        own = await to_the_end(self._seal(arrival, attempt, request.digest, request.scheduled_events))
+        own = await to_the_end(self._seal(arrival, attempt, request))
         return handoff_pb2.SealResponse(status=self._status(arrival, attempt), digest=own)
 
     async def Go(self, request: handoff_pb2.GoRequest, context: Context) -> handoff_pb2.GoResponse:
@@ -337,7 +339,8 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
             return False
         return any(record.spec.uuid == arrival.machine_id for record in self._directory.list())
 
-    async def _seal(self, arrival: Arrival, attempt: Attempt, digest: bytes, events: bytes) -> bytes:
+    async def _seal(self, arrival: Arrival, attempt: Attempt, request: handoff_pb2.SealRequest) -> bytes:
+        digest = request.digest
         async with arrival.lock:
             now, receiver = arrival.state.current, arrival.receiver
             if (
@@ -350,11 +353,13 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
             try:
                 own = await receiver.seal_as(digest)
+                if request.guest_clock_ns:
+                    await receiver.keep_clock(request.guest_clock_ns)
             except (HashMismatchError, MachineDeadError) as error:
                 await arrival.lose_copy(error.message, error.reason)
                 raise
             reach("dest.verified")
-            BoardFiles(self._config.events_dir).take(attempt.machine_id, events)
+            BoardFiles(self._config.events_dir).take(attempt.machine_id, request.scheduled_events)
             await arrival.apply(destination.Verified(attempt, own))
             arrival.settle_records()
             return own
@@ -398,6 +403,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 self._ledger,
                 self._directory,
                 resume_retry_s=self._config.handoff_retry_s,
+                agent_timeout_s=self._config.agent_timeout_s,
                 on_broken_journal=self._host.journal_broken,
             )
         return self._arrivals[machine_id]

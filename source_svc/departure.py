@@ -92,7 +92,7 @@ class Departure:
     ) -> None:
         self.machine_id = machine_id
         self._ledger = ledger
-        self._directory = directory
+        self.directory = directory
         self._on_broken_journal = on_broken_journal
         self._journal: MachineJournal[source.SourceState] = ledger.open_source(machine_id)
         self.waiting = ""
@@ -106,6 +106,8 @@ class Departure:
         self._asked: Destination | None = None
         self._deciding = asyncio.Lock()
         """Held from a fact to what follows from it, where an operator may come between."""
+        self.resumed_at = 0.0
+        """When the guest was resumed here, by the clock of ``time.monotonic``; 0 if it was not."""
         self.overridden: ForcedByOperatorError | None = None
         """Set once an operator's word closed the attempt."""
 
@@ -219,6 +221,7 @@ class Departure:
             try:
                 async with self._ledger.permitted(self.machine_id) as permit:
                     await machine.cont(permit)
+                self.resumed_at = time.monotonic()
                 reach("source.resumed")
             except JournalDamagedError as error:
                 self._on_broken_journal(error)
@@ -253,17 +256,17 @@ class Departure:
         self._release_due = False
         self._not_resumed = None
         async with phase("release"):
-            await discard_if_gone(self.machine_id, self._ledger, self._directory)
+            await discard_if_gone(self.machine_id, self._ledger, self.directory)
             reach("source.released")
 
     def machine(self) -> QmpMachine:
         """A hold of the machine's hypervisor; raises MachineDeadError or MachineNotFoundError."""
-        return self._directory.open(self._directory.find(self.machine_id))
+        return self.directory.open(self.directory.find(self.machine_id))
 
     async def memory_intact(self) -> bool:
         """Whether the hypervisor has the guest's memory for certain; one that is silent now may resume it later."""
         try:
-            machine = self._directory.open(self._directory.find(self.machine_id), observe=True)
+            machine = self.directory.open(self.directory.find(self.machine_id), observe=True)
             try:
                 return await machine.run_state() in {RunState.RUNNING, RunState.PAUSED, RunState.POSTMIGRATE}
             finally:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final
 
 from source_svc.announcing import Announcements
+from source_svc.clocks import ask_arrived, see_to_returned
 from source_svc.copying import Copy, CopySettings
 from source_svc.departure import Departure
 from source_svc.ending import Deadline
@@ -373,6 +374,7 @@ class Outgoing(Followed):
         await self._tidy_up()
         await self._departure.release()
         await self._departure.keep_resuming(self)
+        await self._clock()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             self._forecasts.judge(self._subject, self.migration.message, last_round_bytes)
@@ -404,6 +406,7 @@ class Outgoing(Followed):
             await self._departure.settle(self._destination, tells, self)
             await self._departure.release()
             await self._keep_resuming()
+        await self._clock()
         if self._last_heard is AttemptState.RUNNING:
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
             return
@@ -413,6 +416,13 @@ class Outgoing(Followed):
         cancelled = isinstance(error, CancelledByCallerError) and not self._departure.overridden
         outcome = pb.MIGRATION_OUTCOME_CANCELLED if cancelled else pb.MIGRATION_OUTCOME_FAILED
         await self.migration.end(outcome, self._departure.overridden or error)
+
+    async def _clock(self) -> None:
+        if self._last_heard is AttemptState.RUNNING:
+            await ask_arrived(self._destination, self._attempt, self.migration, self._config)
+        elif self._may_be_paused:
+            paused_at = self._switch.paused_at if self._switch is not None else 0.0
+            await see_to_returned(self._departure, self.migration, paused_at, self._config)
 
     async def _keep_resuming(self) -> None:
         """See that a guest that was paused for this migration goes on, however long its hypervisor refuses."""

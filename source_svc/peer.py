@@ -28,7 +28,7 @@ from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.renewal import CurrentMaterial
 from vmferry.security.tls import is_identity_mismatch, open_channel
-from vmferry.v1 import compatibility_pb2, handoff_pb2, handoff_pb2_grpc
+from vmferry.v1 import clock_pb2, clock_pb2_grpc, compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
 _MEASURE: Final = "/vmferry.v1.DestinationService/Measure"
@@ -156,14 +156,32 @@ class Destination:
         return _heard(attempt, answer.status)
 
     async def seal(
-        self, attempt: Attempt, digest: bytes, *, rounds: int, events: bytes, timeout_s: float
+        self,
+        attempt: Attempt,
+        digest: bytes,
+        *,
+        rounds: int,
+        events: bytes,
+        timeout_s: float,
+        guest_clock_ns: int = 0,
     ) -> Heard:
         """Say that everything was sent; what is heard may be ready."""
         request = handoff_pb2.SealRequest(
-            attempt=attempt_to_ref(attempt), digest=digest, rounds=rounds, scheduled_events=events
+            attempt=attempt_to_ref(attempt),
+            digest=digest,
+            rounds=rounds,
+            scheduled_events=events,
+            guest_clock_ns=guest_clock_ns,
         )
         response = await self._ask(self._stub.Seal(request, timeout=timeout_s))
         return self._noted(_heard(attempt, response.status))
+
+    async def clock(self, attempt: Attempt, *, timeout_s: float) -> clock_pb2.ClockReport | None:
+        """What became of the clock of a guest that runs there; ``None`` if that host has not looked after it."""
+        request = clock_pb2.GetClockRequest(attempt=attempt_to_ref(attempt))
+        stub = clock_pb2_grpc.ClockServiceStub(self._channels[-1])
+        answer = await self._ask(stub.GetClock(request, timeout=timeout_s))
+        return answer.clock if answer.HasField("clock") else None
 
     async def tell(
         self, method: str, attempt: Attempt, *, digest: bytes, reason: str, superseded_by: int = 0

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from typing import Final
 
+from source_svc.clocks import ask_arrived, see_to_returned
 from source_svc.departure import Departure, discard_if_gone
 from source_svc.following import Followed
 from source_svc.migrations import Migration
@@ -30,6 +31,7 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
+from vmferry.machines.clock import put_right
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
@@ -40,7 +42,9 @@ from vmferry.v1 import migration_pb2 as pb
 _LOG: Final = get_logger(__name__)
 
 
-async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> None:
+async def settle_quiet(
+    machine_id: str, ledger: HostLedger, directory: MachineDirectory, agent_timeout_s: float
+) -> None:
     """With no attempt open: do what an earlier process had recorded and was ended before it did."""
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
@@ -57,6 +61,7 @@ async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDi
         if await machine.run_state() in {RunState.PAUSED, RunState.POSTMIGRATE}:
             async with ledger.permitted(machine_id) as permit:
                 await machine.cont(permit)
+            await put_right(machine, None, agent_timeout_s=agent_timeout_s)
     finally:
         await machine.close()
 
@@ -67,10 +72,11 @@ class Returned:
     Nothing else may begin with such a machine meanwhile: to resume it must never meet a pause that is meant.
     """
 
-    def __init__(self, ledger: HostLedger, directory: MachineDirectory, retry_s: float) -> None:
+    def __init__(self, ledger: HostLedger, directory: MachineDirectory, config: HostConfig) -> None:
         self._ledger = ledger
         self._directory = directory
-        self._retry_s = retry_s
+        self._retry_s = config.handoff_retry_s
+        self._agent_timeout_s = config.agent_timeout_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pauses: dict[str, Pause] = {}
         self._why_not: dict[str, str] = {}
@@ -105,7 +111,7 @@ class Returned:
         pause = self._pauses[machine_id]
         while True:
             try:
-                await settle_quiet(machine_id, self._ledger, self._directory)
+                await settle_quiet(machine_id, self._ledger, self._directory, self._agent_timeout_s)
             except MachineFailedError as error:
                 self._why_not[machine_id] = error.message
                 _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
@@ -144,6 +150,7 @@ class Recovered(Followed):
         self._traceparent = traceparent
         self.migration = migration
         self.retry_s = config.handoff_retry_s
+        self._config = config
         self.cold_boot_wait_s = config.cold_boot_wait_s
         self.reason = "the source service was restarted"
         self._departure = departure
@@ -208,9 +215,11 @@ class Recovered(Followed):
         await departure.release()
         await departure.keep_resuming(self)
         if self._last_heard is AttemptState.RUNNING:
+            await ask_arrived(self._destination, attempt, self.migration, self._config)
             self.migration.message.owner = self._destination.expected.uri
             await self.migration.end(pb.MIGRATION_OUTCOME_COMPLETED)
         else:
+            await see_to_returned(departure, self.migration, 0.0, self._config)
             self.migration.message.owner = self._own
             error = departure.overridden or WrongPhaseError(self.reason)
             await self.migration.end(pb.MIGRATION_OUTCOME_FAILED, error)

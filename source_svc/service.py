@@ -70,7 +70,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self._means = Means(host)
         self._underway = Underway()
         self._reclaiming = Reclaiming(host.ledger, host.directory)
-        self._returned = Returned(host.ledger, host.directory, host.config.handoff_retry_s)
+        self._returned = Returned(host.ledger, host.directory, host.config)
         self._farewells = Farewells(host, self._means.peer, is_busy=self._underway.is_busy)
         # Also one that waits: a process before this one may have told its guest, and it goes on by that event.
         self._metadata = MetadataService(host, is_busy=lambda one: self._migrations.open_of(one) is not None)

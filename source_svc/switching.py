@@ -21,6 +21,7 @@ from vmferry.errors import WrongPhaseError
 from vmferry.failpoints import reach
 from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
+from vmferry.machines.clock import told_ns
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.spec import QEMU
 from vmferry.telemetry.tracing import phase
@@ -58,6 +59,7 @@ class Switch:
         self._notice = notice
         self._compare_bytes = compare_bytes
         self._switch_timeout_s = switch_timeout_s
+        self._guest_clock_ns = 0
 
     async def to_ready(self) -> source.Heard:
         """Pause the guest and bring the destination to READY."""
@@ -84,13 +86,18 @@ class Switch:
         """Send what is left of the paused guest; returns its device state."""
         # Saving takes a while and hardly touches memory, so it goes on beside the last round.
         device_state: bytes
-        _, device_state = await together(copy.last_round(), save_device_state(self._machine))
+        _, device_state = await together(copy.last_round(), self._saved())
         if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
             await copy.leftovers()
         await copy.send_device_state(device_state)
         if self._compare_bytes:
             async with phase("compare"):
                 await copy.compare_all()
+        return device_state
+
+    async def _saved(self) -> bytes:
+        device_state = await save_device_state(self._machine)
+        self._guest_clock_ns = await told_ns(self._machine)
         return device_state
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
@@ -105,7 +112,12 @@ class Switch:
         await self._departure.apply(source.Paused(digest))
         seal = until_reached(
             lambda: self._destination.seal(
-                attempt, digest, rounds=rounds, events=events, timeout_s=timeout_s
+                attempt,
+                digest,
+                rounds=rounds,
+                events=events,
+                timeout_s=timeout_s,
+                guest_clock_ns=self._guest_clock_ns,
             ),
             "Seal",
             timeout_s,

@@ -33,7 +33,7 @@ from vmferry.events import policy
 from vmferry.handoff import updating
 from vmferry.handoff.ledger import Role
 from vmferry.machines.beside import end_beside, find_beside
-from vmferry.machines.clock import ClockFinding, put_right
+from vmferry.machines.clock import put_right, tell
 from vmferry.machines.directory import MachineRecord
 from vmferry.rpc.daemon import Host
 from vmferry.telemetry.logs import get_logger
@@ -316,24 +316,13 @@ class Run:
         message.pid = record.pid or 0
         machine = self._host.directory.open(record)
         try:
-            async with phase("clock"):
-                if self._pause_s is not None:
-                    _tell(await put_right(machine, self._pause_s), message.clock)
+            if self._pause_s is not None or self._found is None:  # an earlier process may have paused it
+                limit_s = self._host.config.agent_timeout_s
+                tell(await put_right(machine, self._pause_s, agent_timeout_s=limit_s), message.clock)
             if self._work.completed and not message.new_version:
                 message.new_version = await machine.version()
         finally:
             await machine.close()
-
-
-def _tell(found: ClockFinding, message: pb.ClockReport) -> None:
-    message.offset_before_us, message.offset_after_us = found.before_us, found.after_us
-    message.method, message.measured, message.note = found.method, found.measured, found.note
-    span_attributes(
-        clock_method=found.method,
-        clock_offset_before_us=found.before_us,
-        clock_offset_after_us=found.after_us,
-        clock_measured=found.measured,
-    )
 
 
 def raise_busy(record: MachineRecord, busy: str) -> None:

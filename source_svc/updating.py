@@ -28,6 +28,7 @@ from vmferry.handoff import updating
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.states import Append, Resume, Update, Wait
 from vmferry.handoff.updating import Adopt, EndNew, GiveUp, LetRun, New
+from vmferry.machines import clock
 from vmferry.machines.beside import adopt, end_beside, find_beside, start_beside
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.port import RunState
@@ -173,10 +174,12 @@ class Updating:
                 reach("update.paused")
                 async with phase("save device state"):
                     data = await old.save_device_state()
+                    read_ns = await clock.told_ns(old)
                     span_attributes(bytes=len(data))
                 reach("update.state-saved")
                 async with phase("load device state"):
                     await new.load_device_state(data)
+                    await clock.keep(new, read_ns)
                 reach("update.loaded")
             in_time = time.monotonic() - self._paused_at <= patience_s
             alive = old.process.alive()

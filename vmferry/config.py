@@ -97,6 +97,8 @@ class HostConfig:
     """Limit of one control call between the services."""
     qmp_timeout_s: float = 10.0
     """Limit of one command to a hypervisor."""
+    agent_timeout_s: float = 5.0
+    """How long the agent in a guest may take to have its clock put right, after the guest has been resumed."""
     negotiate_timeout_s: float = 20.0
     """Limit for the destination to say what it offers; the first time, it tries its hypervisors for that."""
     handoff_retry_s: float = 0.5
@@ -163,7 +165,7 @@ class HostConfig:
         positive = (
             "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
-            "qmp_timeout_s",
+            "qmp_timeout_s", "agent_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
             "cold_boot_wait_s", "total_timeout_per_gib_s", "no_progress_per_gib_s", "reconnect_timeout_s",
             "max_reconnect_timeout_s", "metadata_requests_per_s",

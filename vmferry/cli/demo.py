@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, TypeVar
 import typer
 
 from vmferry.cli.bounds import Bounds
+from vmferry.cli.clocks import clock_words
 from vmferry.cli.connection import open_source
 from vmferry.cli.demo_guest import Canary, Guest, Linux
 from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, show_logs, two_hosts
@@ -32,7 +33,8 @@ from vmferry.cli.watch import follow
 from vmferry.client.places import Target
 from vmferry.errors import InvalidArgumentError
 from vmferry.machines.qemu import probe
-from vmferry.machines.qemu.guest import append, initramfs, newest_kernel
+from vmferry.machines.qemu.guest import append, archive, initramfs, newest_kernel
+from vmferry.machines.qemu.guest.agent import agent_entries, agent_modules
 from vmferry.machines.qemu.spec import NicSpec, QemuSpec
 from vmferry.machines.spec import MAX_VCPUS, MICROVM, QEMU, new_mac, new_qemu_spec, new_spec
 from vmferry.telemetry.spans import load_spans
@@ -244,14 +246,24 @@ def _guest(world: TwoHosts, wishes: Wishes) -> Guest:
         return Canary(spec, wishes.resident_mib)
     kernel, initrd = world.images / "vmlinuz", world.images / "initrd"
     shutil.copyfile(wishes.kernel or newest_kernel(), kernel)
-    initrd.write_bytes(initramfs())
+    files, agent = _file_system(wishes.kernel or newest_kernel())
+    initrd.write_bytes(files)
     part = QemuSpec(
         kernel=str(kernel),
         initrd=str(initrd),
         append=append(wishes.resident_mib, wishes.dirty_mib_per_s),
         nics=(NicSpec(backend="user", mac=new_mac()),),
+        agent=agent,
     )
     return Linux(new_qemu_spec("linux", wishes.memory_mib, wishes.vcpus, part), wishes.resident_mib)
+
+
+def _file_system(kernel: Path) -> tuple[bytes, bool]:
+    """The guest's, with an agent if this computer has one to give; whether it has."""
+    try:
+        return initramfs(modules=agent_modules(kernel)) + archive(agent_entries()), True
+    except InvalidArgumentError:
+        return initramfs(), False
 
 
 async def _cross(
@@ -298,6 +310,8 @@ def _sentence(crossing: Crossing) -> str:
         f"total {crossing.total_ms / 1000:.2f} s, {migration.progress.round} rounds, "
         f"{size(migration.progress.wire_bytes)} on the wire"
     )
+    if words := clock_words(migration.clock):
+        figures += f"\n            {words}"
     if crossing.verified:
         found = migration.verification
         return (

@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vmferry.cli.clocks import clock_document
 from vmferry.cli.output import milliseconds
 from vmferry.cli.progress import outcome_name
 from vmferry.cli.watch import exit_code
 from vmferry.errors import ExitCode
 from vmferry.telemetry.spans import SpanRecord, span_tree
 from vmferry.telemetry.timeline import tree_json
+from vmferry.v1.clock_pb2 import ClockReport
 from vmferry.v1.migration_pb2 import MIGRATION_OUTCOME_COMPLETED, Migration
 
 
@@ -63,6 +65,7 @@ class Crossing:
             "total_ms": self.total_ms,
             "guest_gap_ms": self.guest_gap_ms,
             "guest_slowdown_percent": self.guest_slowdown_percent,
+            **clock_document(self.migration.clock),
             "rounds": self.migration.progress.round,
             "wire_bytes": self.migration.progress.wire_bytes,
             "verified": self.verified,
@@ -135,6 +138,7 @@ class Report:
                 ),
                 default=None,
             ),
+            **clock_document(self._worst_clock(told)),
             "memory_bytes": self.memory_bytes,
             "wire_bytes": self._typical(lambda crossing: crossing.migration.progress.wire_bytes),
             "memory_identical": self.memory_identical,
@@ -146,6 +150,11 @@ class Report:
             "crossings": [crossing.document() for crossing in self.crossings],
             "peak_rss_mib": self.peak_rss_mib,
         }
+
+    def _worst_clock(self, otherwise: Migration) -> ClockReport:
+        """Of the measured crossing after which the guest's clock was off the most."""
+        clocks = [crossing.migration.clock for crossing in self.measured]
+        return max(clocks, key=lambda clock: abs(clock.offset_after_us), default=otherwise.clock)
 
     def _typical(self, figure: Callable[[Crossing], float]) -> float | None:
         """A figure that really occurred: of the one measured crossing, or the higher median of several."""

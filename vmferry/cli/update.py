@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from vmferry.cli.clocks import clock_document, clock_words
 from vmferry.cli.connection import Source, calls_source
 from vmferry.cli.migrate import MachineArgument
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say
@@ -83,7 +84,6 @@ def exit_code(found: pb.Update) -> ExitCode:
 
 def document(found: pb.Update) -> dict[str, Any]:
     """An ended update for programs."""
-    clock = found.clock
     return {
         "id": found.id,
         "machine": found.machine,
@@ -93,11 +93,7 @@ def document(found: pb.Update) -> dict[str, Any]:
         "pause_ms": milliseconds(found.pause),
         "memory_bytes": found.memory_bytes,
         "bytes_copied": found.bytes_copied,
-        "clock_offset_before_ms": clock.offset_before_us / 1000,
-        "clock_offset_after_ms": clock.offset_after_us / 1000,
-        "clock_method": clock.method,
-        "clock_measured": clock.measured,
-        "clock_note": clock.note,
+        **clock_document(found.clock),
         "old_version": found.old_version,
         "new_version": found.new_version,
         "trace_id": found.trace_id,
@@ -112,10 +108,10 @@ def sentence(found: pb.Update) -> str:
         reason = found.reason
         word = OUTCOMES.get(found.outcome, "unknown")
         return f"{found.machine}: {word}: {reason.reason}: {reason.message}\n  remedy: {reason.remedy}"
+    clock = clock_words(found.clock) or "nothing is known of its clock"
     return (
         f"{found.machine} runs on in process {found.pid}: {found.old_version} -> {found.new_version}, paused for "
-        f"{milliseconds(found.pause):.1f} ms, nothing copied; its clock is off by "
-        f"{found.clock.offset_after_us / 1000:.1f} ms ({found.clock.method})"
+        f"{milliseconds(found.pause):.1f} ms, nothing copied; {clock}"
     )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 
 import typer
 
+from vmferry.cli.clocks import clock_words
 from vmferry.cli.connection import Source
 from vmferry.cli.hosts import Hosts, calls_hosts, find_migration
 from vmferry.cli.output import JsonOption, as_document, milliseconds, print_document, say, size
@@ -101,6 +102,8 @@ def _print_summary(migration: Migration) -> None:
             end="",
         )
         print(f"{size(migration.progress.wire_bytes)} on the wire")
+        if words := clock_words(migration.clock):
+            print(f"  {words}")
         if migration.progress.reconnects:
             again = size(migration.progress.repeated_bytes)
             print(f"  {migration.progress.reconnects} lanes reopened, {again} sent again")

@@ -30,7 +30,15 @@ from vmferry.memory.backings import MEMFD
 
 FOLDER: Final = "next"
 _KILL_S: Final = 5.0
-_ADOPTED: Final = ("qmp", "observer", "serial_socket", "spec", "process")
+_ADOPTED: Final = (
+    "qmp",
+    "observer",
+    "serial_socket",
+    "agent_socket",
+    "metadata_socket",
+    "spec",
+    "process",
+)
 """What takes the place of the old one's, in this order: the process last, so that it is known when all is done."""
 
 

@@ -30,6 +30,10 @@ from vmferry.machines.qemu.spec import (
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.backings import ANONYMOUS
 
+AGENT_CHARDEV: Final = "agent"
+"""What QEMU calls the host's end of the channel for the guest's agent."""
+AGENT_CHANNEL: Final = "org.qemu.guest_agent.0"
+"""The name of the port by which every agent finds its channel."""
 METADATA_ADDRESS: Final = "169.254.169.254"
 METADATA_NETWORK: Final = "169.254.169.0/24"
 SANDBOX: Final = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -133,6 +137,8 @@ def _qemu(
     for number, nic in enumerate(part.nics):
         command += _nic(number, nic, paths)
     command += _devices([device.model for device in part.devices])
+    if part.agent:
+        command += _agent(paths)
     command += ["-S"]
     if incoming:
         command += ["-incoming", "defer"]
@@ -186,6 +192,15 @@ def _devices(models: Sequence[str]) -> Iterator[str]:
             yield from ("-action", "watchdog=reset")
         plug = ",bus=usb.0" if model in USB_MODELS else ""
         yield from ("-device", f"{model},id={name}{plug}")
+
+
+def _agent(paths: MachinePaths) -> Iterator[str]:
+    # Behind all others, so that a machine with it has everything else where one without it has it.
+    socket = f"socket,id={AGENT_CHARDEV},path={_value(paths.agent_socket)},server=on,wait=off"
+    yield from ("-chardev", socket)
+    yield from ("-device", "virtio-serial-pci,id=agent-bus,max_ports=2")
+    port = f"virtserialport,id=agent-port,bus=agent-bus.0,nr=1,chardev={AGENT_CHARDEV},name={AGENT_CHANNEL}"
+    yield from ("-device", port)
 
 
 def _nic(number: int, nic: NicSpec, paths: MachinePaths) -> Iterator[str]:

@@ -21,6 +21,8 @@ ADDED_IN_2: Final = types.MappingProxyType({"added": 2})
 """Metadata of a field that version 1 does not have: what is left at its default is not said at all."""
 ADDED_IN_3: Final = types.MappingProxyType({"added": 3})
 """The same of a field that version 2 does not have either."""
+ADDED_IN_4: Final = types.MappingProxyType({"added": 4})
+"""The same of a field that version 3 does not have either."""
 WIDENED_IN_2: Final = types.MappingProxyType({"widened": 2})
 """Metadata of a field of which version 1 knows the default alone."""
 

@@ -78,6 +78,11 @@ class MachinePaths:
         return self.home / "serial.sock"
 
     @property
+    def agent_socket(self) -> Path:
+        """The socket that leads to the guest's agent, of machines that have a channel for one."""
+        return self.home / "agent.sock"
+
+    @property
     def metadata_socket(self) -> Path:
         """The socket at which the hypervisor hands on what its guest asks the metadata service."""
         return self.home / "metadata.sock"

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from vmferry.errors import (
     InvalidArgumentError,
@@ -321,19 +322,10 @@ class QmpMachine(Machine):
         except (KeyError, TypeError) as error:
             raise self._failure("query-version", f"an answer without sense: {answer!r}") from error
 
-    async def clock_ns(self) -> int:
-        """What the guest would read from the clock of a micro-VM now, in nanoseconds since 1970."""
+    async def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Send a command that may be sent twice with the effect of once, and return its answer."""
         async with self._lock:
-            answer = await self._monitor.execute("x-query-clock", repeatable=True)
-        try:
-            return int(answer["realtime-ns"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._failure("x-query-clock", f"an answer without sense: {answer!r}") from error
-
-    async def drop_owed_ticks(self) -> None:
-        """Let QEMU forget the interrupts of its RTC that came due while the guest was paused."""
-        async with self._lock:
-            await self._monitor.execute("rtc-reset-reinjection", repeatable=True)
+            return await self._monitor.execute(command, arguments, repeatable=True)
 
     async def inspect(self) -> Inspection:
         """What QEMU says of its release, its parts, and what forbids a migration."""

@@ -35,7 +35,7 @@ from vmferry.machines.qemu.spec import QemuSpec
 from vmferry.memory.backings import ANONYMOUS, HUGETLBFS, TMPFS
 from vmferry.memory.hugepages import HUGE_PAGE_BYTES
 
-NEWEST_VERSION: Final = 3
+NEWEST_VERSION: Final = 4
 MAX_MEMORY_MIB: Final = 1_048_576
 MICROVM: Final = "microvm"
 QEMU: Final = "qemu"

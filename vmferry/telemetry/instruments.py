@@ -63,6 +63,7 @@ _SHORT_S: Final = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.
 _LONG_S: Final = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0)
 _PHASE_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0, 3600.0)
 _LAG_S: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+_OFF_S: Final = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _ROUNDS: Final = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0)
 _RATIO: Final = (0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)
 """As far below one as above it."""
@@ -249,6 +250,22 @@ DOWNTIME_ERROR: Final = Instrument(
     "Pause of the guest in a completed migration, divided by what was predicted.",
     (semconv.MACHINE_KIND,),
     _RATIO,
+)
+CLOCK_BEFORE: Final = Instrument(
+    "vmferry.guest.clock.offset_before",
+    Kind.HISTOGRAM,
+    "s",
+    "How far a guest's clock was off its host's after a pause, either way, before anything was done about it.",
+    (semconv.METHOD,),
+    _OFF_S,
+)
+CLOCK_AFTER: Final = Instrument(
+    "vmferry.guest.clock.offset_after",
+    Kind.HISTOGRAM,
+    "s",
+    "How far it was off afterwards, by what put it right.",
+    (semconv.METHOD,),
+    _OFF_S,
 )
 LOOP_LAG: Final = Instrument(
     "vmferry.event_loop.lag",

@@ -66,6 +66,8 @@ _DRAIN_MOVES: Final = _counter(instruments.DRAIN_MOVES)
 _DRAIN_DURATION: Final = _histogram(instruments.DRAIN_DURATION)
 _TOTAL_ERROR: Final = _histogram(instruments.TOTAL_ERROR)
 _DOWNTIME_ERROR: Final = _histogram(instruments.DOWNTIME_ERROR)
+_CLOCK_BEFORE: Final = _histogram(instruments.CLOCK_BEFORE)
+_CLOCK_AFTER: Final = _histogram(instruments.CLOCK_AFTER)
 _LOOP_LAG: Final = _histogram(instruments.LOOP_LAG)
 for _one in instruments.INSTRUMENTS:
     if _one.kind is instruments.Kind.GAUGE:
@@ -148,6 +150,13 @@ def add_received(count: int) -> None:
 def record_loop_lag(seconds: float) -> None:
     """Note how late the event loop came to a timer."""
     _LOOP_LAG.record(seconds)
+
+
+def record_clock(*, method: str, before_s: float, after_s: float) -> None:
+    """Note how far a guest's clock was off after a pause, before and after it was put right, and by what."""
+    attributes = {semconv.METHOD: method}
+    _CLOCK_BEFORE.record(abs(before_s), attributes)
+    _CLOCK_AFTER.record(abs(after_s), attributes)
 
 
 def record_prediction_error(*, kind: str, total: float, downtime: float) -> None:

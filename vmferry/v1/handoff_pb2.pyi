@@ -451,6 +451,7 @@ class SealRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
     SCHEDULED_EVENTS_FIELD_NUMBER: _builtins.int
+    GUEST_CLOCK_NS_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """Digest over memory, device state, machine and epoch: 32 bytes."""
     rounds: _builtins.int
@@ -458,6 +459,10 @@ class SealRequest(_message.Message):
     scheduled_events: _builtins.bytes
     """What the machine's guest was told in Scheduled Events, to go on from: a board as vmferry/events/records.py writes
     it. Empty if the source keeps none; a destination that does not know it begins a new one.
+    """
+    guest_clock_ns: _builtins.int
+    """The time of day that the guest of a micro-VM had read last when it was paused, in nanoseconds since 1970: its clock
+    never goes behind that. 0 if that is not known, or not needed.
     """
     @_builtins.property
     def attempt(self) -> Global___AttemptRef:
@@ -470,10 +475,11 @@ class SealRequest(_message.Message):
         digest: _builtins.bytes = ...,
         rounds: _builtins.int = ...,
         scheduled_events: _builtins.bytes = ...,
+        guest_clock_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "rounds", b"rounds", "scheduled_events", b"scheduled_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "digest", b"digest", "guest_clock_ns", b"guest_clock_ns", "rounds", b"rounds", "scheduled_events", b"scheduled_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -247,6 +247,7 @@ class QemuSpec(_message.Message):
     BINARY_FIELD_NUMBER: _builtins.int
     SERIAL_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
     machine: _builtins.str
     """Machine type, such as "pc-q35-7.2"."""
     cpu: _builtins.str
@@ -267,6 +268,8 @@ class QemuSpec(_message.Message):
     """Path of the QEMU binary."""
     serial: _builtins.str
     """Where the first serial port leads: "file" (also if empty) or "socket"."""
+    agent: _builtins.bool
+    """Whether the guest has a channel for QEMU's guest agent, by which its clock is put right. Version 4."""
     @_builtins.property
     def disks(self) -> _containers.RepeatedCompositeFieldContainer[Global___QemuDisk]:
         """Disks, in the order in which the guest sees them."""
@@ -295,10 +298,11 @@ class QemuSpec(_message.Message):
         binary: _builtins.str = ...,
         serial: _builtins.str = ...,
         devices: _abc.Iterable[Global___QemuDevice] | None = ...,
+        agent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "append", b"append", "binary", b"binary", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "machine", b"machine", "memory_backing", b"memory_backing", "nics", b"nics", "serial", b"serial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerator", b"accelerator", "agent", b"agent", "append", b"append", "binary", b"binary", "cpu", b"cpu", "devices", b"devices", "disks", b"disks", "firmware", b"firmware", "initrd", b"initrd", "kernel", b"kernel", "machine", b"machine", "memory_backing", b"memory_backing", "nics", b"nics", "serial", b"serial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,86 +24,87 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from vmferry.v1 import clock_pb2 as vmferry_dot_v1_dot_clock__pb2
 from vmferry.v1 import compatibility_pb2 as vmferry_dot_v1_dot_compatibility__pb2
 from vmferry.v1 import machine_pb2 as vmferry_dot_v1_dot_machine__pb2
 from vmferry.v1 import override_pb2 as vmferry_dot_v1_dot_override__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avmferry/v1/migration.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\x1a\x19vmferry/v1/override.proto\",\n\x0b\x44\x65stination\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa5\x05\n\x10MigrationOptions\x12\x31\n\x0e\x64owntime_limit\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x30\n\rtotal_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rstall_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0freserve_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06verify\x18\x06 \x01(\x0e\x32\x16.vmferry.v1.VerifyMode\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\x12\x13\n\x0b\x63ompression\x18\t \x01(\t\x12\x15\n\rmax_bandwidth\x18\n \x01(\x04\x12\x1c\n\x14switchover_bandwidth\x18\x0b \x01(\x04\x12/\n\x0cmax_downtime\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x11on_no_convergence\x18\r \x01(\x0e\x32\x1b.vmferry.v1.OnNoConvergence\x12\x1c\n\x14max_throttle_percent\x18\x0e \x01(\r\x12\x34\n\x11reconnect_timeout\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06notice\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x64\x65\x61\x64line\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x12 \x01(\r\"\x83\x01\n\nQueueState\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x11\n\twaits_for\x18\x03 \x01(\t\x12\r\n\x05tries\x18\x04 \x01(\r\x12\x31\n\rnext_try_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x0fMigrationReason\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xa4\x04\n\x11MigrationProgress\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x12\n\nwire_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fremaining_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x01\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x07 \x01(\x01\x12\x34\n\x11\x65xpected_downtime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nzero_pages\x18\n \x01(\x04\x12\x18\n\x10throttle_percent\x18\x0b \x01(\r\x12\x33\n\x10\x61llowed_downtime\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0flanes_connected\x18\r \x01(\r\x12\x36\n\x12\x64isconnected_since\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0ereconnect_left\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nreconnects\x18\x10 \x01(\r\x12\x16\n\x0erepeated_bytes\x18\x11 \x01(\x04\"\x94\x01\n\x0bPhaseTiming\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0cVerification\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\xe1\x06\n\tMigration\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12)\n\x05phase\x18\x06 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12-\n\x07outcome\x18\x07 \x01(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12+\n\x06reason\x18\x08 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12/\n\x08progress\x18\t \x01(\x0b\x32\x1d.vmferry.v1.MigrationProgress\x12(\n\x07timings\x18\n \x03(\x0b\x32\x17.vmferry.v1.PhaseTiming\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64owntime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08trace_id\x18\x0f \x01(\t\x12\x0f\n\x07tracker\x18\x10 \x01(\t\x12-\n\x07options\x18\x11 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12.\n\x0cverification\x18\x12 \x01(\x0b\x32\x18.vmferry.v1.Verification\x12\r\n\x05owner\x18\x13 \x01(\t\x12\x10\n\x08revision\x18\x14 \x01(\x04\x12\x0c\n\x04path\x18\x15 \x01(\t\x12\x13\n\x0bpath_reason\x18\x16 \x01(\t\x12*\n\nprediction\x18\x17 \x01(\x0b\x32\x16.vmferry.v1.Prediction\x12\x10\n\x08\x65vent_id\x18\x18 \x01(\t\x12%\n\x05queue\x18\x19 \x01(\x0b\x32\x16.vmferry.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x1a \x01(\t\x12\x12\n\nrequest_id\x18\x1b \x01(\t\"\xa0\x01\n\x14PlanMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x1a\n\x12without_prediction\x18\x04 \x01(\x08\"H\n\x15PlanMigrationResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.vmferry.v1.CompatibilityReport\"\xa9\x01\n\x15StartMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12-\n\x07options\x18\x05 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"B\n\x16StartMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"!\n\x13GetMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\xba\x02\n\x15ListMigrationsRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\topen_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12*\n\x06phases\x18\x06 \x03(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\x08outcomes\x18\x07 \x03(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12\x31\n\rcreated_since\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\\\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.vmferry.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"X\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"$\n\x16\x43\x61ncelMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\xfa\x03\n\x16UpdateMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\rmax_bandwidth\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12!\n\x14switchover_bandwidth\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x31\n\x0e\x64owntime_limit\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cmax_downtime\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rtotal_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x11on_no_convergence\x18\x07 \x01(\x0e\x32\x1b.vmferry.v1.OnNoConvergence\x12!\n\x14max_throttle_percent\x18\x08 \x01(\rH\x02\x88\x01\x01\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08priority\x18\n \x01(\rH\x03\x88\x01\x01\x12\x0e\n\x06ticket\x18\x0b \x01(\x0c\x42\x10\n\x0e_max_bandwidthB\x17\n\x15_switchover_bandwidthB\x17\n\x15_max_throttle_percentB\x0b\n\t_priority\"C\n\x17UpdateMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\x1e\n\x10SwitchNowRequest\x12\n\n\x02id\x18\x01 \x01(\t\"=\n\x11SwitchNowResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"<\n\x13ListMachinesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListMachinesResponse\x12%\n\x08machines\x18\x01 \x03(\x0b\x32\x13.vmferry.v1.Machine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\":\n\x12GetMachineResponse\x12$\n\x07machine\x18\x01 \x01(\x0b\x32\x13.vmferry.v1.Machine\"T\n\x13\x46orceReclaimRequest\x12&\n\x08override\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.Override\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"B\n\x14\x46orceReclaimResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.vmferry.v1.OverrideReport*\xc6\x02\n\x0eMigrationPhase\x12\x1f\n\x1bMIGRATION_PHASE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_PHASE_NEGOTIATING\x10\x01\x12\x1d\n\x19MIGRATION_PHASE_RESERVING\x10\x02\x12\x1e\n\x1aMIGRATION_PHASE_PRECOPYING\x10\x03\x12\x1d\n\x19MIGRATION_PHASE_SWITCHING\x10\x04\x12\x1f\n\x1bMIGRATION_PHASE_HANDING_OFF\x10\x05\x12\x1d\n\x19MIGRATION_PHASE_RELEASING\x10\x06\x12\x19\n\x15MIGRATION_PHASE_ENDED\x10\x07\x12\x1d\n\x19MIGRATION_PHASE_ANNOUNCED\x10\x08\x12\x1a\n\x16MIGRATION_PHASE_QUEUED\x10\t*\xb4\x01\n\x10MigrationOutcome\x12!\n\x1dMIGRATION_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_OUTCOME_COMPLETED\x10\x01\x12\x1c\n\x18MIGRATION_OUTCOME_FAILED\x10\x02\x12\x1f\n\x1bMIGRATION_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19MIGRATION_OUTCOME_UNKNOWN\x10\x04*@\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11VERIFY_MODE_BYTES\x10\x01*\x8b\x01\n\x0fOnNoConvergence\x12!\n\x1dON_NO_CONVERGENCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17ON_NO_CONVERGENCE_ABORT\x10\x01\x12\x1a\n\x16ON_NO_CONVERGENCE_WAIT\x10\x02\x12\x1c\n\x18ON_NO_CONVERGENCE_SWITCH\x10\x03\x32\xba\x07\n\rSourceService\x12T\n\rPlanMigration\x12 .vmferry.v1.PlanMigrationRequest\x1a!.vmferry.v1.PlanMigrationResponse\x12W\n\x0eStartMigration\x12!.vmferry.v1.StartMigrationRequest\x1a\".vmferry.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.vmferry.v1.GetMigrationRequest\x1a .vmferry.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.vmferry.v1.ListMigrationsRequest\x1a\".vmferry.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.vmferry.v1.WatchMigrationRequest\x1a\".vmferry.v1.WatchMigrationResponse0\x01\x12Z\n\x0f\x43\x61ncelMigration\x12\".vmferry.v1.CancelMigrationRequest\x1a#.vmferry.v1.CancelMigrationResponse\x12Z\n\x0fUpdateMigration\x12\".vmferry.v1.UpdateMigrationRequest\x1a#.vmferry.v1.UpdateMigrationResponse\x12H\n\tSwitchNow\x12\x1c.vmferry.v1.SwitchNowRequest\x1a\x1d.vmferry.v1.SwitchNowResponse\x12Q\n\x0cListMachines\x12\x1f.vmferry.v1.ListMachinesRequest\x1a .vmferry.v1.ListMachinesResponse\x12K\n\nGetMachine\x12\x1d.vmferry.v1.GetMachineRequest\x1a\x1e.vmferry.v1.GetMachineResponse\x12Q\n\x0c\x46orceReclaim\x12\x1f.vmferry.v1.ForceReclaimRequest\x1a .vmferry.v1.ForceReclaimResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1avmferry/v1/migration.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16vmferry/v1/clock.proto\x1a\x1evmferry/v1/compatibility.proto\x1a\x18vmferry/v1/machine.proto\x1a\x19vmferry/v1/override.proto\",\n\x0b\x44\x65stination\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xa5\x05\n\x10MigrationOptions\x12\x31\n\x0e\x64owntime_limit\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05lanes\x18\x02 \x01(\r\x12\x30\n\rtotal_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rstall_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0freserve_timeout\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x06verify\x18\x06 \x01(\x0e\x32\x16.vmferry.v1.VerifyMode\x12\x0f\n\x07tracker\x18\x07 \x01(\t\x12\x0c\n\x04path\x18\x08 \x01(\t\x12\x13\n\x0b\x63ompression\x18\t \x01(\t\x12\x15\n\rmax_bandwidth\x18\n \x01(\x04\x12\x1c\n\x14switchover_bandwidth\x18\x0b \x01(\x04\x12/\n\x0cmax_downtime\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x11on_no_convergence\x18\r \x01(\x0e\x32\x1b.vmferry.v1.OnNoConvergence\x12\x1c\n\x14max_throttle_percent\x18\x0e \x01(\r\x12\x34\n\x11reconnect_timeout\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06notice\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\x08\x64\x65\x61\x64line\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08priority\x18\x12 \x01(\r\"\x83\x01\n\nQueueState\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x0e\n\x06length\x18\x02 \x01(\r\x12\x11\n\twaits_for\x18\x03 \x01(\t\x12\r\n\x05tries\x18\x04 \x01(\r\x12\x31\n\rnext_try_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x0fMigrationReason\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06remedy\x18\x03 \x01(\t\"\xa4\x04\n\x11MigrationProgress\x12\r\n\x05round\x18\x01 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x12\n\nsent_bytes\x18\x03 \x01(\x04\x12\x12\n\nwire_bytes\x18\x04 \x01(\x04\x12\x17\n\x0fremaining_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x62ytes_per_second\x18\x06 \x01(\x01\x12\x1e\n\x16\x64irty_bytes_per_second\x18\x07 \x01(\x01\x12\x34\n\x11\x65xpected_downtime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nzero_pages\x18\n \x01(\x04\x12\x18\n\x10throttle_percent\x18\x0b \x01(\r\x12\x33\n\x10\x61llowed_downtime\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0flanes_connected\x18\r \x01(\r\x12\x36\n\x12\x64isconnected_since\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0ereconnect_left\x18\x0f \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nreconnects\x18\x10 \x01(\r\x12\x16\n\x0erepeated_bytes\x18\x11 \x01(\x04\"\x94\x01\n\x0bPhaseTiming\x12)\n\x05phase\x18\x01 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\nstart_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x07\x65lapsed\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x0cVerification\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x17\n\x0f\x64ifferent_pages\x18\x02 \x01(\x04\"\x89\x07\n\tMigration\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12\x0e\n\x06source\x18\x04 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x05 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12)\n\x05phase\x18\x06 \x01(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12-\n\x07outcome\x18\x07 \x01(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12+\n\x06reason\x18\x08 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12/\n\x08progress\x18\t \x01(\x0b\x32\x1d.vmferry.v1.MigrationProgress\x12(\n\x07timings\x18\n \x03(\x0b\x32\x17.vmferry.v1.PhaseTiming\x12/\n\x0b\x63reate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64owntime\x18\r \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x0e \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08trace_id\x18\x0f \x01(\t\x12\x0f\n\x07tracker\x18\x10 \x01(\t\x12-\n\x07options\x18\x11 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12.\n\x0cverification\x18\x12 \x01(\x0b\x32\x18.vmferry.v1.Verification\x12\r\n\x05owner\x18\x13 \x01(\t\x12\x10\n\x08revision\x18\x14 \x01(\x04\x12\x0c\n\x04path\x18\x15 \x01(\t\x12\x13\n\x0bpath_reason\x18\x16 \x01(\t\x12*\n\nprediction\x18\x17 \x01(\x0b\x32\x16.vmferry.v1.Prediction\x12\x10\n\x08\x65vent_id\x18\x18 \x01(\t\x12%\n\x05queue\x18\x19 \x01(\x0b\x32\x16.vmferry.v1.QueueState\x12\x0e\n\x06\x63\x61ller\x18\x1a \x01(\t\x12\x12\n\nrequest_id\x18\x1b \x01(\t\x12&\n\x05\x63lock\x18\x1c \x01(\x0b\x32\x17.vmferry.v1.ClockReport\"\xa0\x01\n\x14PlanMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12-\n\x07options\x18\x03 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\x12\x1a\n\x12without_prediction\x18\x04 \x01(\x08\"H\n\x15PlanMigrationResponse\x12/\n\x06report\x18\x01 \x01(\x0b\x32\x1f.vmferry.v1.CompatibilityReport\"\xa9\x01\n\x15StartMigrationRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12,\n\x0b\x64\x65stination\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.Destination\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\x12-\n\x07options\x18\x05 \x01(\x0b\x32\x1c.vmferry.v1.MigrationOptions\"B\n\x16StartMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"!\n\x13GetMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"@\n\x14GetMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\xba\x02\n\x15ListMigrationsRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x11\n\topen_only\x18\x02 \x01(\x08\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x05 \x01(\t\x12*\n\x06phases\x18\x06 \x03(\x0e\x32\x1a.vmferry.v1.MigrationPhase\x12.\n\x08outcomes\x18\x07 \x03(\x0e\x32\x1c.vmferry.v1.MigrationOutcome\x12\x31\n\rcreated_since\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x63reated_before\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\\\n\x16ListMigrationsResponse\x12)\n\nmigrations\x18\x01 \x03(\x0b\x32\x15.vmferry.v1.Migration\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x15WatchMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"X\n\x16WatchMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\x12\x14\n\x0cresume_token\x18\x02 \x01(\t\"$\n\x16\x43\x61ncelMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\"C\n\x17\x43\x61ncelMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\xfa\x03\n\x16UpdateMigrationRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x1a\n\rmax_bandwidth\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12!\n\x14switchover_bandwidth\x18\x03 \x01(\x04H\x01\x88\x01\x01\x12\x31\n\x0e\x64owntime_limit\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cmax_downtime\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rtotal_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x11on_no_convergence\x18\x07 \x01(\x0e\x32\x1b.vmferry.v1.OnNoConvergence\x12!\n\x14max_throttle_percent\x18\x08 \x01(\rH\x02\x88\x01\x01\x12,\n\x08\x64\x65\x61\x64line\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\x08priority\x18\n \x01(\rH\x03\x88\x01\x01\x12\x0e\n\x06ticket\x18\x0b \x01(\x0c\x42\x10\n\x0e_max_bandwidthB\x17\n\x15_switchover_bandwidthB\x17\n\x15_max_throttle_percentB\x0b\n\t_priority\"C\n\x17UpdateMigrationResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"\x1e\n\x10SwitchNowRequest\x12\n\n\x02id\x18\x01 \x01(\t\"=\n\x11SwitchNowResponse\x12(\n\tmigration\x18\x01 \x01(\x0b\x32\x15.vmferry.v1.Migration\"<\n\x13ListMachinesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"V\n\x14ListMachinesResponse\x12%\n\x08machines\x18\x01 \x03(\x0b\x32\x13.vmferry.v1.Machine\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x11GetMachineRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\":\n\x12GetMachineResponse\x12$\n\x07machine\x18\x01 \x01(\x0b\x32\x13.vmferry.v1.Machine\"T\n\x13\x46orceReclaimRequest\x12&\n\x08override\x18\x01 \x01(\x0b\x32\x14.vmferry.v1.Override\x12\x15\n\rvalidate_only\x18\x02 \x01(\x08\"B\n\x14\x46orceReclaimResponse\x12*\n\x06report\x18\x01 \x01(\x0b\x32\x1a.vmferry.v1.OverrideReport*\xc6\x02\n\x0eMigrationPhase\x12\x1f\n\x1bMIGRATION_PHASE_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_PHASE_NEGOTIATING\x10\x01\x12\x1d\n\x19MIGRATION_PHASE_RESERVING\x10\x02\x12\x1e\n\x1aMIGRATION_PHASE_PRECOPYING\x10\x03\x12\x1d\n\x19MIGRATION_PHASE_SWITCHING\x10\x04\x12\x1f\n\x1bMIGRATION_PHASE_HANDING_OFF\x10\x05\x12\x1d\n\x19MIGRATION_PHASE_RELEASING\x10\x06\x12\x19\n\x15MIGRATION_PHASE_ENDED\x10\x07\x12\x1d\n\x19MIGRATION_PHASE_ANNOUNCED\x10\x08\x12\x1a\n\x16MIGRATION_PHASE_QUEUED\x10\t*\xb4\x01\n\x10MigrationOutcome\x12!\n\x1dMIGRATION_OUTCOME_UNSPECIFIED\x10\x00\x12\x1f\n\x1bMIGRATION_OUTCOME_COMPLETED\x10\x01\x12\x1c\n\x18MIGRATION_OUTCOME_FAILED\x10\x02\x12\x1f\n\x1bMIGRATION_OUTCOME_CANCELLED\x10\x03\x12\x1d\n\x19MIGRATION_OUTCOME_UNKNOWN\x10\x04*@\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11VERIFY_MODE_BYTES\x10\x01*\x8b\x01\n\x0fOnNoConvergence\x12!\n\x1dON_NO_CONVERGENCE_UNSPECIFIED\x10\x00\x12\x1b\n\x17ON_NO_CONVERGENCE_ABORT\x10\x01\x12\x1a\n\x16ON_NO_CONVERGENCE_WAIT\x10\x02\x12\x1c\n\x18ON_NO_CONVERGENCE_SWITCH\x10\x03\x32\xba\x07\n\rSourceService\x12T\n\rPlanMigration\x12 .vmferry.v1.PlanMigrationRequest\x1a!.vmferry.v1.PlanMigrationResponse\x12W\n\x0eStartMigration\x12!.vmferry.v1.StartMigrationRequest\x1a\".vmferry.v1.StartMigrationResponse\x12Q\n\x0cGetMigration\x12\x1f.vmferry.v1.GetMigrationRequest\x1a .vmferry.v1.GetMigrationResponse\x12W\n\x0eListMigrations\x12!.vmferry.v1.ListMigrationsRequest\x1a\".vmferry.v1.ListMigrationsResponse\x12Y\n\x0eWatchMigration\x12!.vmferry.v1.WatchMigrationRequest\x1a\".vmferry.v1.WatchMigrationResponse0\x01\x12Z\n\x0f\x43\x61ncelMigration\x12\".vmferry.v1.CancelMigrationRequest\x1a#.vmferry.v1.CancelMigrationResponse\x12Z\n\x0fUpdateMigration\x12\".vmferry.v1.UpdateMigrationRequest\x1a#.vmferry.v1.UpdateMigrationResponse\x12H\n\tSwitchNow\x12\x1c.vmferry.v1.SwitchNowRequest\x1a\x1d.vmferry.v1.SwitchNowResponse\x12Q\n\x0cListMachines\x12\x1f.vmferry.v1.ListMachinesRequest\x1a .vmferry.v1.ListMachinesResponse\x12K\n\nGetMachine\x12\x1d.vmferry.v1.GetMachineRequest\x1a\x1e.vmferry.v1.GetMachineResponse\x12Q\n\x0c\x46orceReclaim\x12\x1f.vmferry.v1.ForceReclaimRequest\x1a .vmferry.v1.ForceReclaimResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.migration_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MIGRATIONPHASE']._serialized_start=5076
-  _globals['_MIGRATIONPHASE']._serialized_end=5402
-  _globals['_MIGRATIONOUTCOME']._serialized_start=5405
-  _globals['_MIGRATIONOUTCOME']._serialized_end=5585
-  _globals['_VERIFYMODE']._serialized_start=5587
-  _globals['_VERIFYMODE']._serialized_end=5651
-  _globals['_ONNOCONVERGENCE']._serialized_start=5654
-  _globals['_ONNOCONVERGENCE']._serialized_end=5793
-  _globals['_DESTINATION']._serialized_start=192
-  _globals['_DESTINATION']._serialized_end=236
-  _globals['_MIGRATIONOPTIONS']._serialized_start=239
-  _globals['_MIGRATIONOPTIONS']._serialized_end=916
-  _globals['_QUEUESTATE']._serialized_start=919
-  _globals['_QUEUESTATE']._serialized_end=1050
-  _globals['_MIGRATIONREASON']._serialized_start=1052
-  _globals['_MIGRATIONREASON']._serialized_end=1118
-  _globals['_MIGRATIONPROGRESS']._serialized_start=1121
-  _globals['_MIGRATIONPROGRESS']._serialized_end=1669
-  _globals['_PHASETIMING']._serialized_start=1672
-  _globals['_PHASETIMING']._serialized_end=1820
-  _globals['_VERIFICATION']._serialized_start=1822
-  _globals['_VERIFICATION']._serialized_end=1885
-  _globals['_MIGRATION']._serialized_start=1888
-  _globals['_MIGRATION']._serialized_end=2753
-  _globals['_PLANMIGRATIONREQUEST']._serialized_start=2756
-  _globals['_PLANMIGRATIONREQUEST']._serialized_end=2916
-  _globals['_PLANMIGRATIONRESPONSE']._serialized_start=2918
-  _globals['_PLANMIGRATIONRESPONSE']._serialized_end=2990
-  _globals['_STARTMIGRATIONREQUEST']._serialized_start=2993
-  _globals['_STARTMIGRATIONREQUEST']._serialized_end=3162
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=3164
-  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=3230
-  _globals['_GETMIGRATIONREQUEST']._serialized_start=3232
-  _globals['_GETMIGRATIONREQUEST']._serialized_end=3265
-  _globals['_GETMIGRATIONRESPONSE']._serialized_start=3267
-  _globals['_GETMIGRATIONRESPONSE']._serialized_end=3331
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=3334
-  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=3648
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=3650
-  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=3742
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=3744
-  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=3801
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=3803
-  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=3891
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=3893
-  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=3929
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=3931
-  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=3998
-  _globals['_UPDATEMIGRATIONREQUEST']._serialized_start=4001
-  _globals['_UPDATEMIGRATIONREQUEST']._serialized_end=4507
-  _globals['_UPDATEMIGRATIONRESPONSE']._serialized_start=4509
-  _globals['_UPDATEMIGRATIONRESPONSE']._serialized_end=4576
-  _globals['_SWITCHNOWREQUEST']._serialized_start=4578
-  _globals['_SWITCHNOWREQUEST']._serialized_end=4608
-  _globals['_SWITCHNOWRESPONSE']._serialized_start=4610
-  _globals['_SWITCHNOWRESPONSE']._serialized_end=4671
-  _globals['_LISTMACHINESREQUEST']._serialized_start=4673
-  _globals['_LISTMACHINESREQUEST']._serialized_end=4733
-  _globals['_LISTMACHINESRESPONSE']._serialized_start=4735
-  _globals['_LISTMACHINESRESPONSE']._serialized_end=4821
-  _globals['_GETMACHINEREQUEST']._serialized_start=4823
-  _globals['_GETMACHINEREQUEST']._serialized_end=4859
-  _globals['_GETMACHINERESPONSE']._serialized_start=4861
-  _globals['_GETMACHINERESPONSE']._serialized_end=4919
-  _globals['_FORCERECLAIMREQUEST']._serialized_start=4921
-  _globals['_FORCERECLAIMREQUEST']._serialized_end=5005
-  _globals['_FORCERECLAIMRESPONSE']._serialized_start=5007
-  _globals['_FORCERECLAIMRESPONSE']._serialized_end=5073
-  _globals['_SOURCESERVICE']._serialized_start=5796
-  _globals['_SOURCESERVICE']._serialized_end=6750
+  _globals['_MIGRATIONPHASE']._serialized_start=5140
+  _globals['_MIGRATIONPHASE']._serialized_end=5466
+  _globals['_MIGRATIONOUTCOME']._serialized_start=5469
+  _globals['_MIGRATIONOUTCOME']._serialized_end=5649
+  _globals['_VERIFYMODE']._serialized_start=5651
+  _globals['_VERIFYMODE']._serialized_end=5715
+  _globals['_ONNOCONVERGENCE']._serialized_start=5718
+  _globals['_ONNOCONVERGENCE']._serialized_end=5857
+  _globals['_DESTINATION']._serialized_start=216
+  _globals['_DESTINATION']._serialized_end=260
+  _globals['_MIGRATIONOPTIONS']._serialized_start=263
+  _globals['_MIGRATIONOPTIONS']._serialized_end=940
+  _globals['_QUEUESTATE']._serialized_start=943
+  _globals['_QUEUESTATE']._serialized_end=1074
+  _globals['_MIGRATIONREASON']._serialized_start=1076
+  _globals['_MIGRATIONREASON']._serialized_end=1142
+  _globals['_MIGRATIONPROGRESS']._serialized_start=1145
+  _globals['_MIGRATIONPROGRESS']._serialized_end=1693
+  _globals['_PHASETIMING']._serialized_start=1696
+  _globals['_PHASETIMING']._serialized_end=1844
+  _globals['_VERIFICATION']._serialized_start=1846
+  _globals['_VERIFICATION']._serialized_end=1909
+  _globals['_MIGRATION']._serialized_start=1912
+  _globals['_MIGRATION']._serialized_end=2817
+  _globals['_PLANMIGRATIONREQUEST']._serialized_start=2820
+  _globals['_PLANMIGRATIONREQUEST']._serialized_end=2980
+  _globals['_PLANMIGRATIONRESPONSE']._serialized_start=2982
+  _globals['_PLANMIGRATIONRESPONSE']._serialized_end=3054
+  _globals['_STARTMIGRATIONREQUEST']._serialized_start=3057
+  _globals['_STARTMIGRATIONREQUEST']._serialized_end=3226
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_start=3228
+  _globals['_STARTMIGRATIONRESPONSE']._serialized_end=3294
+  _globals['_GETMIGRATIONREQUEST']._serialized_start=3296
+  _globals['_GETMIGRATIONREQUEST']._serialized_end=3329
+  _globals['_GETMIGRATIONRESPONSE']._serialized_start=3331
+  _globals['_GETMIGRATIONRESPONSE']._serialized_end=3395
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_start=3398
+  _globals['_LISTMIGRATIONSREQUEST']._serialized_end=3712
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_start=3714
+  _globals['_LISTMIGRATIONSRESPONSE']._serialized_end=3806
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_start=3808
+  _globals['_WATCHMIGRATIONREQUEST']._serialized_end=3865
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_start=3867
+  _globals['_WATCHMIGRATIONRESPONSE']._serialized_end=3955
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_start=3957
+  _globals['_CANCELMIGRATIONREQUEST']._serialized_end=3993
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_start=3995
+  _globals['_CANCELMIGRATIONRESPONSE']._serialized_end=4062
+  _globals['_UPDATEMIGRATIONREQUEST']._serialized_start=4065
+  _globals['_UPDATEMIGRATIONREQUEST']._serialized_end=4571
+  _globals['_UPDATEMIGRATIONRESPONSE']._serialized_start=4573
+  _globals['_UPDATEMIGRATIONRESPONSE']._serialized_end=4640
+  _globals['_SWITCHNOWREQUEST']._serialized_start=4642
+  _globals['_SWITCHNOWREQUEST']._serialized_end=4672
+  _globals['_SWITCHNOWRESPONSE']._serialized_start=4674
+  _globals['_SWITCHNOWRESPONSE']._serialized_end=4735
+  _globals['_LISTMACHINESREQUEST']._serialized_start=4737
+  _globals['_LISTMACHINESREQUEST']._serialized_end=4797
+  _globals['_LISTMACHINESRESPONSE']._serialized_start=4799
+  _globals['_LISTMACHINESRESPONSE']._serialized_end=4885
+  _globals['_GETMACHINEREQUEST']._serialized_start=4887
+  _globals['_GETMACHINEREQUEST']._serialized_end=4923
+  _globals['_GETMACHINERESPONSE']._serialized_start=4925
+  _globals['_GETMACHINERESPONSE']._serialized_end=4983
+  _globals['_FORCERECLAIMREQUEST']._serialized_start=4985
+  _globals['_FORCERECLAIMREQUEST']._serialized_end=5069
+  _globals['_FORCERECLAIMRESPONSE']._serialized_start=5071
+  _globals['_FORCERECLAIMRESPONSE']._serialized_end=5137
+  _globals['_SOURCESERVICE']._serialized_start=5860
+  _globals['_SOURCESERVICE']._serialized_end=6814
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from vmferry.v1 import clock_pb2 as _clock_pb2
 from vmferry.v1 import compatibility_pb2 as _compatibility_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
 from vmferry.v1 import override_pb2 as _override_pb2
@@ -553,6 +554,7 @@ class Migration(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CLOCK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Identity: 32 hexadecimal digits."""
     machine: _builtins.str
@@ -633,6 +635,10 @@ class Migration(_message.Message):
     def queue(self) -> Global___QueueState:
         """What it waits for, in phase QUEUED; in RESERVING, that its destination filled up after it had been asked."""
 
+    @_builtins.property
+    def clock(self) -> _clock_pb2.ClockReport:
+        """What became of the guest's clock where it goes on; absent if it was not paused, or its new host does not say."""
+
     def __init__(
         self,
         *,
@@ -663,10 +669,11 @@ class Migration(_message.Message):
         queue: Global___QueueState | None = ...,
         caller: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        clock: _clock_pb2.ClockReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock", b"clock", "create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "options", b"options", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "total", b"total", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "event_id", b"event_id", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "request_id", b"request_id", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "clock", b"clock", "create_time", b"create_time", "destination", b"destination", "downtime", b"downtime", "end_time", b"end_time", "event_id", b"event_id", "id", b"id", "machine", b"machine", "machine_id", b"machine_id", "options", b"options", "outcome", b"outcome", "owner", b"owner", "path", b"path", "path_reason", b"path_reason", "phase", b"phase", "prediction", b"prediction", "progress", b"progress", "queue", b"queue", "reason", b"reason", "request_id", b"request_id", "revision", b"revision", "source", b"source", "timings", b"timings", "total", b"total", "trace_id", b"trace_id", "tracker", b"tracker", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,45 +24,44 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from vmferry.v1 import clock_pb2 as vmferry_dot_v1_dot_clock__pb2
 from vmferry.v1 import machine_pb2 as vmferry_dot_v1_dot_machine__pb2
 from vmferry.v1 import migration_pb2 as vmferry_dot_v1_dot_migration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/update.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18vmferry/v1/machine.proto\x1a\x1avmferry/v1/migration.proto\"J\n\x0cUpdateTarget\x12\x13\n\x0bqemu_binary\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\"M\n\x0eUpdateObstacle\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06object\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"p\n\x0b\x43lockReport\x12\x18\n\x10offset_before_us\x18\x01 \x01(\x12\x12\x17\n\x0foffset_after_us\x18\x02 \x01(\x12\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x10\n\x08measured\x18\x04 \x01(\x08\x12\x0c\n\x04note\x18\x05 \x01(\t\"\xb2\x04\n\x06Update\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12&\n\x05phase\x18\x04 \x01(\x0e\x32\x17.vmferry.v1.UpdatePhase\x12*\n\x07outcome\x18\x05 \x01(\x0e\x32\x19.vmferry.v1.UpdateOutcome\x12+\n\x06reason\x18\x06 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12(\n\x05pause\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tmax_pause\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_copied\x18\n \x01(\x04\x12\x13\n\x0bold_version\x18\x0b \x01(\t\x12\x13\n\x0bnew_version\x18\x0c \x01(\t\x12&\n\x05\x63lock\x18\r \x01(\x0b\x32\x17.vmferry.v1.ClockReport\x12\x10\n\x08trace_id\x18\x0e \x01(\t\x12\x10\n\x08\x65vent_id\x18\x0f \x01(\t\x12\x10\n\x08revision\x18\x10 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x13 \x01(\r\"O\n\x12\x43heckUpdateRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12(\n\x06target\x18\x02 \x01(\x0b\x32\x18.vmferry.v1.UpdateTarget\"\x80\x01\n\x13\x43heckUpdateResponse\x12\x10\n\x08\x65ligible\x18\x01 \x01(\x08\x12-\n\tobstacles\x18\x02 \x03(\x0b\x32\x1a.vmferry.v1.UpdateObstacle\x12\x13\n\x0bold_version\x18\x03 \x01(\t\x12\x13\n\x0bnew_version\x18\x04 \x01(\t\"\xbe\x01\n\x14UpdateInPlaceRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12(\n\x06target\x18\x03 \x01(\x0b\x32\x18.vmferry.v1.UpdateTarget\x12,\n\tmax_pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06notice\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x15UpdateInPlaceResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update\"\x1e\n\x10GetUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x11GetUpdateResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update\" \n\x12WatchUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"9\n\x13WatchUpdateResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update*\xb2\x01\n\x0bUpdatePhase\x12\x1c\n\x18UPDATE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPDATE_PHASE_ANNOUNCED\x10\x01\x12\x19\n\x15UPDATE_PHASE_STARTING\x10\x02\x12\x1a\n\x16UPDATE_PHASE_SWITCHING\x10\x03\x12\x1a\n\x16UPDATE_PHASE_FINISHING\x10\x04\x12\x16\n\x12UPDATE_PHASE_ENDED\x10\x05*\x86\x01\n\rUpdateOutcome\x12\x1e\n\x1aUPDATE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18UPDATE_OUTCOME_COMPLETED\x10\x01\x12\x1e\n\x1aUPDATE_OUTCOME_ROLLED_BACK\x10\x02\x12\x17\n\x13UPDATE_OUTCOME_LOST\x10\x03\x32\xd1\x02\n\rUpdateService\x12N\n\x0b\x43heckUpdate\x12\x1e.vmferry.v1.CheckUpdateRequest\x1a\x1f.vmferry.v1.CheckUpdateResponse\x12T\n\rUpdateInPlace\x12 .vmferry.v1.UpdateInPlaceRequest\x1a!.vmferry.v1.UpdateInPlaceResponse\x12H\n\tGetUpdate\x12\x1c.vmferry.v1.GetUpdateRequest\x1a\x1d.vmferry.v1.GetUpdateResponse\x12P\n\x0bWatchUpdate\x12\x1e.vmferry.v1.WatchUpdateRequest\x1a\x1f.vmferry.v1.WatchUpdateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/update.proto\x12\nvmferry.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16vmferry/v1/clock.proto\x1a\x18vmferry/v1/machine.proto\x1a\x1avmferry/v1/migration.proto\"J\n\x0cUpdateTarget\x12\x13\n\x0bqemu_binary\x18\x01 \x01(\t\x12%\n\x04spec\x18\x02 \x01(\x0b\x32\x17.vmferry.v1.MachineSpec\"M\n\x0eUpdateObstacle\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06object\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"\xb2\x04\n\x06Update\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nmachine_id\x18\x03 \x01(\t\x12&\n\x05phase\x18\x04 \x01(\x0e\x32\x17.vmferry.v1.UpdatePhase\x12*\n\x07outcome\x18\x05 \x01(\x0e\x32\x19.vmferry.v1.UpdateOutcome\x12+\n\x06reason\x18\x06 \x01(\x0b\x32\x1b.vmferry.v1.MigrationReason\x12(\n\x05pause\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tmax_pause\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0cmemory_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x62ytes_copied\x18\n \x01(\x04\x12\x13\n\x0bold_version\x18\x0b \x01(\t\x12\x13\n\x0bnew_version\x18\x0c \x01(\t\x12&\n\x05\x63lock\x18\r \x01(\x0b\x32\x17.vmferry.v1.ClockReport\x12\x10\n\x08trace_id\x18\x0e \x01(\t\x12\x10\n\x08\x65vent_id\x18\x0f \x01(\t\x12\x10\n\x08revision\x18\x10 \x01(\x04\x12/\n\x0b\x63reate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03pid\x18\x13 \x01(\r\"O\n\x12\x43heckUpdateRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12(\n\x06target\x18\x02 \x01(\x0b\x32\x18.vmferry.v1.UpdateTarget\"\x80\x01\n\x13\x43heckUpdateResponse\x12\x10\n\x08\x65ligible\x18\x01 \x01(\x08\x12-\n\tobstacles\x18\x02 \x03(\x0b\x32\x1a.vmferry.v1.UpdateObstacle\x12\x13\n\x0bold_version\x18\x03 \x01(\t\x12\x13\n\x0bnew_version\x18\x04 \x01(\t\"\xbe\x01\n\x14UpdateInPlaceRequest\x12\x0f\n\x07machine\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12(\n\x06target\x18\x03 \x01(\x0b\x32\x18.vmferry.v1.UpdateTarget\x12,\n\tmax_pause\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06notice\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x15UpdateInPlaceResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update\"\x1e\n\x10GetUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x11GetUpdateResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update\" \n\x12WatchUpdateRequest\x12\n\n\x02id\x18\x01 \x01(\t\"9\n\x13WatchUpdateResponse\x12\"\n\x06update\x18\x01 \x01(\x0b\x32\x12.vmferry.v1.Update*\xb2\x01\n\x0bUpdatePhase\x12\x1c\n\x18UPDATE_PHASE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPDATE_PHASE_ANNOUNCED\x10\x01\x12\x19\n\x15UPDATE_PHASE_STARTING\x10\x02\x12\x1a\n\x16UPDATE_PHASE_SWITCHING\x10\x03\x12\x1a\n\x16UPDATE_PHASE_FINISHING\x10\x04\x12\x16\n\x12UPDATE_PHASE_ENDED\x10\x05*\x86\x01\n\rUpdateOutcome\x12\x1e\n\x1aUPDATE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1c\n\x18UPDATE_OUTCOME_COMPLETED\x10\x01\x12\x1e\n\x1aUPDATE_OUTCOME_ROLLED_BACK\x10\x02\x12\x17\n\x13UPDATE_OUTCOME_LOST\x10\x03\x32\xd1\x02\n\rUpdateService\x12N\n\x0b\x43heckUpdate\x12\x1e.vmferry.v1.CheckUpdateRequest\x1a\x1f.vmferry.v1.CheckUpdateResponse\x12T\n\rUpdateInPlace\x12 .vmferry.v1.UpdateInPlaceRequest\x1a!.vmferry.v1.UpdateInPlaceResponse\x12H\n\tGetUpdate\x12\x1c.vmferry.v1.GetUpdateRequest\x1a\x1d.vmferry.v1.GetUpdateResponse\x12P\n\x0bWatchUpdate\x12\x1e.vmferry.v1.WatchUpdateRequest\x1a\x1f.vmferry.v1.WatchUpdateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vmferry.v1.update_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPDATEPHASE']._serialized_start=1641
-  _globals['_UPDATEPHASE']._serialized_end=1819
-  _globals['_UPDATEOUTCOME']._serialized_start=1822
-  _globals['_UPDATEOUTCOME']._serialized_end=1956
-  _globals['_UPDATETARGET']._serialized_start=158
-  _globals['_UPDATETARGET']._serialized_end=232
-  _globals['_UPDATEOBSTACLE']._serialized_start=234
-  _globals['_UPDATEOBSTACLE']._serialized_end=311
-  _globals['_CLOCKREPORT']._serialized_start=313
-  _globals['_CLOCKREPORT']._serialized_end=425
-  _globals['_UPDATE']._serialized_start=428
-  _globals['_UPDATE']._serialized_end=990
-  _globals['_CHECKUPDATEREQUEST']._serialized_start=992
-  _globals['_CHECKUPDATEREQUEST']._serialized_end=1071
-  _globals['_CHECKUPDATERESPONSE']._serialized_start=1074
-  _globals['_CHECKUPDATERESPONSE']._serialized_end=1202
-  _globals['_UPDATEINPLACEREQUEST']._serialized_start=1205
-  _globals['_UPDATEINPLACEREQUEST']._serialized_end=1395
-  _globals['_UPDATEINPLACERESPONSE']._serialized_start=1397
-  _globals['_UPDATEINPLACERESPONSE']._serialized_end=1456
-  _globals['_GETUPDATEREQUEST']._serialized_start=1458
-  _globals['_GETUPDATEREQUEST']._serialized_end=1488
-  _globals['_GETUPDATERESPONSE']._serialized_start=1490
-  _globals['_GETUPDATERESPONSE']._serialized_end=1545
-  _globals['_WATCHUPDATEREQUEST']._serialized_start=1547
-  _globals['_WATCHUPDATEREQUEST']._serialized_end=1579
-  _globals['_WATCHUPDATERESPONSE']._serialized_start=1581
-  _globals['_WATCHUPDATERESPONSE']._serialized_end=1638
-  _globals['_UPDATESERVICE']._serialized_start=1959
-  _globals['_UPDATESERVICE']._serialized_end=2296
+  _globals['_UPDATEPHASE']._serialized_start=1551
+  _globals['_UPDATEPHASE']._serialized_end=1729
+  _globals['_UPDATEOUTCOME']._serialized_start=1732
+  _globals['_UPDATEOUTCOME']._serialized_end=1866
+  _globals['_UPDATETARGET']._serialized_start=182
+  _globals['_UPDATETARGET']._serialized_end=256
+  _globals['_UPDATEOBSTACLE']._serialized_start=258
+  _globals['_UPDATEOBSTACLE']._serialized_end=335
+  _globals['_UPDATE']._serialized_start=338
+  _globals['_UPDATE']._serialized_end=900
+  _globals['_CHECKUPDATEREQUEST']._serialized_start=902
+  _globals['_CHECKUPDATEREQUEST']._serialized_end=981
+  _globals['_CHECKUPDATERESPONSE']._serialized_start=984
+  _globals['_CHECKUPDATERESPONSE']._serialized_end=1112
+  _globals['_UPDATEINPLACEREQUEST']._serialized_start=1115
+  _globals['_UPDATEINPLACEREQUEST']._serialized_end=1305
+  _globals['_UPDATEINPLACERESPONSE']._serialized_start=1307
+  _globals['_UPDATEINPLACERESPONSE']._serialized_end=1366
+  _globals['_GETUPDATEREQUEST']._serialized_start=1368
+  _globals['_GETUPDATEREQUEST']._serialized_end=1398
+  _globals['_GETUPDATERESPONSE']._serialized_start=1400
+  _globals['_GETUPDATERESPONSE']._serialized_end=1455
+  _globals['_WATCHUPDATEREQUEST']._serialized_start=1457
+  _globals['_WATCHUPDATEREQUEST']._serialized_end=1489
+  _globals['_WATCHUPDATERESPONSE']._serialized_start=1491
+  _globals['_WATCHUPDATERESPONSE']._serialized_end=1548
+  _globals['_UPDATESERVICE']._serialized_start=1869
+  _globals['_UPDATESERVICE']._serialized_end=2206
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from vmferry.v1 import clock_pb2 as _clock_pb2
 from vmferry.v1 import machine_pb2 as _machine_pb2
 from vmferry.v1 import migration_pb2 as _migration_pb2
 import builtins as _builtins
@@ -150,44 +151,6 @@ class UpdateObstacle(_message.Message):
 Global___UpdateObstacle: _TypeAlias = UpdateObstacle  # noqa: Y015
 
 @_typing.final
-class ClockReport(_message.Message):
-    """How far the guest's clock was off, and what was done about it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OFFSET_BEFORE_US_FIELD_NUMBER: _builtins.int
-    OFFSET_AFTER_US_FIELD_NUMBER: _builtins.int
-    METHOD_FIELD_NUMBER: _builtins.int
-    MEASURED_FIELD_NUMBER: _builtins.int
-    NOTE_FIELD_NUMBER: _builtins.int
-    offset_before_us: _builtins.int
-    """Guest minus host, right after the pause, in microseconds."""
-    offset_after_us: _builtins.int
-    """The same once the clock had been put right."""
-    method: _builtins.str
-    """By what: "clock-device", "guest-agent", "rtc" or "none"."""
-    measured: _builtins.bool
-    """Whether both offsets were read from a clock of the guest; otherwise they are what the pause took from it."""
-    note: _builtins.str
-    """What else there is to say."""
-    def __init__(
-        self,
-        *,
-        offset_before_us: _builtins.int = ...,
-        offset_after_us: _builtins.int = ...,
-        method: _builtins.str = ...,
-        measured: _builtins.bool = ...,
-        note: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["measured", b"measured", "method", b"method", "note", b"note", "offset_after_us", b"offset_after_us", "offset_before_us", b"offset_before_us"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ClockReport: _TypeAlias = ClockReport  # noqa: Y015
-
-@_typing.final
 class Update(_message.Message):
     """One update of one machine."""
 
@@ -251,7 +214,7 @@ class Update(_message.Message):
         """How long it may be."""
 
     @_builtins.property
-    def clock(self) -> Global___ClockReport:
+    def clock(self) -> _clock_pb2.ClockReport:
         """The guest's clock."""
 
     @_builtins.property
@@ -277,7 +240,7 @@ class Update(_message.Message):
         bytes_copied: _builtins.int = ...,
         old_version: _builtins.str = ...,
         new_version: _builtins.str = ...,
-        clock: Global___ClockReport | None = ...,
+        clock: _clock_pb2.ClockReport | None = ...,
         trace_id: _builtins.str = ...,
         event_id: _builtins.str = ...,
         revision: _builtins.int = ...,

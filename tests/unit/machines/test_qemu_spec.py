@@ -184,6 +184,19 @@ def test_the_command_line_by_example() -> None:
     ]
 
 
+def test_the_channel_of_an_agent_is_behind_everything_else() -> None:
+    """So that all else is where it is in a machine without one; the host's end is a socket of the machine's."""
+    without = command(WHOLE)
+    assert command(WHOLE.replace("[qemu]", "[qemu]\nagent = true")) == [
+        *without[:-1],
+        *("-chardev", "socket,id=agent,path=/m,,1/web-1/agent.sock,server=on,wait=off"),
+        *("-device", "virtio-serial-pci,id=agent-bus,max_ports=2"),
+        "-device",
+        "virtserialport,id=agent-port,bus=agent-bus.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0",
+        "-S",
+    ]
+
+
 def test_an_arriving_machine_waits_for_its_state() -> None:
     """The smallest description, waiting; every command line holds the sandbox that forbids other programs."""
     tail = ["-S", "-incoming", "defer"]

@@ -117,6 +117,20 @@ def test_what_version_2_cannot_say_is_version_3(text: str) -> None:
         MachineSpec.from_toml(spec.to_toml().replace("version = 3", "version = 2"))
 
 
+def test_what_version_3_cannot_say_is_version_4() -> None:
+    """A channel for the guest's agent: it survives TOML and the wire, and is refused as version 3."""
+    spec = MachineSpec.from_toml(SHORT + "agent = true\n")
+    assert spec.version == 4
+    assert spec.digest() != MachineSpec.from_toml(SHORT).digest()
+    assert MachineSpec.from_toml(SHORT + "agent = false\n").digest() == MachineSpec.from_toml(SHORT).digest()
+    message = spec_to_message(spec)
+    for again in (MachineSpec.from_toml(spec.to_toml()), spec_from_message(message)):
+        assert (again, again.digest()) == (spec, spec.digest())
+    message.version = 3
+    with pytest.raises(InvalidArgumentError, match="version 3 cannot say"):
+        spec_from_message(message)
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
@@ -137,7 +151,7 @@ def test_what_makes_no_sense_in_version_3_is_refused(text: str, field: str) -> N
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("version", ["0", "4", "-1", "true", '"1"', "1.0"])
+@pytest.mark.parametrize("version", ["0", "5", "-1", "true", '"1"', "1.0"])
 def test_a_version_that_is_none_is_refused(version: str) -> None:
     """Numbers that this release does not know, and what is no whole number."""
     with pytest.raises(InvalidArgumentError) as caught:
@@ -148,7 +162,7 @@ def test_a_version_that_is_none_is_refused(version: str) -> None:
 def test_a_message_of_a_later_release_is_refused_by_its_version() -> None:
     """Whatever it says, it is not taken for less than it is."""
     message = spec_to_message(MachineSpec.from_toml(SHORT))
-    for version in (0, 4):
+    for version in (0, 5):
         message.version = version
         with pytest.raises(InvalidArgumentError) as caught:
             spec_from_message(message)

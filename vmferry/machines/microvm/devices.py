@@ -28,6 +28,7 @@ PORT_SLEEP: Final = 0x510
 PORT_MEMORY: Final = 0x1000
 PORT_PARAMETERS: Final = 0x1010
 PARAMETER_SLOTS: Final = 8
+_MAX_REALTIME_NS: Final = (1 << 63) - 1
 NOT_GIVEN: Final = (1 << 64) - 1
 """What a guest reads for a boot parameter nobody set."""
 
@@ -102,7 +103,13 @@ class Serial(Part):
 
 
 class Clock(Part):
-    """Guest time, which stands still while the CPU does and never runs backwards, and the host's wall clock."""
+    """Guest time, which stands still while the CPU does and never runs backwards, and the time of day.
+
+    The time of day is the host's. Where the guest has been told a later one, by another host or before this host's
+    clock was set back, it goes on at half speed until the host has caught up: it never steps back and never stands.
+    What the guest was told last is no part of the saved state, which older releases understand; whoever moves the
+    machine asks for it, and tells it to the machine's new process by :meth:`keep`.
+    """
 
     name: ClassVar[str] = "clock"
     version: ClassVar[int] = 1
@@ -115,6 +122,10 @@ class Clock(Part):
         """Host CLOCK_MONOTONIC since which guest time runs; None while it stands still."""
         self._monotonic_high = 0
         self._realtime_high = 0
+        self._told = (0, 0)
+        """The latest time of day that the guest may have read, and the host's CLOCK_MONOTONIC then."""
+        self.offset_at_start_ns: int | None = None
+        """Guest minus host when the CPU last started, had the guest's time of day stood still; None: not known."""
         bus.on_read(PORT_MONOTONIC, self._latch_monotonic)
         bus.on_read(PORT_MONOTONIC + 4, lambda: self._monotonic_high)
         bus.on_read(PORT_REALTIME, self._latch_realtime)
@@ -122,6 +133,9 @@ class Clock(Part):
 
     def start(self, host_monotonic_ns: int) -> None:
         """Let guest time run from this instant."""
+        told_ns, _ = self._told
+        self.offset_at_start_ns = told_ns - time.time_ns() if told_ns else None
+        self._told = (told_ns, host_monotonic_ns)
         self._started_ns = host_monotonic_ns
 
     def stop(self, host_monotonic_ns: int) -> None:
@@ -129,6 +143,7 @@ class Clock(Part):
         assert self._started_ns is not None, "the clock is not running"
         self._elapsed_ns += host_monotonic_ns - self._started_ns
         self._started_ns = None
+        self._told = (self._time_of_day(host_monotonic_ns), host_monotonic_ns)
 
     def guest_ns(self) -> int:
         """Guest time in nanoseconds since the guest first ran."""
@@ -137,8 +152,17 @@ class Clock(Part):
         return self._elapsed_ns + time.monotonic_ns() - self._started_ns
 
     def realtime_ns(self) -> int:
-        """The host's time of day, which is the guest's."""
-        return time.time_ns()
+        """The time of day that a guest would be told now."""
+        return self._time_of_day(time.monotonic_ns())
+
+    @property
+    def told_ns(self) -> int:
+        """The latest time of day that the guest can have read, once it has stopped; 0 if it has never run."""
+        return self._told[0]
+
+    def keep(self, realtime_ns: int) -> None:
+        """Never tell the guest, which does not run now, an earlier time of day than this."""
+        self._told = (max(self.told_ns, min(realtime_ns, _MAX_REALTIME_NS)), time.monotonic_ns())
 
     def save(self) -> bytes:
         """Guest time, and high halves that may have been latched but not read."""
@@ -155,13 +179,19 @@ class Clock(Part):
 
         return apply
 
+    def _time_of_day(self, monotonic_ns: int) -> int:
+        told_ns, since_ns = self._told
+        return max(time.time_ns(), told_ns + max(0, monotonic_ns - since_ns) // 2)
+
     def _latch_monotonic(self) -> int:
         now = self.guest_ns()
         self._monotonic_high = now >> 32 & U32
         return now & U32
 
     def _latch_realtime(self) -> int:
-        now = self.realtime_ns()
+        monotonic_ns = time.monotonic_ns()
+        now = self._time_of_day(monotonic_ns)
+        self._told = (now, monotonic_ns)
         self._realtime_high = now >> 32 & U32
         return now & U32
 

@@ -182,9 +182,19 @@ class Machine:
         self._arrived = True
         self._set_state(RunState.PAUSED)
 
-    def realtime_ns(self) -> int:
-        """What a guest that asked now would be told is the time of day."""
-        return self._clock.realtime_ns()
+    def clock(self) -> dict[str, int | None]:
+        """The guest's time of day: now, the latest that it was told, and how far off it was at its last start."""
+        clock = self._clock
+        return {
+            "realtime-ns": clock.realtime_ns(),
+            "told-ns": clock.told_ns,
+            "offset-at-start-ns": clock.offset_at_start_ns,
+        }
+
+    def keep_clock(self, realtime_ns: int) -> None:
+        """Never tell the guest an earlier time of day than this, which it was told by another process."""
+        self._require({*STOPPED, RunState.INMIGRATE}, "be told a time")
+        self._clock.keep(realtime_ns)
 
     def announce(self, how: Announcement) -> None:
         """Announce the machine's address now, and in further rounds; replaces an announcement under way."""

@@ -79,7 +79,8 @@ class Commands:
         self._add("cont", self._cont)
         self._add("quit", self._quit)
         self._add("x-query-vcpu-times", self._query_vcpu_times)
-        self._add("x-query-clock", lambda _: {"realtime-ns": self._machine.realtime_ns()})
+        self._add("x-query-clock", lambda _: self._machine.clock())
+        self._add("x-keep-clock", self._keep_clock, {"realtime-ns": int})
         self._add("migrate-set-capabilities", self._set_capabilities, {"capabilities": list})
         self._add("query-migrate-capabilities", self._query_capabilities)
         self._add("migrate", self._migrate, {"uri": str})
@@ -123,6 +124,12 @@ class Commands:
             "last-stop-monotonic-ns": self._machine.times.last_stop_ns,
             "last-start-monotonic-ns": self._machine.times.last_start_ns,
         }
+
+    def _keep_clock(self, arguments: Arguments) -> Answer:
+        if arguments["realtime-ns"] < 0:
+            raise InvalidArgumentError("a time of day is not negative")
+        self._machine.keep_clock(arguments["realtime-ns"])
+        return {}
 
     def _set_capabilities(self, arguments: Arguments) -> Answer:
         wanted = [_capability(entry) for entry in arguments["capabilities"]]

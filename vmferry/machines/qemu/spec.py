@@ -19,6 +19,7 @@ from typing import ClassVar, Final
 from vmferry.machines.fields import (
     ADDED_IN_2,
     ADDED_IN_3,
+    ADDED_IN_4,
     WIDENED_IN_2,
     check_choice,
     check_pattern,
@@ -160,6 +161,8 @@ class QemuSpec:
     serial: str = field(default=SERIAL_FILE, metadata=ADDED_IN_2)
     """Where the first serial port leads: a file, or also a socket in the machine's folder."""
     devices: tuple[DeviceSpec, ...] = field(default=(), metadata=ADDED_IN_2)
+    agent: bool = field(default=False, metadata=ADDED_IN_4)
+    """Whether the guest has a channel for QEMU's guest agent, by which its clock is put right after a pause."""
 
     def __post_init__(self) -> None:
         check_types(self, self.TABLE)

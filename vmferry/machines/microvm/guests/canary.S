@@ -16,7 +16,8 @@
 #
 # KIND: lost (no magic: a zero page), torn (head and tail are of different generations), corrupt (checksum),
 #       misplaced (another page's content), stale (another generation), body (not the content this page must have),
-#       chain (link), working (a page of the working set), register (a register differs from its copy in memory).
+#       chain (link), working (a page of the working set), register (a register differs from its copy in memory),
+#       time (the time of day stepped back: page is 0, want the time read before, got the one read now).
 #
 # Registers kept throughout, each with its copy in the state page, compared at every tick:
         # rbx   ticks
@@ -442,16 +443,23 @@ dirty_mismatch:
         .asciz  "working"
         ret
 
-# Keeps the largest wall-clock distance between two ticks.
+# Keeps the largest wall-clock distance between two ticks, and reports a wall clock that steps back.
 measure_gap:
         IN64    PORT_REALTIME
-        mov     rcx, rax
-        sub     rcx, fs:[LAST_REALTIME]
+        mov     r9, fs:[LAST_REALTIME]
         mov     fs:[LAST_REALTIME], rax
-        cmp     rcx, fs:[GAP_NS]
-        jle     1f                              # signed: the wall clock may step back
-        mov     fs:[GAP_NS], rcx
+        mov     r10, rax
+        xor     r8d, r8d
+        cmp     rax, r9
+        jb      2f
+        sub     rax, r9
+        cmp     rax, fs:[GAP_NS]
+        jbe     1f
+        mov     fs:[GAP_NS], rax
 1:      ret
+2:      call    report
+        .asciz  "time"
+        ret
 
 print_line_when_due:
         IN64    PORT_MONOTONIC

@@ -11,7 +11,8 @@
 #   vf.dial=A:PORT
 #                 connects there again and again, and keeps one more connection for as long as it lasts
 #   vf.events=A   asks the metadata service at 169.254.169.254 for its events; A: ack, which approves them, or watch
-# Kernel modules in /modules are loaded before all else, in the order of their names.
+# Kernel modules in /modules are loaded before all else, in the order of their names. QEMU's guest agent is started if
+# it is there and the machine has a channel for it, and so is every program in /extra.
 # What it says, one line each:
 #   memory available=N         KiB of memory that are left, if vf.leave was given
 #   ready files=N              the files are made
@@ -28,13 +29,27 @@
 #   approved id=ID answer=TEXT what came back when it approved an event
 #   BAD ...                    a fault, by name
 export PATH=/bin
-/bin/busybox mkdir -p /bin /proc /data /state
+/bin/busybox mkdir -p /bin /proc /sys /data /state
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t tmpfs -o size=80% tmpfs /data
 mount -t tmpfs tmpfs /state
 for module in /modules/*.ko; do
   [ -e "$module" ] && insmod "$module"
+done
+# The agent sets the hardware clock by the program of this name, and refuses to set any clock without it.
+mkdir -p /sbin
+ln -s /bin/busybox /sbin/hwclock
+if [ -e /bin/qemu-ga ]; then
+  mount -t devtmpfs devtmpfs /dev
+  mount -t sysfs sysfs /sys
+  for port in /sys/class/virtio-ports/*; do
+    read -r name <"$port/name" && [ "$name" = org.qemu.guest_agent.0 ] &&
+      qemu-ga --method virtio-serial --path "/dev/${port##*/}" --statedir /state --logfile /state/agent.log &
+  done
+fi
+for program in /extra/*; do
+  [ -x "$program" ] && "$program" &
 done
 files=8 writes=0 disk='' leave='' ip='' echo='' dial='' events=''
 for word in $(cat /proc/cmdline); do
@@ -99,7 +114,7 @@ write() {
 
 write_disk() {
   mkdir -p /disk
-  mount -t devtmpfs devtmpfs /dev
+  [ -e /bin/qemu-ga ] || mount -t devtmpfs devtmpfs /dev
   until [ -e /dev/$disk ]; do usleep 50000; done
   mount -t ext4 /dev/$disk /disk || fault "mount $disk"
   k=0
