@@ -300,11 +300,15 @@ def _typed(key: str, value: object, known: dict[str, type], base: Path) -> typin
 
 
 def render_config(config: HostConfig) -> str:
-    """The configuration as a TOML file that :func:`load_config` reads back."""
+    """The configuration as a TOML file that :func:`load_config` reads back.
+
+    What is left at its default is not written, so that a release that does not know a setting can read the rest.
+    """
     lines = []
     for setting in dataclasses.fields(config):
         value = getattr(config, setting.name)
-        lines.append(f"{setting.name} = {_rendered(value)}")
+        if value != setting.default:
+            lines.append(f"{setting.name} = {_rendered(value)}")
     return "\n".join(lines) + "\n"
 
 

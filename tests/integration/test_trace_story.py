@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("tidy")
 
 SCHEDULER, SOURCE, DESTINATION = "scheduler", "vmferry-source", "vmferry-dest"
 CALL = "vmferry.v1.DestinationService/"
+AT_DESTINATION = {"receive", "prepare", "verify", "load", "own", "resume", "clock"}
 
 
 async def scheduled(world: World, machine: str) -> dict[str, str]:
@@ -82,7 +83,7 @@ async def test_one_trace_tells_it_all(world: World) -> None:
     paths = {path: node for node, path in walk((root,))}
     (migrate,) = [node for path, node in paths.items() if path[-1] == "migrate"]
     ours = [child.span.name for child in migrate.children if not child.span.name.startswith("vmferry.")]
-    assert ours == ["negotiate", "reserve", "precopy", "switchover", "release"]
+    assert ours == ["negotiate", "reserve", "precopy", "switchover", "release", "clock"]
     inside = {child.span.name: child for child in migrate.children}
     rounds = [child.span.name for child in inside["precopy"].children if "/" not in child.span.name]
     assert rounds
@@ -103,11 +104,13 @@ async def test_one_trace_tells_it_all(world: World) -> None:
         (CALL + "Seal", "load"),
         (CALL + "Go", "own"),
         ("own", "resume"),
+        ("own", "clock"),
+        ("clock", "vmferry.v1.ClockService/GetClock"),
     ):
         assert tail in tails, f"{tail} is missing"
     for span in spans:
         if span.service == DESTINATION:
-            assert span.name in {"receive", "prepare", "verify", "load", "own", "resume"} or "/" in span.name
+            assert span.name in AT_DESTINATION or "/" in span.name
     chunks = 24 * MIB // MIB
     counts = Counter(span.name for span in spans)
     assert counts["receive"] == world.a.config.lanes

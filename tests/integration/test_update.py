@@ -65,7 +65,8 @@ async def test_a_guest_goes_on_in_another_process(world: World) -> None:
         assert done.clock.method == "clock-device"
         assert done.clock.measured
         assert abs(done.clock.offset_after_us) < 1000
-        assert done.clock.offset_before_us == pytest.approx(-done.pause.ToMicroseconds(), abs=1)
+        # By the guest's own clock: from its last instruction here to its first one there, within the pause.
+        assert -done.pause.ToMicroseconds() <= done.clock.offset_before_us < 0
         assert done.pid != before
         assert await one_is_left(world, guest) == done.pid
     assert ram.stat().st_ino == inode

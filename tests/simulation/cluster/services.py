@@ -337,6 +337,23 @@ class Clock:
         return int(self.monotonic() * 1e9)
 
 
+async def no_clock(*_: object, **__: object) -> int:
+    """Simulated guests have no clock; nothing is decided by one."""
+    return 0
+
+
+CLOCKS: Final = (
+    "source_svc.outgoing.ask_arrived",
+    "source_svc.outgoing.see_to_returned",
+    "source_svc.recovery.ask_arrived",
+    "source_svc.recovery.see_to_returned",
+    "source_svc.recovery.put_right",
+    "source_svc.switching.told_ns",
+    "dest_svc.arrival.put_right",
+)
+"""Where a guest's clock is looked after."""
+
+
 @contextlib.contextmanager
 def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
     """With everything in place that the services find by name."""
@@ -358,6 +375,7 @@ def replaced(loop: Loop, extent_slots: int = EXTENT_SLOTS) -> Iterator[None]:
         "source_svc.dispatcher.time": clock,
         "source_svc.history.time": clock,
         "dest_svc.service.Receiver": Receiver,
+        **dict.fromkeys(CLOCKS, no_clock),
         "dest_svc.service.time": clock,
         "dest_svc.watching.time": clock,
         "vmferry.handoff.ledger.time": clock,
