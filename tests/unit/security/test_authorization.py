@@ -76,6 +76,7 @@ def test_the_services_are_seen() -> None:
         "vmferry.v1.DrainService",
         "vmferry.v1.RecoveryService",
         "vmferry.v1.EventsService",
+        "vmferry.v1.ClockService",
     }
     assert len(OURS) >= 15
 
