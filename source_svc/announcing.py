@@ -35,6 +35,8 @@ from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import span_event
 
 _LOG: Final = get_logger(__name__)
+_NOTED: Final = 0.01
+"""Which part of the longest silence a request may be younger than what the disk says of it."""
 RESTARTED: Final = "the service that had announced it was restarted"
 
 
@@ -48,6 +50,8 @@ class Announcements:
         self.distant: Callable[[str], Sequence[Board]] = lambda _set: ()
         """The boards of a set's machines on other hosts."""
         self._notice_s = config.event_notice_s
+        self._minimum = config.event_minimum_notice
+        self._idle_s = config.event_idle_s
         self._linger_s = config.event_linger_s
         self._files = BoardFiles(config.events_dir)
         self._is_busy = is_busy
@@ -56,6 +60,8 @@ class Announcements:
         """What this process has announced and not ended, by event."""
         self._leaving: dict[str, bytes] = {}
         """What is shown to machines whose boards have been handed on."""
+        self._asked: dict[str, float] = {}
+        """When machines asked for their events last; on disk it may be a little older."""
 
     def announce(
         self,
@@ -88,7 +94,13 @@ class Announcements:
             source=source,
             duration_s=-1 if pause_s < 0 else policy.expected_seconds(pause_s),
             announced_s=now_s,
-            not_before_s=now_s + (self._notice_s if notice_s is None else notice_s),
+            not_before_s=now_s
+            + policy.granted_s(
+                event_type,
+                self._notice_s if notice_s is None else notice_s,
+                minimum=self._minimum,
+                listening=self._listening(spec, now_s),
+            ),
         )
         self.change(spec.uuid, states.scheduled(self.board(spec.uuid), event))
         announced = self._claimed(spec.uuid, event)
@@ -151,12 +163,40 @@ class Announcements:
         instance = Instance(spec.called, spec.uuid, spec.macs, spec.availability_set)
         return View(board, others, text, instance)
 
+    def asked(self, machine_id: str) -> None:
+        """A machine asks for its events."""
+        if not self._idle_s:
+            return
+        now_s, board = time.time(), self.board(machine_id)
+        noted_s = board.asked_s
+        board = states.asked(self._with_asked(machine_id, board), now_s, self._idle_s)
+        self._asked[machine_id] = now_s
+        if now_s - noted_s > self._idle_s * _NOTED:
+            self.change(machine_id, board)
+
+    def _with_asked(self, machine_id: str, board: Board) -> Board:
+        return replace(board, asked_s=max(board.asked_s, self._asked.get(machine_id, 0.0)))
+
+    def _listening(self, spec: MachineSpec, now_s: float) -> bool:
+        """Whether anybody is there to be told: the machine's guest, or one of its set."""
+        here = [self._with_asked(one.uuid, self.board(one.uuid)) for one in (spec, *self._set_of(spec))]
+        boards = [*here, *self.distant(spec.availability_set)]
+        return any(states.listening(board, now_s, self._idle_s) for board in boards)
+
     def approve(self, spec: MachineSpec, event_ids: Iterable[str]) -> None:
-        """A machine approves events; those that do not name it are left as they are."""
+        """A machine approves events that it is shown: its own, and those of its set."""
+        self._approve([spec, *self._set_of(spec)], event_ids, spec.called)
+
+    def approve_for(self, availability_set: str, event_ids: Iterable[str], by: str) -> None:
+        """A machine of a set that is on another host approves events of those that are here."""
+        members = [spec for spec in self.residents if spec.availability_set == availability_set]
+        self._approve(members if availability_set else [], event_ids, by)
+
+    def _approve(self, machines: Sequence[MachineSpec], event_ids: Iterable[str], by: str) -> None:
         for event_id in event_ids:
-            for machine in (spec, *self._set_of(spec)):
+            for machine in machines:
                 before = self.board(machine.uuid)
-                after = states.approved(before, event_id, spec.called)
+                after = states.approved(before, event_id, by)
                 if after != before:
                     self.change(machine.uuid, after)
         for announced in list(self._open.values()):
@@ -167,7 +207,7 @@ class Announcements:
         spec = next((spec for spec in self.residents if spec.uuid == machine_id), None)
         if spec is not None:
             self._leaving[machine_id] = self.view(spec).document
-        board = self.board(machine_id)
+        board = self._with_asked(machine_id, self.board(machine_id))
         if board.find(event_id) is not None:
             board = states.ended(board, event_id, time.time(), why=ARRIVING)
         return records.to_text(board).encode()
@@ -222,6 +262,11 @@ class Announced:
         self._began, self._began_s = time.monotonic(), max(time.time(), event.announced_s)
         self._approved = asyncio.Event()
         self._over = False
+
+    @property
+    def notice_s(self) -> float:
+        """How long the guest is told beforehand, if it does not approve earlier."""
+        return self._event.not_before_s - self._event.announced_s
 
     async def allowed(self) -> None:
         """Wait until the guest approves the event, for no longer than it was given notice."""

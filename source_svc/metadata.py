@@ -100,7 +100,7 @@ class MetadataService:
         self._task: asyncio.Task[None] | None = None
         self._neighbours = Neighbours(host, self._present)
         self.announcements.distant = self._neighbours.boards
-        self.events = EventsService(self._present, self.announcements.board)
+        self.events = EventsService(self._present, self.announcements)
 
     async def start(self) -> None:
         """Serve the machines that are here, and those that come."""
@@ -124,9 +124,12 @@ class MetadataService:
         limit = self._limits.setdefault(spec.uuid, policy.RateLimit(self._config.metadata_requests_per_s))
         if not limit.admits(time.monotonic()):
             return protocol.too_many()
+        if protocol.asks_for_events(request):
+            self.announcements.asked(spec.uuid)
         found = protocol.answer(request, self.announcements.view(spec))
         if found.approves:
             self.announcements.approve(spec, found.approves)
+            self._neighbours.approve(spec, found.approves)
         return found.response
 
     # Who is served

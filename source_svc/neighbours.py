@@ -17,6 +17,7 @@ from typing import Final
 import grpc
 import grpc.aio
 
+from source_svc.announcing import Announcements
 from vmferry.errors import ConfigError, InvalidArgumentError, VmferryError
 from vmferry.events import records
 from vmferry.events.states import Board
@@ -37,6 +38,7 @@ _ASK_S: Final = 1.0
 _BELIEVED_S: Final = 3600.0
 _MAX_SETS: Final = 1000
 _MAX_BOARDS: Final = 10_000
+_MAX_NAME_CHARS: Final = 256
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class _Peer:
     channel: grpc.aio.Channel | None = None
     proof: object = field(default=None, repr=False)
     hurried: asyncio.Event = field(default_factory=asyncio.Event)
+    approvals: dict[str, events_pb2.ApproveEventsRequest] = field(default_factory=dict)
+    """What machines here have acknowledged and it has not been told of, by event."""
 
 
 class Neighbours:
@@ -103,6 +107,33 @@ class Neighbours:
         for peer in self._peers:
             peer.hurried.set()
 
+    def approve(self, spec: MachineSpec, event_ids: Sequence[str]) -> None:
+        """A machine acknowledges events: their hosts are told, and told again until they have heard it."""
+        wanted = {event_id.upper() for event_id in event_ids}
+        for peer in self._peers:
+            for one in peer.boards:
+                if not spec.availability_set or one.availability_set != spec.availability_set:
+                    continue
+                for event in one.board.events:
+                    if event.id.upper() in wanted and not event.approved_by:
+                        peer.approvals[event.id] = events_pb2.ApproveEventsRequest(
+                            availability_set=spec.availability_set,
+                            event_ids=[event.id],
+                            approved_by=spec.called,
+                        )
+                        peer.hurried.set()
+
+    async def _tell(self, peer: _Peer) -> None:
+        """Tell a host what has been acknowledged here; what it does not understand it will not understand later."""
+        for event_id, request in list(peer.approvals.items()):
+            try:
+                await self._stub(peer).ApproveEvents(request, timeout=_ASK_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                    raise
+                _LOG.warning("a host of an earlier release takes no approvals", host=peer.host.uri)
+            peer.approvals.pop(event_id, None)
+
     async def _keep(self, peer: _Peer) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -117,6 +148,7 @@ class Neighbours:
             peer.boards = ()
             return
         try:
+            await self._tell(peer)
             request = events_pb2.ListBoardsRequest(availability_sets=sets[:_MAX_SETS])
             answer = await self._stub(peer).ListBoards(request, timeout=_ASK_S)
         except (grpc.aio.AioRpcError, VmferryError) as error:
@@ -128,6 +160,9 @@ class Neighbours:
         peer.boards = [
             found for one in answer.boards[:_MAX_BOARDS] if (found := _read(one, peer)) is not None
         ]
+        listed = {event.id for one in peer.boards for event in one.board.events}
+        for event_id in peer.approvals.keys() - listed:  # it is over
+            del peer.approvals[event_id]
 
     def _stub(self, peer: _Peer) -> events_pb2_grpc.EventsServiceAsyncStub:
         proof = self._material.get()
@@ -140,12 +175,12 @@ class Neighbours:
 class EventsService(events_pb2_grpc.EventsServiceServicer):
     """What this host tells others."""
 
-    def __init__(self, residents: Callable[[], Sequence[MachineSpec]], board: Callable[[str], Board]) -> None:
+    def __init__(self, residents: Callable[[], Sequence[MachineSpec]], announcements: Announcements) -> None:
         self._residents = residents
-        self._board = board
+        self._announcements = announcements
 
     def register(self, server: grpc.aio.Server) -> str:
-        """Add the method to a server; returns the service's full name."""
+        """Add the methods to a server; returns the service's full name."""
         events_pb2_grpc.add_EventsServiceServicer_to_server(self, server)
         return events_pb2.DESCRIPTOR.services_by_name["EventsService"].full_name
 
@@ -163,12 +198,27 @@ class EventsService(events_pb2_grpc.EventsServiceServicer):
                 events_pb2.MachineBoard(
                     machine_id=spec.uuid,
                     availability_set=spec.availability_set,
-                    board=records.to_text(self._board(spec.uuid)).encode(),
+                    board=records.to_text(self._announcements.board(spec.uuid)).encode(),
                 )
                 for spec in self._residents()
                 if spec.availability_set in wanted
             ]
         )
+
+    async def ApproveEvents(  # noqa: N802 - named by the contract
+        self,
+        request: events_pb2.ApproveEventsRequest,
+        context: grpc.aio.ServicerContext[object, object],  # noqa: ARG002 - gRPC's
+    ) -> events_pb2.ApproveEventsResponse:
+        """Approve events of machines that are here."""
+        if not request.availability_set:
+            raise InvalidArgumentError("a set is required", field="availability_set")
+        if not 0 < len(request.approved_by) <= _MAX_NAME_CHARS:
+            raise InvalidArgumentError("who approved it is required, and no essay", field="approved_by")
+        if len(request.event_ids) > _MAX_SETS:
+            raise InvalidArgumentError(f"more than {_MAX_SETS} events", field="event_ids")
+        self._announcements.approve_for(request.availability_set, request.event_ids, request.approved_by)
+        return events_pb2.ApproveEventsResponse()
 
 
 def _parsed(text: str, own: Identity) -> _Peer:

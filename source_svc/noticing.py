@@ -42,9 +42,9 @@ class Notice:
             notice_s=order.notice_s,
         )
         message.event_id = self._event.id
-        if order.notice_s:
+        if self._event.notice_s > 0:
             await self._migration.enter(pb.MIGRATION_PHASE_ANNOUNCED)
-            async with phase("announce", notice_s=order.notice_s, event_id=self._event.id):
+            async with phase("announce", notice_s=self._event.notice_s, event_id=self._event.id):
                 await self._event.allowed()
 
     def started(self) -> None:

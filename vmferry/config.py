@@ -145,6 +145,12 @@ class HostConfig:
     event_notice_s: float = 0.0
     """How long before it is paused a guest is told, unless it approves earlier or a caller says otherwise; Azure
     gives 900. 0: the event appears, and nobody is waited for."""
+    event_minimum_notice: bool = False
+    """Whether no event gets less notice than Azure documents for its type (a Freeze 15 minutes), whoever asks for
+    less. A guest that approves, or is not listening (``event_idle_s``), shortens it all the same."""
+    event_idle_s: float = 0.0
+    """After so long without a request a guest counts as not listening: nobody waits for it, and the numbers of its
+    documents begin anew with its next request; Azure 86400. 0: every guest counts as listening."""
     event_linger_s: float = 0.0
     """How long an event stays listed as Started after it is over, for guests that ask seldom."""
     event_peers: tuple[str, ...] = ()
@@ -175,7 +181,7 @@ class HostConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0", field=name)
-        for name in ("event_notice_s", "event_linger_s"):
+        for name in ("event_notice_s", "event_idle_s", "event_linger_s"):
             if not 0 <= getattr(self, name) < _LONGEST_S:
                 raise ConfigError(f"{name} must be between 0 and {_LONGEST_S}", field=name)
         if not 2 <= self.lanes <= 16:  # noqa: PLR2004 - the documented range

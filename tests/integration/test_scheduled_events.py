@@ -6,6 +6,7 @@ import asyncio
 import email.utils
 import json
 import signal
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -16,12 +17,16 @@ import pytest
 from tests.integration.hosts import Guest, World, configured, open_world
 from tests.integration.metadata import URL, Client, Reply, free_port
 from tests.integration.services import Host, eventually
+from tests.integration.updates import ask as ask_update
+from tests.integration.updates import ended as update_ended
 from vmferry.cli.machine import run_machine
+from vmferry.events import policy
 from vmferry.events.files import BoardFiles
 from vmferry.events.states import Ended, Ending
 from vmferry.machines.microvm.spec import MicrovmSpec
 from vmferry.machines.spec import MachineSpec, new_mac
 from vmferry.v1 import migration_pb2 as pb
+from vmferry.v1 import update_pb2 as up
 
 RATE = 1000
 """Requests a second: tests ask more often than guests."""
@@ -236,7 +241,7 @@ async def test_a_service_that_is_killed_remembers_what_it_told(world: World, gue
 
 
 async def test_machines_of_a_set_see_each_others_events_and_nobody_elses(world: World) -> None:
-    """Only a machine that an event names can approve it; one outside of the set does not see it at all."""
+    """Any machine of the set may approve an event, whichever it names; one outside of it does not see it at all."""
     first, second, stranger = [
         await member(world, name, group)
         for name, group in (("WestNO_0", "web"), ("WestNO_1", "web"), ("WestNO_2", ""))
@@ -250,11 +255,11 @@ async def test_machines_of_a_set_see_each_others_events_and_nobody_elses(world: 
         assert await events(clients[2]) == []
         refused = await asyncio.to_thread(clients[2].acknowledge, event["EventId"])
         assert refused.status == 400
-        assert (await asyncio.to_thread(clients[1].acknowledge, event["EventId"])).status == 200
         assert (await world.state(world.a, migration_id)).phase == pb.MIGRATION_PHASE_ANNOUNCED
-        assert (await asyncio.to_thread(clients[0].acknowledge, event["EventId"])).status == 200
+        assert (await asyncio.to_thread(clients[1].acknowledge, event["EventId"])).status == 200
         migration = await world.ended(world.a, migration_id)
         assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED
+        assert past(world.a, first, event["EventId"]).event.approved_by == "WestNO_1"
         assert await events(clients[1]) == []
         named = await asyncio.to_thread(
             (await client(world.b, first)).request, "GET", "/metadata/instance?api-version=2021-12-13"
@@ -265,7 +270,10 @@ async def test_machines_of_a_set_see_each_others_events_and_nobody_elses(world: 
 
 
 async def test_machines_of_a_set_on_another_host_are_told_too(world: World) -> None:
-    """All the time until the machine has come, and not only while its own host is there to be asked."""
+    """All the time until the machine has come, and not only while its own host is there to be asked.
+
+    What one of them acknowledges is told to that host, as soon as it is there again.
+    """
     moving, staying = await member(world, "WestNO_0", "web", world.b), await member(world, "WestNO_1", "web")
     peers = (f"{world.b.identity.uri}={world.b.source.address}",)
     try:
@@ -275,15 +283,14 @@ async def test_machines_of_a_set_on_another_host_are_told_too(world: World) -> N
             event = await shown(there)
             assert await shown(here) == event
             number = here.last
-            assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
             assert (await world.state(world.b, migration_id)).phase == pb.MIGRATION_PHASE_ANNOUNCED
             world.b.source.signal(signal.SIGSTOP)
+            assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
             await eventually(
                 lambda: "does not tell of its events" in world.a.source.log_text(), "host b is missed"
             )
             assert await events(here) == [event]
             world.b.source.signal(signal.SIGCONT)
-            assert (await asyncio.to_thread(there.acknowledge, event["EventId"])).status == 200
             statuses = [event["EventStatus"]]
             async with asyncio.timeout(30):
                 while found := await events(here):
@@ -294,9 +301,112 @@ async def test_machines_of_a_set_on_another_host_are_told_too(world: World) -> N
             migration = await world.ended(world.b, migration_id)
             assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
             assert await events(here) == []
+            assert past(world.b, moving, event["EventId"]).event.approved_by == "WestNO_1"
     finally:
         world.b.source.signal(signal.SIGCONT)
         assert await world.end_guests() == []
+
+
+async def test_a_drain_with_a_notice_tells_every_guest(world: World) -> None:
+    """Each has an event of its own, which its set sees; one that approves leaves early, the other when it is time."""
+    guests = [await member(world, name, "web") for name in ("WestNO_0", "WestNO_1")]
+    try:
+        clients = [await client(world.a, one) for one in guests]
+        code, said = await vmferry(
+            world, "drain", "a", "--to", f"b={world.b.dest.address}", "--notice", "8", "--no-wait"
+        )
+        assert code == 0, said
+        seen: list[dict[str, Any]] = []
+        async with asyncio.timeout(30):
+            while len(seen) < len(guests):
+                seen = await events(clients[0])
+                await asyncio.sleep(0.01)
+        assert await events(clients[1]) == seen
+        assert {one["EventStatus"] for one in seen} == {"Scheduled"}
+        assert sorted(name for one in seen for name in one["Resources"]) == ["WestNO_0", "WestNO_1"]
+        assert {one["EventType"] for one in seen} == {"Freeze"}
+        first, second = sorted(seen, key=lambda one: str(one["Resources"]))
+        assert (await asyncio.to_thread(clients[0].acknowledge, first["EventId"])).status == 200
+        # Its set sees that it starts, if it looks in time, and that it is over.
+        async with asyncio.timeout(6):
+            while (listed := await events(clients[1])) != [second]:
+                assert [one["EventId"] for one in listed] == [one["EventId"] for one in seen]
+        assert world.b.ledger.rights(guests[0].id).permitted
+        await eventually(
+            lambda: world.b.ledger.rights(guests[1].id).permitted, "the second has left", seconds=40
+        )
+        for guest, event, approved in zip(guests, (first, second), ("WestNO_0", ""), strict=True):
+            ended = past(world.a, guest, event["EventId"])
+            assert ended.ending is Ending.COMPLETED
+            assert ended.event.approved_by == approved
+            assert (ended.event.started_s < ended.event.not_before_s) is bool(approved)
+            assert ended.lasted_s is not None
+            assert 0 < ended.lasted_s < 5
+            assert await events(await client(world.b, guest)) == []
+    finally:
+        code, said = await vmferry(world, "undrain", "a")
+        assert code == 0, said
+        assert await world.end_guests() == []
+
+
+async def vmferry(world: World, *words: str) -> tuple[int, str]:
+    """A command to host a, as an operator gives it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "vmferry.cli.main", *words),
+        *("--source", world.a.source.address, "--source-host", world.a.identity.uri),
+        *("--tls", str(world.tls_dir("controller"))),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+async def test_nobody_gets_less_notice_than_azure_gives(world: World, guest: Guest) -> None:
+    """Where the host says so: whoever moves or updates the machine at once is held for 15 minutes, or an approval."""
+    async with configured(world.a.source, event_minimum_notice=True, metadata_requests_per_s=RATE):
+        here = await client(world.a, guest)
+        asked = await ask_update(world, guest)
+        event = await shown(here)
+        due = email.utils.parsedate_to_datetime(event["NotBefore"]).timestamp()
+        assert 880 < due - time.time() <= 900
+        assert event["Description"] == policy.MAINTENANCE
+        assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
+        assert (await update_ended(world, asked)).outcome == up.UPDATE_OUTCOME_COMPLETED
+        migration_id = await world.start(guest, world.a, world.b, notice=0.5)
+        event = await shown(here)
+        due = email.utils.parsedate_to_datetime(event["NotBefore"]).timestamp()
+        assert 880 < due - time.time() <= 900
+        assert (await world.state(world.a, migration_id)).phase == pb.MIGRATION_PHASE_ANNOUNCED
+        assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
+        migration = await world.ended(world.a, migration_id)
+        assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+        await guest.assert_clean(world.b)
+
+
+async def test_a_guest_that_does_not_listen_is_not_waited_for(world: World, guest: Guest) -> None:
+    """One that never asked, or has been silent for long; its next request is heard, and its numbers begin anew."""
+    async with configured(world.a.source, event_idle_s=2.0, metadata_requests_per_s=RATE):
+        here = await client(world.a, guest)
+        # Nobody has asked yet: a cancelled notice would be seen in the phases.
+        asked = await ask_update(world, guest, notice_s=300.0)
+        assert (await update_ended(world, asked)).outcome == up.UPDATE_OUTCOME_COMPLETED
+        assert await events(here) == []
+        migration_id = await world.start(guest, world.a, world.b, notice=300.0)
+        event = await shown(here)
+        number = here.last
+        async with world.source(world.a) as stub:
+            await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))
+        await world.ended(world.a, migration_id)
+        assert await events(here) == []
+        assert here.last > number > 1
+        silent = time.time()
+        await eventually(lambda: time.time() > silent + 2.1, "it has been silent for long")
+        here.last = 0
+        assert await events(here) == []
+        assert here.last == 1
+        assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
 
 
 async def test_a_micro_vm_approves_by_its_own_device(world: World) -> None:

@@ -30,12 +30,20 @@ async def updates(world: World) -> AsyncIterator[UpdateServiceAsyncStub]:
 
 
 async def ask(
-    world: World, guest: Guest, *, max_pause_s: float = 30.0, request_id: str = "", qemu_binary: str = ""
+    world: World,
+    guest: Guest,
+    *,
+    max_pause_s: float = 30.0,
+    request_id: str = "",
+    qemu_binary: str = "",
+    notice_s: float | None = None,
 ) -> pb.Update:
     """Start an update."""
     request = pb.UpdateInPlaceRequest(machine=guest.id, request_id=request_id or str(uuid.uuid4()))
     request.target.qemu_binary = qemu_binary
     request.max_pause.FromNanoseconds(int(max_pause_s * 1e9))
+    if notice_s is not None:
+        request.notice.FromNanoseconds(int(notice_s * 1e9))
     async with updates(world) as stub:
         return (await stub.UpdateInPlace(request, timeout=DEADLINE_S)).update
 

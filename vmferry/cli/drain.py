@@ -23,7 +23,7 @@ from vmferry.cli.bounds import (
 )
 from vmferry.cli.connection import Source, calls_source, check_address, host_identity
 from vmferry.cli.drain_view import changes, drain_lines, headline
-from vmferry.cli.migrate import ReconnectOption
+from vmferry.cli.migrate import NoticeOption, ReconnectOption
 from vmferry.cli.output import JsonOption, as_document, print_document, say
 from vmferry.client.draining import drain_is_over
 from vmferry.client.places import Target
@@ -69,6 +69,7 @@ async def drain(
     max_throttle_percent: ThrottleOption = None,
     on_no_convergence: ChoiceOption = None,
     reconnect_timeout: ReconnectOption = None,
+    notice: NoticeOption = None,
     valid_hours: Annotated[
         int,
         typer.Option(
@@ -96,8 +97,9 @@ async def drain(
         max_throttle_percent,
         on_no_convergence,
     ).put_into(options)
-    if reconnect_timeout is not None:
-        options.reconnect_timeout.FromNanoseconds(int(reconnect_timeout * 1e9))
+    for field, seconds in ((options.reconnect_timeout, reconnect_timeout), (options.notice, notice)):
+        if seconds is not None:
+            field.FromNanoseconds(int(seconds * 1e9))
     targets = [_target(source, text) for text in to]
     found = await source.drain(
         targets, options=options, request_id=_checked(request_id), valid_s=valid_hours * _HOUR_S

@@ -21,7 +21,7 @@ AZURE_NOTICE_S: Final = MappingProxyType(
         EventType.TERMINATE: 300.0,
     }
 )
-"""Least notice that Azure documents; a host that wants to be taken for it sets ``event_notice_s = 900``."""
+"""Least notice that Azure documents; a host that is to be taken for it sets ``event_minimum_notice``."""
 
 MIGRATION: Final = "Virtual machine is being paused because of a memory-preserving Live Migration operation."
 MAINTENANCE: Final = "Host server is undergoing maintenance."
@@ -32,6 +32,20 @@ _WINDOW_S: Final = 1.0
 def expected_seconds(pause_s: float) -> int:
     """A pause as the document tells it: whole seconds, and not 0, which would mean that nothing is interrupted."""
     return max(1, math.ceil(pause_s))
+
+
+def granted_s(event_type: EventType, wanted_s: float, *, minimum: bool, listening: bool) -> float:
+    """How much notice is given.
+
+    Args:
+        event_type: what is to come.
+        wanted_s: how much was asked for.
+        minimum: whether nobody gets less than Azure's guests do.
+        listening: whether there is anybody to be told.
+    """
+    if not listening:
+        return 0.0
+    return max(wanted_s, AZURE_NOTICE_S[event_type]) if minimum else wanted_s
 
 
 class RateLimit:

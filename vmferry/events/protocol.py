@@ -108,6 +108,12 @@ def answer(request: Request, view: View) -> Answer:
     return handler(request, path[1:], view)
 
 
+def asks_for_events(request: Request) -> bool:
+    """Whether a guest is at work there that cares for its events, whatever its request is worth otherwise."""
+    parts = [part.lower() for part in request.path.split("/") if part]
+    return parts == ["metadata", "scheduledevents"] and "metadata" in request.headers
+
+
 def too_many() -> Response:
     """What is answered beyond the rate limit."""
     return Response(429, _error("Too many requests"), headers={"Retry-After": "1"})

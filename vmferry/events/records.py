@@ -36,6 +36,7 @@ def to_text(board: Board) -> str:
             "format": FORMAT,
             "incarnation": board.incarnation,
             "shown": board.shown,
+            "asked_s": board.asked_s,
             "events": [_event(event) for event in board.events],
             "ended": [
                 {
@@ -74,7 +75,8 @@ def from_text(text: str) -> Board:
         raise ValueError(f"not a board of events: {error!r}") from error
     if len(events) > _MAX_EVENTS or len(past) > MAX_REMEMBERED:
         raise ValueError("too many events")
-    return Board(incarnation, _text(said["shown"]), events, past)
+    asked_s = _number(said.get("asked_s", 0.0), float)  # which earlier releases do not write
+    return Board(incarnation, _text(said["shown"]), events, past, asked_s)
 
 
 def _event(event: Event) -> dict[str, Any]:

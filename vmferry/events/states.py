@@ -104,6 +104,8 @@ class Board:
     events: tuple[Event, ...] = ()
     ended: tuple[Ended, ...] = ()
     """The newest last."""
+    asked_s: float = 0.0
+    """When the guest asked for its events last, in seconds of Unix time; 0: it never did, or nobody noted it."""
 
     def find(self, event_id: str) -> Event | None:
         """An event that has not ended."""
@@ -127,16 +129,16 @@ def scheduled(board: Board, event: Event) -> Board:
 
 
 def approved(board: Board, event_id: str, by: str) -> Board:
-    """Somebody lets an event start before its time; the first voice counts, every further one changes nothing."""
+    """Somebody lets an event start before its time; the first voice counts, every further one changes nothing.
+
+    It is for the caller to know who is told of the event: the machines that it names, and those of their set.
+    """
     wanted = event_id.upper()
     return replace(
         board,
         events=tuple(
             replace(event, approved_by=by)
-            if event.id.upper() == wanted
-            and not event.approved_by
-            and event.status is EventStatus.SCHEDULED
-            and by in event.resources
+            if event.id.upper() == wanted and not event.approved_by and event.status is EventStatus.SCHEDULED
             else event
             for event in board.events
         ),
@@ -189,6 +191,18 @@ def shown(board: Board, content: bytes) -> Board:
     return replace(board, incarnation=board.incarnation + 1, shown=digest)
 
 
+def listening(board: Board, now_s: float, idle_s: float) -> bool:
+    """Whether the guest has asked for its events lately; without a limit every guest counts."""
+    return not idle_s or now_s - board.asked_s <= idle_s
+
+
+def asked(board: Board, now_s: float, idle_s: float) -> Board:
+    """The guest asks for its events: after a long silence the numbers of its documents begin anew."""
+    if board.asked_s and not listening(board, now_s, idle_s):
+        board = replace(board, incarnation=0, shown="")
+    return replace(board, asked_s=now_s)
+
+
 def merged(here: Board, arriving: Board) -> Board:
     """What a machine brings from another host, where something of an earlier stay may lie.
 
@@ -199,4 +213,8 @@ def merged(here: Board, arriving: Board) -> Board:
     if here.incarnation > arriving.incarnation:
         # Something was shown here that the other host cannot have known of.
         arriving = replace(arriving, incarnation=here.incarnation + 1, shown="")
-    return replace(arriving, ended=(*past, *arriving.ended)[-MAX_REMEMBERED:])
+    return replace(
+        arriving,
+        ended=(*past, *arriving.ended)[-MAX_REMEMBERED:],
+        asked_s=max(here.asked_s, arriving.asked_s),
+    )

@@ -57,6 +57,7 @@ TABLE: Final[Mapping[str, frozenset[Kind]]] = MappingProxyType(
         "/vmferry.v1.DestinationService/Abort": _HOSTS,
         "/vmferry.v1.ClockService/GetClock": _HOSTS,
         "/vmferry.v1.EventsService/ListBoards": _HOSTS,
+        "/vmferry.v1.EventsService/ApproveEvents": _HOSTS,
         "/vmferry.v1.RecoveryService/InspectMachine": _OPERATORS,
         "/vmferry.v1.RecoveryService/SettleMachine": _OPERATORS,
         "/vmferry.v1.DestinationService/ForceAccept": _ADMINS,

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/events.proto\x12\nvmferry.v1\".\n\x11ListBoardsRequest\x12\x19\n\x11\x61vailability_sets\x18\x01 \x03(\t\"K\n\x0cMachineBoard\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\x18\n\x10\x61vailability_set\x18\x02 \x01(\t\x12\r\n\x05\x62oard\x18\x03 \x01(\x0c\">\n\x12ListBoardsResponse\x12(\n\x06\x62oards\x18\x01 \x03(\x0b\x32\x18.vmferry.v1.MachineBoard2\\\n\rEventsService\x12K\n\nListBoards\x12\x1d.vmferry.v1.ListBoardsRequest\x1a\x1e.vmferry.v1.ListBoardsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17vmferry/v1/events.proto\x12\nvmferry.v1\".\n\x11ListBoardsRequest\x12\x19\n\x11\x61vailability_sets\x18\x01 \x03(\t\"K\n\x0cMachineBoard\x12\x12\n\nmachine_id\x18\x01 \x01(\t\x12\x18\n\x10\x61vailability_set\x18\x02 \x01(\t\x12\r\n\x05\x62oard\x18\x03 \x01(\x0c\">\n\x12ListBoardsResponse\x12(\n\x06\x62oards\x18\x01 \x03(\x0b\x32\x18.vmferry.v1.MachineBoard\"X\n\x14\x41pproveEventsRequest\x12\x18\n\x10\x61vailability_set\x18\x01 \x01(\t\x12\x11\n\tevent_ids\x18\x02 \x03(\t\x12\x13\n\x0b\x61pproved_by\x18\x03 \x01(\t\"\x17\n\x15\x41pproveEventsResponse2\xb2\x01\n\rEventsService\x12K\n\nListBoards\x12\x1d.vmferry.v1.ListBoardsRequest\x1a\x1e.vmferry.v1.ListBoardsResponse\x12T\n\rApproveEvents\x12 .vmferry.v1.ApproveEventsRequest\x1a!.vmferry.v1.ApproveEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,6 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MACHINEBOARD']._serialized_end=162
   _globals['_LISTBOARDSRESPONSE']._serialized_start=164
   _globals['_LISTBOARDSRESPONSE']._serialized_end=226
-  _globals['_EVENTSSERVICE']._serialized_start=228
-  _globals['_EVENTSSERVICE']._serialized_end=320
+  _globals['_APPROVEEVENTSREQUEST']._serialized_start=228
+  _globals['_APPROVEEVENTSREQUEST']._serialized_end=316
+  _globals['_APPROVEEVENTSRESPONSE']._serialized_start=318
+  _globals['_APPROVEEVENTSRESPONSE']._serialized_end=341
+  _globals['_EVENTSSERVICE']._serialized_start=344
+  _globals['_EVENTSSERVICE']._serialized_end=522
 # @@protoc_insertion_point(module_scope)

@@ -95,3 +95,52 @@ class ListBoardsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListBoardsResponse: _TypeAlias = ListBoardsResponse  # noqa: Y015
+
+@_typing.final
+class ApproveEventsRequest(_message.Message):
+    """Tells of an acknowledgement."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AVAILABILITY_SET_FIELD_NUMBER: _builtins.int
+    EVENT_IDS_FIELD_NUMBER: _builtins.int
+    APPROVED_BY_FIELD_NUMBER: _builtins.int
+    availability_set: _builtins.str
+    """The availability set of the machine that acknowledged, and of those that are to be interrupted."""
+    approved_by: _builtins.str
+    """What the guest that acknowledged is called."""
+    @_builtins.property
+    def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Identities of events, at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        availability_set: _builtins.str = ...,
+        event_ids: _abc.Iterable[_builtins.str] | None = ...,
+        approved_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approved_by", b"approved_by", "availability_set", b"availability_set", "event_ids", b"event_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveEventsRequest: _TypeAlias = ApproveEventsRequest  # noqa: Y015
+
+@_typing.final
+class ApproveEventsResponse(_message.Message):
+    """They are approved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveEventsResponse: _TypeAlias = ApproveEventsResponse  # noqa: Y015

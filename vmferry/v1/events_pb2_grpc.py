@@ -40,6 +40,11 @@ class EventsServiceStub:
                 request_serializer=vmferry_dot_v1_dot_events__pb2.ListBoardsRequest.SerializeToString,
                 response_deserializer=vmferry_dot_v1_dot_events__pb2.ListBoardsResponse.FromString,
                 _registered_method=True)
+        self.ApproveEvents = channel.unary_unary(
+                '/vmferry.v1.EventsService/ApproveEvents',
+                request_serializer=vmferry_dot_v1_dot_events__pb2.ApproveEventsRequest.SerializeToString,
+                response_deserializer=vmferry_dot_v1_dot_events__pb2.ApproveEventsResponse.FromString,
+                _registered_method=True)
 
 
 class EventsServiceServicer:
@@ -53,6 +58,14 @@ class EventsServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ApproveEvents(self, request, context):
+        """Approves events of this host's machines: a machine of the same availability set on another host has acknowledged
+        them. What is not known here, or has started, is left as it is; asked twice it is done once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EventsServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +73,11 @@ def add_EventsServiceServicer_to_server(servicer, server):
                     servicer.ListBoards,
                     request_deserializer=vmferry_dot_v1_dot_events__pb2.ListBoardsRequest.FromString,
                     response_serializer=vmferry_dot_v1_dot_events__pb2.ListBoardsResponse.SerializeToString,
+            ),
+            'ApproveEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveEvents,
+                    request_deserializer=vmferry_dot_v1_dot_events__pb2.ApproveEventsRequest.FromString,
+                    response_serializer=vmferry_dot_v1_dot_events__pb2.ApproveEventsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +108,33 @@ class EventsService:
             '/vmferry.v1.EventsService/ListBoards',
             vmferry_dot_v1_dot_events__pb2.ListBoardsRequest.SerializeToString,
             vmferry_dot_v1_dot_events__pb2.ListBoardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vmferry.v1.EventsService/ApproveEvents',
+            vmferry_dot_v1_dot_events__pb2.ApproveEventsRequest.SerializeToString,
+            vmferry_dot_v1_dot_events__pb2.ApproveEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

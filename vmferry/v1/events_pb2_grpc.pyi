@@ -35,6 +35,10 @@ class EventsServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EventsServiceAsyncStub: ...
     ListBoards: _grpc.UnaryUnaryMultiCallable[_events_pb2.ListBoardsRequest, _events_pb2.ListBoardsResponse]
     """Returns the boards of this host's machines that are in one of these availability sets; changes nothing."""
+    ApproveEvents: _grpc.UnaryUnaryMultiCallable[_events_pb2.ApproveEventsRequest, _events_pb2.ApproveEventsResponse]
+    """Approves events of this host's machines: a machine of the same availability set on another host has acknowledged
+    them. What is not known here, or has started, is left as it is; asked twice it is done once.
+    """
 
 @_typing.type_check_only
 class EventsServiceAsyncStub(EventsServiceStub):
@@ -43,6 +47,10 @@ class EventsServiceAsyncStub(EventsServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListBoards: _aio.UnaryUnaryMultiCallable[_events_pb2.ListBoardsRequest, _events_pb2.ListBoardsResponse]  # type: ignore[assignment]
     """Returns the boards of this host's machines that are in one of these availability sets; changes nothing."""
+    ApproveEvents: _aio.UnaryUnaryMultiCallable[_events_pb2.ApproveEventsRequest, _events_pb2.ApproveEventsResponse]  # type: ignore[assignment]
+    """Approves events of this host's machines: a machine of the same availability set on another host has acknowledged
+    them. What is not known here, or has started, is left as it is; asked twice it is done once.
+    """
 
 class EventsServiceServicer(metaclass=_abc_1.ABCMeta):
     """Shows the events of this host's machines to other hosts. The source service serves it."""
@@ -54,5 +62,15 @@ class EventsServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_events_pb2.ListBoardsResponse, _abc.Awaitable[_events_pb2.ListBoardsResponse]]:
         """Returns the boards of this host's machines that are in one of these availability sets; changes nothing."""
+
+    @_abc_1.abstractmethod
+    def ApproveEvents(
+        self,
+        request: _events_pb2.ApproveEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_events_pb2.ApproveEventsResponse, _abc.Awaitable[_events_pb2.ApproveEventsResponse]]:
+        """Approves events of this host's machines: a machine of the same availability set on another host has acknowledged
+        them. What is not known here, or has started, is left as it is; asked twice it is done once.
+        """
 
 def add_EventsServiceServicer_to_server(servicer: EventsServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

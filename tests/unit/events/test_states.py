@@ -40,15 +40,57 @@ def test_an_event_goes_one_way() -> None:
     assert states.ended(board, ID, NOW).ended[0].ending is Ending.CANCELLED
 
 
-def test_only_a_machine_that_it_names_approves_an_event_and_the_first_voice_counts() -> None:
-    """Another one's approval, a second one, and one after the start change nothing."""
+def test_the_first_voice_approves_an_event() -> None:
+    """Of a machine that it names, or of another of the set; a second one, and one after the start, change nothing."""
     board = states.scheduled(Board(), replace(EVENT, resources=("a", "b")))
-    assert states.approved(board, ID, "c") == board
+    assert states.approved(board, ID, "c").events[0].approved_by == "c"
+    assert states.approved(board, OTHER, "b") == board
     first = states.approved(board, ID, "b")
     assert first.events[0].approved_by == "b"
     assert states.approved(first, ID, "a") == first
     begun = states.started(board, ID, DUE)
     assert states.approved(begun, ID, "a") == begun
+
+
+def test_a_guest_that_is_silent_for_long_is_not_listening() -> None:
+    """Nobody is told, so nobody is waited for; the numbers begin anew, and only then."""
+    board = states.shown(Board(), b"x")
+    assert states.listening(board, NOW, 0)
+    assert not states.listening(board, NOW, 60)
+    board = states.asked(board, NOW, 60)
+    assert (board.incarnation, board.asked_s) == (1, NOW)
+    assert states.listening(board, NOW + 60, 60)
+    assert states.asked(board, NOW + 60, 60).incarnation == 1
+    assert not states.listening(board, NOW + 60.1, 60)
+    anew = states.asked(board, NOW + 60.1, 60)
+    assert (anew.incarnation, states.shown(anew, b"x").incarnation) == (0, 1)
+    assert states.asked(board, NOW + 1e6, 0).incarnation == 1
+    assert states.merged(board, Board(asked_s=NOW - 5)).asked_s == NOW
+
+
+def test_no_less_notice_than_azure_gives() -> None:
+    """Where that is asked for; a guest that is not there to be told is not waited for."""
+    least = {one: policy.granted_s(one, 1.0, minimum=True, listening=True) for one in states.EventType}
+    assert least == {
+        states.EventType.FREEZE: 900,
+        states.EventType.REBOOT: 900,
+        states.EventType.REDEPLOY: 600,
+        states.EventType.PREEMPT: 30,
+        states.EventType.TERMINATE: 300,
+    }
+    assert policy.granted_s(states.EventType.PREEMPT, 40.0, minimum=True, listening=True) == 40
+    assert policy.granted_s(states.EventType.FREEZE, 1.0, minimum=False, listening=True) == 1
+    assert policy.granted_s(states.EventType.FREEZE, 1.0, minimum=True, listening=False) == 0
+
+
+def test_a_board_of_the_release_before_is_read() -> None:
+    """It does not say when its guest asked last."""
+    board = states.asked(states.scheduled(Board(), EVENT), NOW, 60)
+    text = records.to_text(board)
+    assert records.from_text(text) == board
+    older = json.loads(text)
+    del older["asked_s"]
+    assert records.from_text(json.dumps(older)) == replace(board, asked_s=0.0)
 
 
 def test_a_started_event_lingers_and_a_cancelled_one_does_not() -> None:
