@@ -52,6 +52,8 @@ class _Memory:
     prospects: dict[tuple[str, str], Prospect] = field(default_factory=dict)
     pairs: dict[tuple[str, str], Failures] = field(default_factory=dict)
     hosts: dict[str, Failures] = field(default_factory=dict)
+    host_errors: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+    """Reason, message and remedy of the last failure that was a host's own."""
     predicted_s: dict[str, float] = field(default_factory=dict)
     placed: dict[str, Placed] = field(default_factory=dict)
     held: set[str] = field(default_factory=set)
@@ -165,9 +167,20 @@ class Draining:
         for machine_id, host in decision.start if warrant is not None else ():
             # Whoever ends the drain must find what was begun by it.
             began = await to_the_end(self._begin(machine_id, host, warrant)) or began
+        self._say_why(facts, decision)
         names = {item.machine_id: item.machine or item.machine_id for item in self._book.drain.machines}
         await self._book.settle(machines, decision, activity.what_next(facts, decision, names))
         return _SOON_S if began else max(0.05, min(decision.wake_s - time.time(), self._config.drain_look_s))
+
+    def _say_why(self, facts: Facts, decision: Decision) -> None:
+        """What stays because a host is left alone was never refused by it: say what that host failed with."""
+        for machine_id in decision.stays:
+            item = self._book.items[machine_id]
+            told = {one.destination for one in item.obstacles}
+            for host, why in self._now.host_errors.items():
+                rests = facts.hosts.get(host, Failures()).until_s(facts.rest_s) > facts.now_s
+                if rests and host not in told:
+                    self._book.put(item, obstacle(host, *why))
 
     def _facts(self, machines: list[planner.Machine]) -> Facts:
         under_way = sum(1 for task in self._now.placed.values() if task.under_way)
@@ -411,6 +424,7 @@ class Draining:
             case Consequence.ELSEWHERE:
                 self._now.pairs[pair] = self._now.pairs.get(pair, Failures()).again(now_s)
             case Consequence.HOST:
+                self._now.host_errors[host] = reason, message, remedy
                 known = self._now.hosts.get(host, Failures())
                 if known.until_s(self._config.drain_retry_s) <= now_s:  # several at a time are one failure
                     self._now.hosts[host] = known.again(now_s)

@@ -13,7 +13,8 @@ from typing import Final
 
 from source_svc.history import ALL, Filter, History, Key, key_of
 from source_svc.migrations import Migrations
-from vmferry.errors import InvalidArgumentError
+from vmferry.errors import InvalidArgumentError, MachineNotFoundError
+from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.v1 import migration_pb2 as pb
 
 _DEFAULT_PAGE: Final = 50
@@ -50,6 +51,30 @@ async def newest(
     # Asked last, and believed: what is in memory is newer.
     found |= {one.id: one for one in migrations.select(wanted) if before is None or key_of(one) < before}
     return sorted(found.values(), key=key_of, reverse=True)[:limit]
+
+
+async def find_machine(
+    machine: str, directory: MachineDirectory, migrations: Migrations, history: History
+) -> MachineRecord:
+    """A machine of this host, by name or identity.
+
+    Raises:
+        MachineNotFoundError: it is not here; says where it went, if it went from here.
+    """
+    try:
+        return directory.find(machine)
+    except MachineNotFoundError as error:
+        moved = Filter(machine=machine, outcomes=(pb.MIGRATION_OUTCOME_COMPLETED,))
+        gone = await newest(migrations, history, moved, limit=1)
+        if not gone:
+            raise
+        last = gone[0]
+        when = f"{last.end_time.ToDatetime():%Y-%m-%d %H:%M:%SZ}"
+        raise MachineNotFoundError(
+            f"{error.message}: it was moved to {last.destination.host} at {when}",
+            field=error.field,
+            remedy=f"Ask that host for it; how it went: vmferry status {last.id} (GetMigration).",
+        ) from error
 
 
 def page_bounds(page_size: int, page_token: str, total: int) -> tuple[int, int, str]:

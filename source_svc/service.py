@@ -17,7 +17,7 @@ from source_svc.dispatcher import Dispatcher
 from source_svc.farewells import Farewells
 from source_svc.forecasts import Forecast, Forecasts
 from source_svc.history import History
-from source_svc.listing import list_migrations, page_bounds, resume_token, seen_revision
+from source_svc.listing import find_machine, list_migrations, page_bounds, resume_token, seen_revision
 from source_svc.means import Means
 from source_svc.metadata import MetadataService
 from source_svc.migrations import Migrations
@@ -33,6 +33,7 @@ from source_svc.underway import Underway
 from source_svc.update_service import UpdateService
 from vmferry.errors import PointOfNoReturnError, ServiceStoppingError, WrongPhaseError
 from vmferry.handoff.ledger import Role
+from vmferry.machines.directory import MachineRecord
 from vmferry.machines.qmp import QmpMachine
 from vmferry.negotiation.path import STREAM
 from vmferry.negotiation.report import Report
@@ -144,7 +145,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         self, request: pb.PlanMigrationRequest, context: Context
     ) -> pb.PlanMigrationResponse:
         """Ask both hosts and change nothing."""
-        record = self._directory.find(required(request.machine, "machine"))
+        record = await self._find(required(request.machine, "machine"))
         host, address = read_destination(request.destination, self._own)
         order = read_order(request.options, self._host, record.spec.memory_bytes)
         destination = self._means.peer(address, host)
@@ -262,7 +263,7 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
 
     async def GetMachine(self, request: pb.GetMachineRequest, context: Context) -> pb.GetMachineResponse:
         """Return one machine."""
-        record = self._directory.find(required(request.machine, "machine"))
+        record = await self._find(required(request.machine, "machine"))
         return pb.GetMachineResponse(machine=await self._recovery.machine(record))
 
     async def ForceReclaim(
@@ -282,6 +283,9 @@ class SourceService(migration_pb2_grpc.SourceServiceServicer):
         return pb.ForceReclaimResponse(report=await to_the_end(work))
 
     # What they are made of
+
+    async def _find(self, machine: str) -> MachineRecord:
+        return await find_machine(machine, self._directory, self._migrations, self._history)
 
     def _occupied(self, machine_id: str) -> str:
         """What is being done with a machine that keeps it from being updated in place."""

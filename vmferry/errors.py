@@ -117,7 +117,7 @@ class MachineNotFoundError(VmferryError):
     code = "NOT_FOUND"
     reason = "MACHINE_NOT_FOUND"
     exit_code = ExitCode.PRECONDITION
-    remedy = "List the machines of this host (vmferry list, ListMachines) and check the name."
+    remedy = "List the machines of this host (vmferry list --machines, ListMachines) and check the name."
 
 
 class MigrationNotFoundError(VmferryError):

@@ -123,8 +123,9 @@ async def test_a_host_is_emptied_and_its_destination_loses_power(world: TwoConta
             async def told() -> bool:
                 found = await a.get_drain()
                 reasons = {one.reason for item in found.machines for one in item.obstacles}
+                assert all(item.obstacles for item in found.machines) or found.state != DRAIN_STATE_STUCK
                 rests = "b does not answer as it should and is left alone until" in found.activity
-                return found.state == DRAIN_STATE_STUCK and "PEER_UNREACHABLE" in reasons and rests
+                return found.state == DRAIN_STATE_STUCK and reasons == {"PEER_UNREACHABLE"} and rests
 
             await eventually_async(told, "it says that host b does not answer", seconds=60)
             for guest in guests:

@@ -16,7 +16,7 @@ from vmferry.machines import readymemory
 from vmferry.telemetry.spans import SpanRecord, load_spans
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1 import migration_pb2 as pb
-from vmferry.v1.drain_pb2 import DRAIN_STATE_DRAINED, DRAIN_STATE_NONE
+from vmferry.v1.drain_pb2 import DRAIN_STATE_DRAINED, DRAIN_STATE_NONE, DRAIN_STATE_STUCK
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +140,24 @@ async def test_memory_that_is_kept_ready_goes_when_its_host_is_emptied(world: Wo
             await eventually(lambda: readymemory.ready_files(ready) == [], "it is given up")
             await b.undrain()
         await eventually(lambda: readymemory.ready_files(ready) == [16], "it is ready again")
+
+
+async def test_every_machine_says_why_it_stays_while_a_destination_does_not_answer(world: World) -> None:
+    """Also those that it was never asked about, as it is left alone for a while."""
+    guests = [await world.run(world.a) for _ in range(5)]  # more than are asked about at a time
+    await world.b.dest.stop()
+    try:
+        async with client(world, world.a) as a:
+            await a.drain([target(world.b)])
+        stuck = await drained(
+            world,
+            world.a,
+            lambda seen: seen.state == DRAIN_STATE_STUCK and "is left alone until" in seen.activity,
+            "host b is left alone",
+        )
+    finally:
+        await world.b.dest.start()
+    assert len(stuck.machines) == len(guests)
+    for item in stuck.machines:
+        assert "PEER_UNREACHABLE" in {one.reason for one in item.obstacles}, item
+        assert all(one.remedy for one in item.obstacles)

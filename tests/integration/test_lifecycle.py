@@ -169,6 +169,13 @@ async def test_too_late_while_the_source_lets_go(world: World, guest: Guest) -> 
     ended = await world.ended(world.a, migration_id)
     assert ended.outcome == COMPLETED
     await world.assert_stays(guest, world.b, world.a)
+    async with world.source(world.a) as stub:
+        gone = await refusal(stub.GetMachine(pb.GetMachineRequest(machine=guest.spec.name)))
+        assert (gone.reason, f"it was moved to {world.b.identity.uri} at " in gone.message) == (
+            "MACHINE_NOT_FOUND",
+            True,
+        )
+        assert f"vmferry status {migration_id}" in gone.instance_remedy
 
 
 async def test_a_deadline_never_ends_a_hand_off(world: World, guest: Guest) -> None:

@@ -209,6 +209,7 @@ async def two_hosts(
     ports: Mapping[str, Ports] = ANY_PORTS,
     places: Mapping[str, Place] = ALL_HERE,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    option: str = "--keep",
 ) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
 
@@ -217,8 +218,9 @@ async def two_hosts(
         ports: where each host's services listen; any free port by default.
         places: where in the network the hosts are.
         settings: what else both hosts are configured to.
+        option: what the caller names the folder by.
     """
-    with _folders(keep) as (files, run, ram):
+    with _folders(keep, option) as (files, run, ram):
         a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places, settings))
         world = TwoHosts(
             a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces", images=run / "images"
@@ -259,28 +261,32 @@ def require_memory(machine_bytes: int, resident_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _folders(keep: Path | None) -> Iterator[tuple[Path, Path, Path]]:
+def _folders(keep: Path | None, option: str) -> Iterator[tuple[Path, Path, Path]]:
     with contextlib.ExitStack() as stack:
         # Sockets have short paths, so what runs is never below the folder to keep.
         run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-")))
         ram = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-", dir=_SHARED_MEMORY))
         )
-        files = run / "files" if keep is None else _empty(keep.absolute())
+        files = run / "files" if keep is None else _empty(keep.absolute(), option)
         (run / "images").mkdir(mode=0o700)
         for folder in ("logs", "tls", "traces"):
             (files / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
         yield files, run, ram
 
 
-def _empty(folder: Path) -> Path:
+def _empty(folder: Path, option: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not any(folder.iterdir()):
             return folder
     except OSError as error:
-        raise InvalidArgumentError(f"cannot use {folder}: {error.strerror}", field="--keep") from error
-    raise InvalidArgumentError(f"{folder} is not empty", field="--keep")
+        raise InvalidArgumentError(f"cannot use {folder}: {error.strerror}", field=option) from error
+    raise InvalidArgumentError(
+        f"{folder} is not empty",
+        field=option,
+        remedy=f"Remove it, unless what it belongs to still runs, or name another one by {option}.",
+    )
 
 
 def _prepare(

@@ -91,7 +91,12 @@ def changes(before: dp.Drain, after: dp.Drain) -> Iterator[str]:
     moved = sum(item.state == dp.DRAINED_MACHINE_STATE_MOVED for item in after.machines)
     for item in after.machines:
         old = known.get(item.machine_id, dp.DrainedMachine(state=dp.DRAINED_MACHINE_STATE_WAITING))
-        if item.state != old.state:
+        told = (
+            item.state == dp.DRAINED_MACHINE_STATE_STAYS
+            and item.obstacles
+            and item.obstacles == old.obstacles
+        )
+        if item.state != old.state and not told:
             yield f"  {harmless(item.machine or item.machine_id)}: {_happened(old, item)}" + (
                 f" ({moved} of {len(after.machines)})" if item.state == dp.DRAINED_MACHINE_STATE_MOVED else ""
             )

@@ -138,7 +138,9 @@ def size(number: float) -> str:
 
 
 def label(enumeration: Any, value: int, prefix: str) -> str:
-    """The name of a protobuf enum value without its prefix, in lower case."""
+    """The name of a protobuf enum value without its prefix, in lower case; what nobody has said is not known."""
+    if not value:
+        return "not-known"
     try:
         name: str = enumeration.Name(value)
     except ValueError:  # a newer service may know more

@@ -52,7 +52,7 @@ async def _run(folder: Path, memory_mib: int, count: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    async with two_hosts(folder, ports=PORTS) as world:
+    async with two_hosts(folder, ports=PORTS, option="--dir") as world:
         for name in names:
             await run_machine(new_spec(name, memory_mib, "canary"), world.a.host.config)
         hosts = {

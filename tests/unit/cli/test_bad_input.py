@@ -52,6 +52,7 @@ TO = ("--to-host", HOST_B, "--to-address", "127.0.0.1:7602")
         (("demo", "--dirty-mib-per-s", "-5"), "--dirty-mib-per-s"),
         (("demo", "--repeat", "0"), "--repeat"),
         (("demo", "--keep", "/proc/1/nowhere"), "--keep"),
+        (("playground", "--dir", "/proc"), "--dir"),
         (("demo", "--memory-mib", "1048576"), "--memory-mib"),
     ],
 )

@@ -141,4 +141,7 @@ def test_what_has_happened_is_told_machine_by_machine() -> None:
     assert "nothing that is left can move" in lines[3]
     assert len(lines) == 4
     assert list(changes(after, after)) == []
+    waits = drain(dp.DRAIN_STATE_STUCK, machine("z", WAITING, "NOT_CONVERGING"))
+    stays = drain(dp.DRAIN_STATE_STUCK, machine("z", STAYS, "NOT_CONVERGING"))
+    assert list(changes(waits, stays)) == [], "it was told when it came back"
     assert list(changes(before, before)) == []

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tests.unit.cli.conftest import Run
 from tests.unit.cli.fake_source import HOST_A, MIGRATION_ID, FakeSource, migration
-from vmferry.cli.output import as_document, size
+from vmferry.cli.output import as_document, label, size
 from vmferry.cli.progress import LineView, LiveView
 from vmferry.v1 import machine_pb2, migration_pb2
 
@@ -150,3 +150,12 @@ def test_no_color_is_obeyed_at_a_terminal(
 
     assert "web-1" in shown
     assert ("\x1b[" in shown) is coloured
+
+
+def test_what_nobody_has_said_is_called_not_known() -> None:
+    """A machine that is arriving answers nobody yet; a word of the contract would say nothing to a person."""
+    assert (
+        label(machine_pb2.MachineState, machine_pb2.MACHINE_STATE_UNSPECIFIED, "MACHINE_STATE_")
+        == "not-known"
+    )
+    assert label(machine_pb2.MachineState, machine_pb2.MACHINE_STATE_RUNNING, "MACHINE_STATE_") == "running"
