@@ -82,6 +82,8 @@ NEAREST: Final = {
     "rights": "test_rights.py test_gate.py test_updating.py",
     "states": "test_source.py",
     "updating": "test_updating.py",
+    "disk": "test_disk.py test_journal_disk.py test_journal_directory.py test_ledger_disk.py test_ledger.py",
+    "rolelock": "test_ledger.py",
 }
 """The tests of the unit suite that are the most likely to notice, and run before the others."""
 

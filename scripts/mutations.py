@@ -27,8 +27,10 @@ CORE: Final = (
     "register",
     "ledger",
     "updating",
+    "disk",
+    "rolelock",
 )
-_SYNCS: Final = {"sync", "sync_data", "sync_folder", "_note", "note", "add"}
+_SYNCS: Final = {"sync", "sync_data", "sync_folder", "_note", "note", "add", "fsync", "fdatasync", "flock"}
 _FLAGS: Final = {"durable", "settled", "wait"}
 _STRICTER: Final = {ast.Gt: ">=", ast.GtE: ">", ast.Lt: "<=", ast.LtE: "<", ast.Eq: "!=", ast.NotEq: "=="}
 
@@ -49,6 +51,7 @@ EQUIVALENT: Final[dict[str, str]] = {
     "ledger.HostLedger.goodbyes: drop record.attempt is not None": (
         "every record of a source is about an attempt, which a checker of types cannot know"
     ),
+    "disk.HostFile.read: wanted > 0 as >=": "who asks a file for no bytes gets none, and stops",
     "register.Register.note: first <= second as <": "of two equal marks either may be overwritten",
 }
 """Mutants that nothing can notice, by name, with the reason."""
