@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # the stub's type exists for checkers only
 
 
 @contextlib.asynccontextmanager
-async def updates(world: World) -> AsyncIterator[UpdateServiceAsyncStub]:
-    """Calls to the update service of host a."""
-    a = world.a
-    async with open_channel(a.source.address, a.identity, world.material("controller")) as channel:
+async def updates(world: World, host: Host | None = None) -> AsyncIterator[UpdateServiceAsyncStub]:
+    """Calls to the update service of a host: a, unless another one is named."""
+    host = host or world.a
+    async with open_channel(host.source.address, host.identity, world.material("controller")) as channel:
         yield UpdateServiceStub(channel)
 
 
@@ -37,6 +37,7 @@ async def ask(
     request_id: str = "",
     qemu_binary: str = "",
     notice_s: float | None = None,
+    host: Host | None = None,
 ) -> pb.Update:
     """Start an update."""
     request = pb.UpdateInPlaceRequest(machine=guest.id, request_id=request_id or str(uuid.uuid4()))
@@ -44,13 +45,13 @@ async def ask(
     request.max_pause.FromNanoseconds(int(max_pause_s * 1e9))
     if notice_s is not None:
         request.notice.FromNanoseconds(int(notice_s * 1e9))
-    async with updates(world) as stub:
+    async with updates(world, host) as stub:
         return (await stub.UpdateInPlace(request, timeout=DEADLINE_S)).update
 
 
-async def ended(world: World, update: pb.Update) -> pb.Update:
+async def ended(world: World, update: pb.Update, host: Host | None = None) -> pb.Update:
     """Wait for its end."""
-    async with asyncio.timeout(2 * DEADLINE_S), updates(world) as stub:
+    async with asyncio.timeout(2 * DEADLINE_S), updates(world, host) as stub:
         async for answer in stub.WatchUpdate(pb.WatchUpdateRequest(id=update.id)):
             update = answer.update
     assert update.phase == pb.UPDATE_PHASE_ENDED

@@ -176,7 +176,7 @@ def _about_devices(facts: UpdateFacts) -> Iterator[Obstacle]:
     for name in facts.taps:
         yield Obstacle(
             "update.nic-not-shareable",
-            f"the interface {name} can be held by one process at a time",
+            f"the interface {name} can be held by one process at a time: a second one would take its packets",
             name,
             "Move the machine to another host and back.",
         )

@@ -3,69 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from tests.unit.machines.agents import answering, guest, question
 from vmferry.machines.agent import AgentError, AgentRefusedError, conversation
 
-Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LIMIT_S = 10.0
-
-
-@contextlib.asynccontextmanager
-async def guest(path: Path, serve: Serve) -> AsyncIterator[Path]:
-    """A guest's end of a channel; real agents are asked in tests with QEMU, and none of them misbehaves like this."""
-    running: list[asyncio.Task[None]] = []
-
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await serve(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_unix_server(
-        lambda reader, writer: running.append(asyncio.create_task(speak(reader, writer))), path
-    )
-    try:
-        yield path
-    finally:
-        server.close()
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-
-
-async def question(reader: asyncio.StreamReader) -> dict[str, object]:
-    """The next question, without the byte that ends what came before."""
-    line = await reader.readuntil(b"\n")
-    found = json.loads(line.lstrip(b"\xff"))
-    assert isinstance(found, dict)
-    return found
-
-
-def answering(*answers: bytes, before: bytes = b"") -> Serve:
-    """An agent that synchronises well, and then answers like this."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = await question(reader)
-        assert asked["execute"] == "guest-sync-delimited"
-        arguments = asked["arguments"]
-        assert isinstance(arguments, dict)
-        writer.write(before + b"\xff" + json.dumps({"return": arguments["id"]}).encode() + b"\n")
-        for answer in answers:
-            await reader.readuntil(b"\n")
-            writer.write(answer)
-        await reader.read()
-
-    return serve
 
 
 async def test_an_agent_is_asked_for_its_time_and_given_one(tmp_path: Path) -> None:
