@@ -261,7 +261,7 @@ async def test_a_run_that_is_killed_is_gone_on_with(fleet: Fleet) -> None:
     await fleet.assert_home()
 
 
-@pytest.mark.parametrize("seed", [7, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [7])
 async def test_a_random_plan_with_a_host_that_fails(tmp_path: Path, seed: int) -> None:
     """Executed with real machines, killed at random, and with a host that fails in a random way until it is mended.
 

@@ -180,6 +180,26 @@ async def test_the_service_and_a_process_die_together(world: World, tmp_path: Pa
         never_two(tmp_path)
 
 
+@pytest.mark.slow
+async def test_a_new_process_that_stands_still_for_20_s(world: World) -> None:
+    """With the longest pause that is usual, and let go on after that: the old one has the guest long before."""
+    guest = await world.run()
+    before = world.a.machine_pid(guest.id)
+    asked = await held(world, guest, "state-saved")
+    new = find_beside(world.a.record(guest.id).paths)
+    assert new is not None
+    new.process.send_signal(signal.SIGSTOP)
+    going_on = asyncio.get_running_loop().call_later(20, new.process.send_signal, signal.SIGCONT)
+    try:
+        world.a.source.signal(signal.SIGCONT)
+        done = await ended(world, await asked)
+        assert done.outcome == pb.UPDATE_OUTCOME_ROLLED_BACK, done
+        assert done.pause.ToMilliseconds() < 20_000
+        assert await one_is_left(world, guest) == before
+    finally:
+        going_on.cancel()
+
+
 @pytest.mark.parametrize("place", ["state-saved", "recorded.switched"])
 async def test_a_new_process_that_stands_still_loses_the_guest_to_the_old_one(
     world: World, place: str

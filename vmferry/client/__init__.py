@@ -24,6 +24,7 @@ from vmferry.client.connection import Tries, call_error
 from vmferry.client.draining import drain_is_over, new_request_id
 from vmferry.client.places import Target, check_address, host_identity
 from vmferry.client.source import SourceClient
+from vmferry.client.updating import Wanted
 from vmferry.client.watching import Patience
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "SourceClient",
     "Target",
     "Tries",
+    "Wanted",
     "call_error",
     "check_address",
     "drain_is_over",

@@ -15,11 +15,13 @@ from typing import Any, Self, TypeVar
 
 from vmferry.client.places import Target
 from vmferry.client.source import SourceClient
+from vmferry.client.updating import Wanted
 from vmferry.client.watching import PATIENCE, Patience
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1.compatibility_pb2 import CompatibilityReport
 from vmferry.v1.drain_pb2 import Drain
 from vmferry.v1.machine_pb2 import Machine
+from vmferry.v1.update_pb2 import CheckUpdateResponse, Update
 
 Result = TypeVar("Result")
 
@@ -136,6 +138,14 @@ class BlockingSourceClient:
     def get_drain(self) -> Drain:
         """How the host's drain stands, or stood."""
         return self.run(self._client.get_drain())
+
+    def check_update(self, wanted: Wanted) -> CheckUpdateResponse:
+        """What stands in the way of an update in place; changes nothing."""
+        return self.run(self._client.check_update(wanted))
+
+    def update_in_place(self, wanted: Wanted, *, request_id: str = "") -> Update:
+        """Replace the process that runs a machine, and wait until that has ended."""
+        return self.run(self._client.update_in_place(wanted, request_id=request_id))
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
 from tests.integration.hosts import World, open_world
 from tests.integration.qemu.conftest import QEMU, LinuxGuest, boot, linux_spec
 from tests.integration.services import DEADLINE_S, eventually, processes_with
-from tests.integration.updates import ask, ended, held, nothing_open, updates
+from tests.integration.updates import armed, ask, ended, held, nothing_open, updates
+from vmferry import failpoints
 from vmferry.machines.beside import find_beside
 from vmferry.machines.qemu import probe
 from vmferry.memory.backings import ANONYMOUS, MEMFD
@@ -91,6 +94,27 @@ async def test_memory_without_a_name_is_shared_too(world: World, images: Path) -
         "update.memory-not-shared",
         "update.hypervisor-not-allowed",
     }
+
+
+@pytest.mark.slow
+async def test_a_service_killed_wherever_it_matters_leaves_one_process(world: World, images: Path) -> None:
+    """The next start settles it: one process runs the guest, which has missed nothing and counts on.
+
+    Every other place is killed with micro-VMs.
+    """
+    guest = await boot(world, linux_spec(images, vcpus=1, nics=0))
+    for place in ("paused", "loaded", "recorded.switched", "resumed"):
+        assert f"update.{place}" in failpoints.UPDATE
+        await armed(world, f"update.{place}=kill")
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ask(world, guest)
+        await eventually(lambda: not world.a.source.running, "the service is killed")
+        world.a.source.environment.clear()
+        await world.a.source.start()
+        await unharmed(world, guest)
+    done = await ended(world, await ask(world, guest))
+    assert done.outcome == pb.UPDATE_OUTCOME_COMPLETED, done
+    assert await unharmed(world, guest) == done.pid
 
 
 @pytest.mark.slow

@@ -238,7 +238,7 @@ def test_se_16_17_18_the_instance_document() -> None:
     ):  # fmt: skip
         assert isinstance(compute[name], str), name
     assert said["network"]["interface"][0]["macAddress"] == "525400AABBCC"
-    for version in ("2019-08-01", "2020-09-01", "2025-04-07"):
+    for version in ("2019-08-01", "2020-09-01", "2021-08-01", "2025-04-07"):
         assert ask(path="/metadata/instance", version=version).response == found
 
 
