@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,35 @@ def test_the_exit_code_says_whether_all_holds(
     first, second = json.loads(file.read_text(encoding="utf-8"))["parts"]
     assert first["ok"] == (exit_code == 0)
     assert second["figures"] == {"runs": "7"}
+
+
+async def test_a_part_that_waits_runs_beside_those_that_compute(tmp_path: Path) -> None:
+    """Its place is none of the processors': one that computes on the only one hears of it before it ends."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    hears = f"import json; print(json.dumps({{'runs': open({str(pipe)!r}).read()}}))"
+    tells = f"import os; open({str(pipe)!r}, 'w').write(os.environ['WORD']); {COUNTS}"
+    waiting = replace(counting("waits", tells), waits=True, environment={"WORD": "said"})
+    async with asyncio.timeout(60):
+        results = await proof.run_all([counting("computes", hears), waiting], 1)
+    assert [result.figures["runs"] for result in results] == ["said", "7"]
+
+
+def test_which_suite_noticed_how_many_mutants_is_told() -> None:
+    """Survivors are named, and count for no suite."""
+    (part,) = [one for one in proof.parts(proof.FULL) if one.name == "mutants"]
+    document = {
+        "made": 5,
+        "equivalent": 1,
+        "killers": {"a": "t::x", "b": "t::y", "c": "s::z", "d": ""},
+        "suites": {"a": "unit", "b": "unit", "c": "faults", "d": ""},
+    }
+    assert part.figures(document) == {
+        "mutants killed": "3 of 4",
+        "by the suites": "unit 2, faults 1",
+        "mutants made": "5 (1 that nobody can tell)",
+        "survivor 1": "d",
+    }
 
 
 async def test_what_tests_count_and_leave_out_is_told(tmp_path: Path) -> None:
