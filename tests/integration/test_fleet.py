@@ -261,6 +261,21 @@ async def test_a_run_that_is_killed_is_gone_on_with(fleet: Fleet) -> None:
     await fleet.assert_home()
 
 
+async def test_a_host_whose_services_are_dead(fleet: Fleet) -> None:
+    """Machines of others go elsewhere, its own turn ends the update, and its machine never notices anything."""
+    dead = fleet.world.hosts["c"]
+    await asyncio.gather(dead.source.kill(), dead.dest.kill())
+    code, planned, said = await fleet.run("--dry-run")
+    assert code == 0, said
+    assert "cannot be asked" in planned["order"][2]["hosts"][0]["problem"]
+    code, document, said = await fleet.run()
+    assert code == 1
+    assert fleet.stages(document) == {"a": "done", "b": "done", "c": "failed"}, said
+    assert document["halted"].startswith("c: "), said
+    assert fleet.log == ["a", "b"]
+    await fleet.assert_home()
+
+
 @pytest.mark.parametrize("seed", [7])
 async def test_a_random_plan_with_a_host_that_fails(tmp_path: Path, seed: int) -> None:
     """Executed with real machines, killed at random, and with a host that fails in a random way until it is mended.

@@ -30,7 +30,7 @@ from vmferry.v1 import update_pb2 as up
 
 _GOING: Final = (machine_pb2.MACHINE_STATE_RUNNING, machine_pb2.MACHINE_STATE_PAUSED)
 _LOOK_S: Final = 0.5
-_TRIES: Final = Tries(attempts=12)
+_TRIES: Final = Tries(attempts=6)
 """A service that the command has restarted may take a few seconds."""
 Left = Callable[[str, str], None]
 """Told of a machine that has left, and of the host it went to."""
