@@ -72,9 +72,12 @@ async def test_reflection_tells_the_contract(world: World) -> None:
         async with open_channel(service.address, host.identity, world.material("admin")) as channel:
             found = await listed(channel)
             assert name in found
-            of_sources = {f"vmferry.v1.{one}Service" for one in ("Drain", "Events", "Update")}
-            assert found & of_sources == (of_sources if service.role == "source" else set())
-            assert found - {name} - of_sources <= {
+            of_roles = {"source": ("Drain", "Events", "Update"), "dest": ("Clock",)}
+            of_one = {
+                role: {f"vmferry.v1.{one}Service" for one in services} for role, services in of_roles.items()
+            }
+            assert found & set.union(*of_one.values()) == of_one[service.role]
+            assert found - {name} - of_one[service.role] <= {
                 "vmferry.v1.RecoveryService",
                 "grpc.health.v1.Health",
                 "grpc.reflection.v1alpha.ServerReflection",
