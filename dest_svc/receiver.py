@@ -124,8 +124,6 @@ class Receiver:
             if self.spec.shared_memory:
                 region = self.machine.ram
                 self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
-                self._ram.map_pages(writable=True)
-                self._ram.reserved(self._reserved_bytes)
                 self._reservation = asyncio.create_task(self._reserve(self._ram))
             self._memory = self._way(self.machine)
             await self._memory.open()

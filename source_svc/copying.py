@@ -154,14 +154,8 @@ class Copy:
         history: list[RoundReport] = []
         effort = NO_EFFORT
         runs = await asyncio.to_thread(self._ram.data_runs)
-        if (
-            not self._gives_up
-        ):  # a page that was given up would be taken again by looking at it through a mapping
-            self._ram.map_pages()
-            self._ram.reserved(self._ram.size_bytes)  # what is no hole is there
         while True:
             report, told = await self._round(runs)
-            self._ram.unmap_pages()  # only of the first round's pages it is certain that all of them are there
             if not told:
                 runs = await asyncio.to_thread(self._tracker.scan)
                 continue

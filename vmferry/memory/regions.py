@@ -1,8 +1,9 @@
 """Where guest memory is: the RAM file, and the place where a machine's process maps it.
 
 Promise: :func:`find_mapping` answers only for memory whose every write a tracker can see (one shared mapping
-of the whole file), and :class:`RamFile` moves pages between the file and a caller's buffer without mapping more of it
-than a few windows at a time, so that the resident memory of a service does not grow with the machine.
+of the whole file), and :class:`RamFile` moves pages between the file and a caller's buffer by system calls, without
+mapping any of it: the resident memory of a service does not grow with the machine, a page that nobody has is never
+touched, and Python's lock is free while pages are copied.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +28,10 @@ from vmferry.errors import (
 )
 from vmferry.memory.hugepages import file_page_bytes, path_page_bytes, write_spans
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
-from vmferry.memory.windows import AROUND_BYTES, Windows, map_around
 
-_LONG_BYTES: Final = AROUND_BYTES
-"""Shorter runs of pages are read and written by system calls: to map them would cost more."""
 _PIECE_BYTES: Final = 128 * 1024
+"""What is written and read back at a time, so that it is still in the processor's cache when it is looked at."""
+_THREAD: Final = threading.local()
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 
@@ -180,27 +181,6 @@ class RamFile:
         self.size_bytes = size_bytes
         self.page_count = size_bytes // PAGE_SIZE
         self._huge_page_bytes = file_page_bytes(fd)
-        self._windows: Windows | None = None
-        self._there_bytes = 0
-
-    def map_pages(self, *, writable: bool = False) -> None:
-        """From now on reach long runs of pages through mappings, which costs less.
-
-        That is, up to where :meth:`reserve` took memory from the file's beginning, or :meth:`reserved` said that all
-        is there that will be asked for.
-        """
-        if not self._huge_page_bytes and self._windows is None:
-            self._windows = Windows(self._fd, self.size_bytes, writable=writable)
-
-    def unmap_pages(self) -> None:
-        """Reach all pages by system calls again; nobody reads or writes meanwhile."""
-        if self._windows is not None:
-            self._windows.close()
-            self._windows = None
-
-    def reserved(self, length: int) -> None:
-        """Of the file's first ``length`` bytes all are taken that will be asked for while pages are mapped."""
-        self._there_bytes = max(self._there_bytes, length)
 
     @classmethod
     def open(cls, path: Path, size_bytes: int, *, writable: bool = False) -> Self:
@@ -239,7 +219,6 @@ class RamFile:
 
     def close(self) -> None:
         """Close the file; more than once does no harm."""
-        self.unmap_pages()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -255,14 +234,8 @@ class RamFile:
         position = 0
         with memoryview(into) as view:
             for offset, length in self._spans(runs, len(view)):
-                if self._mapped(offset, length):
-                    assert self._windows is not None, "something is mapped"
-                    for part in self._windows.views(offset, length):
-                        view[position : position + len(part)] = part
-                        position += len(part)
-                else:
-                    self._read(view[position : position + length], offset)
-                    position += length
+                self._read(view[position : position + length], offset)
+                position += length
         return position
 
     def _read(self, into: memoryview, offset: int) -> None:
@@ -273,63 +246,48 @@ class RamFile:
                 raise MachineFailedError(f"RAM file {self.path} ends at {offset + done}", path=self.path)
             done += count
 
-    def _mapped(self, offset: int, length: int) -> bool:
-        """Whether a part is long enough to be reached through a mapping, and surely there."""
-        return self._windows is not None and length >= _LONG_BYTES and offset + length <= self._there_bytes
-
     def write_pages(self, runs: Sequence[tuple[int, int]], data: memoryview) -> None:
         """Write ``data``, which holds the pages of ``runs`` one behind the other."""
-        for _ in self.put(runs, data):
-            pass
+        spans = self._filled(runs, data)
+        if self._huge_page_bytes:
+            with _out_of_memory(self.path):
+                write_spans(self._fd, self._huge_page_bytes, spans, data)
+            return
+        position = 0
+        for offset, length in spans:
+            self._write(data[position : position + length], offset)
+            position += length
 
     def put(self, runs: Sequence[tuple[int, int]], data: memoryview) -> Iterator[memoryview]:
         """Write ``data`` as :meth:`write_pages` does, and show what memory holds then, piece by piece.
 
-        All pieces have to be asked for. They lie one behind the other, and each is good until the next is asked for:
-        where pages are mapped, the memory itself, and else what was read back from it.
+        All pieces have to be asked for. They lie one behind the other, and each is good until the next is asked for.
         """
+        spans = self._filled(runs, data)
+        if self._huge_page_bytes:
+            self.write_pages(runs, data)
+        position = 0
+        for offset, length in spans:
+            for at in range(0, length, _PIECE_BYTES):
+                size = min(_PIECE_BYTES, length - at)
+                if not self._huge_page_bytes:
+                    self._write(data[position : position + size], offset + at)
+                position += size
+                back = _scratch(size)
+                self._read(back, offset + at)
+                yield back
+
+    def _filled(self, runs: Sequence[tuple[int, int]], data: memoryview) -> list[tuple[int, int]]:
         spans = self._spans(runs, len(data))
         if sum(length for _, length in spans) != len(data):
             raise ChunkRejectedError(f"the runs do not fill {len(data)} bytes", path=self.path)
-        if self._huge_page_bytes:
-            with _out_of_memory(self.path):
-                write_spans(self._fd, self._huge_page_bytes, spans, data)
-            yield from self._read_back(spans)
-            return
-        position = 0
-        for offset, length in spans:
-            part = data[position : position + length]
-            if self._mapped(offset, length):
-                yield from self._put_mapped(part, offset)
-            else:
-                self._write(part, offset)
-                yield from self._read_back([(offset, length)])
-            position += length
-
-    def _read_back(self, spans: Sequence[tuple[int, int]]) -> Iterator[memoryview]:
-        for offset, length in spans:
-            copy = memoryview(bytearray(length))
-            self._read(copy, offset)
-            yield copy
+        return spans
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < len(data):
             with _out_of_memory(self.path):
                 done += os.pwrite(self._fd, data[done:], offset + done)
-
-    def _put_mapped(self, data: memoryview, offset: int) -> Iterator[memoryview]:
-        assert self._windows is not None, "something is mapped"
-        done = 0
-        for part in self._windows.views(offset, len(data)):
-            map_around(part)
-            # In pieces that are still in the processor's cache when they are looked at.
-            for at in range(0, len(part), _PIECE_BYTES):
-                piece = part[at : at + _PIECE_BYTES]
-                piece[:] = data[done : done + len(piece)]
-                done += len(piece)
-                yield piece
-                piece.release()
 
     def _spans(self, runs: Sequence[tuple[int, int]], room: int) -> list[tuple[int, int]]:
         """Offset and length of each run in bytes; refuses runs outside the region or without room."""
@@ -354,8 +312,6 @@ class RamFile:
         """
         with _out_of_memory(self.path):
             os.posix_fallocate(self._fd, offset, length)
-        if offset <= self._there_bytes:
-            self.reserved(offset + length)
 
     def punch(self, first_page: int, count: int) -> None:
         """Make pages zero again and give their memory back."""
@@ -372,6 +328,14 @@ class RamFile:
     def allocated_bytes(self) -> int:
         """How much memory the file occupies."""
         return os.fstat(self._fd).st_blocks * 512
+
+
+def _scratch(size: int) -> memoryview:
+    """The beginning of a buffer of this thread, for at most a piece."""
+    buffer: bytearray | None = getattr(_THREAD, "buffer", None)
+    if buffer is None:
+        buffer = _THREAD.buffer = bytearray(_PIECE_BYTES)
+    return memoryview(buffer)[:size]
 
 
 @contextmanager

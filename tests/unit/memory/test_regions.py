@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,49 @@ def test_pages_come_back_as_written(ram: RamFile) -> None:
     assert buffer == page_of(4) + page_of(0) + page_of(1) + page_of(3) + bytes(2 * PAGE_SIZE)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 90)), min_size=1, max_size=4), st.binary(min_size=1)
+)
+def test_what_is_put_is_what_memory_holds(steps: list[tuple[int, int]], seed: bytes) -> None:
+    """Long runs and short ones: written, shown piece by piece and read back alike."""
+    runs, at = [], 0
+    for gap, count in steps:
+        runs.append((at + gap, count))
+        at += gap + count
+    size = sum(count for _, count in runs) * PAGE_SIZE
+    data = (seed * (size // len(seed) + 1))[:size]
+    fd = os.memfd_create("test-put")
+    os.ftruncate(fd, at * PAGE_SIZE)
+    with RamFile(fd, Path(f"/proc/self/fd/{fd}"), at * PAGE_SIZE) as file:
+        assert b"".join(bytes(piece) for piece in file.put(runs, memoryview(data))) == data
+        plain = b"".join(os.pread(fd, count * PAGE_SIZE, first * PAGE_SIZE) for first, count in runs)
+        assert plain == data
+        assert file.allocated_bytes == size
+
+
+def test_threads_that_put_at_a_time_see_each_its_own(ram: RamFile) -> None:
+    """What is shown is what the thread put, over and over, while others put elsewhere."""
+
+    def work(number: int) -> bool:
+        for turn in range(50):
+            data = page_of(number * 50 + turn) * 4
+            if b"".join(bytes(piece) for piece in ram.put([(number * 4, 4)], memoryview(data))) != data:
+                return False
+        return True
+
+    with ThreadPoolExecutor(5) as threads:
+        assert all(threads.map(work, range(5)))
+
+
+def test_looking_at_a_hole_takes_no_memory(ram: RamFile) -> None:
+    """Holes read as zero and stay holes."""
+    back = bytearray(b"x") * SIZE
+    ram.read_pages([(0, PAGES)], back)
+    assert back == bytes(SIZE)
+    assert ram.allocated_bytes == 0
+
+
 @pytest.mark.parametrize(
     "runs", [[(PAGES, 1)], [(PAGES - 1, 2)], [(-1, 1)], [(0, 0)], [(0, 1), (1 << 60, 1)]]
 )
@@ -96,6 +140,8 @@ def test_data_that_does_not_fit_its_runs_is_refused(ram: RamFile, size: int) -> 
     """Too few and too many bytes for the runs are both refused, and nothing is written."""
     with pytest.raises(ChunkRejectedError):
         ram.write_pages([(0, 2)], memoryview(bytes(size)))
+    with pytest.raises(ChunkRejectedError):
+        list(ram.put([(0, 2)], memoryview(bytes(size))))
     assert ram.allocated_bytes == 0
 
 
