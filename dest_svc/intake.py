@@ -11,7 +11,6 @@ from typing import Final
 
 from vmferry.errors import ChunkRejectedError, StreamBrokenError
 from vmferry.failpoints import reach
-from vmferry.machines.port import RunState
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
@@ -103,7 +102,7 @@ class DirectMemory:
 
     async def open(self) -> None:
         """Do beforehand what loading needs."""
-        await self._machine.get_ready()
+        await self._machine.get_ready_to_load()
 
     async def take(self, request: Received) -> int:
         """Check one frame and write it."""
@@ -121,6 +120,5 @@ class DirectMemory:
 
     async def _load(self, device_state: bytes) -> None:
         async with phase("load", device_state_bytes=len(device_state)):
-            if await self._machine.run_state() is RunState.INMIGRATE:
-                await self._machine.load_device_state(device_state)
-                reach("dest.loaded")
+            await self._machine.load_device_state(device_state)
+            reach("dest.loaded")

@@ -97,6 +97,7 @@ class Receiver:
         self._reservation: asyncio.Task[None] | None = None
         self._reserved_bytes = 0
         self._room = room
+        self._early: asyncio.Task[tuple[bytes, bytes]] | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -173,7 +174,19 @@ class Receiver:
         async for response in lane.serve(requests, self._memory.take, connection):
             self.progressed_at = time.monotonic()
             reach("dest.frame-taken")
+            if response.HasField("ended"):
+                self._load_early()
             yield response
+
+    def _load_early(self) -> None:
+        """All has come: the guest is paused, so what has to be done is not put off until the call that seals."""
+        if (
+            self._early is None
+            and isinstance(self._memory, DirectMemory)
+            and all(lane.ended.is_set() and not lane.different_pages for lane in self._lanes)
+        ):
+            self._early = asyncio.create_task(self._memory.seal())
+            self._early.add_done_callback(_retrieve)
 
     async def preflight(self) -> list[str]:
         """What stands in the way of finishing this attempt now."""
@@ -214,7 +227,8 @@ class Receiver:
             different = sum(lane.different_pages for lane in self._lanes)
             if different:
                 raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
-        root, device_state = await self._memory.seal()
+        early, self._early = self._early, None
+        root, device_state = await (self._memory.seal() if early is None else early)
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()
         )
@@ -246,6 +260,9 @@ class Receiver:
         if self._reservation is not None:
             self._reservation.cancel()
             await asyncio.gather(self._reservation, return_exceptions=True)
+        if self._early is not None:
+            self._early.cancel()
+            await asyncio.gather(self._early, return_exceptions=True)
         if self._memory is not None:
             await self._memory.close()
         async with contextlib.AsyncExitStack() as stack:
@@ -262,3 +279,9 @@ class Receiver:
         await self.release()
         if self.machine is not None:
             await stop_machine(self.machine, self._directory)
+
+
+def _retrieve(task: asyncio.Task[tuple[bytes, bytes]]) -> None:
+    """What went wrong is told by the call that seals, which may never come."""
+    if not task.cancelled():
+        task.exception()

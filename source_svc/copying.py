@@ -205,13 +205,6 @@ class Copy:
             await self._send(runs)
             reach("source.last-round-sent")
 
-    async def leftovers(self) -> None:
-        """Send what a device still wrote while the machine's state was saved; mostly nothing."""
-        runs = await asyncio.to_thread(self._rest)
-        if runs:
-            await self._open_lanes.drain()  # the same pages may be on their way in the last round
-            await self._send(runs)
-
     def _rest(self) -> PageRuns:
         """What was written since the last scan, and what the guest gave up since it was sent: that reads as zero."""
         runs = self._tracker.scan()

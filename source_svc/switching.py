@@ -6,6 +6,7 @@ fails by the limit's name, and the caller gives the machine back. Nothing here g
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from source_svc.copying import Copy
@@ -84,11 +85,14 @@ class Switch:
 
     async def _rest(self, copy: Copy) -> bytes:
         """Send what is left of the paused guest; returns its device state."""
-        # Saving takes a while and hardly touches memory, so it goes on beside the last round.
         device_state: bytes
-        _, device_state = await together(copy.last_round(), self._saved())
-        if self._machine.spec.kind == QEMU:  # its devices may still write while they are being saved
-            await copy.leftovers()
+        if self._machine.spec.kind == QEMU:
+            # Its devices may still write while they are being saved. To look for what was written costs more than
+            # to send it, so that is done once.
+            device_state = await self._saved()
+            await copy.last_round()
+        else:
+            _, device_state = await together(copy.last_round(), self._saved())
         await copy.send_device_state(device_state)
         if self._compare_bytes:
             async with phase("compare"):
@@ -101,6 +105,17 @@ class Switch:
         return device_state
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
+        # The destination loads the device state as soon as the lanes have ended.
+        ending = asyncio.create_task(self._copy.finish())
+        try:
+            return await self._sealed(ending, device_state, timeout_s)
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+
+    async def _sealed(
+        self, ending: asyncio.Task[None], device_state: bytes, timeout_s: float
+    ) -> source.Heard:
         attempt, rounds = self._attempt, self._copy.round_number
         digest = seal_digest(
             attempt,
@@ -124,10 +139,14 @@ class Switch:
         )
         # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
         heard: source.Heard
-        _, heard, _ = await together(self._copy.finish(), seal, self._departure.settle_records())
+        heard, _, _ = await together(seal, self._departure.settle_records(), _ended(ending))
         if heard.state is not AttemptState.PREPARED or heard.digest != digest:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
             )
         reach("source.ready-heard")
         return replace(heard, memory_intact=True, tail_certain=self._departure.tail_certain)
+
+
+async def _ended(ending: asyncio.Task[None]) -> None:
+    await ending

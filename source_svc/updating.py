@@ -122,7 +122,7 @@ class Updating:
                 reach("update.started")
                 await checks.compare(old, self._new)
                 await old.get_ready()
-                await self._new.get_ready()
+                await self._new.get_ready_to_load()
             async with phase("pause", max_pause_s=max_pause_s):
                 await self._switch(old, self._new, max_pause_s, watcher)
         except JournalDamagedError:

@@ -26,6 +26,7 @@ from vmferry.errors import (
 )
 from vmferry.handoff.gate import ResumePermit
 from vmferry.machines.inspection import Inspection, inspect
+from vmferry.machines.loading import Loading
 from vmferry.machines.migrating import MigrationControl, StreamProgress
 from vmferry.machines.monitor import Monitor
 from vmferry.machines.paths import MachinePaths
@@ -33,7 +34,11 @@ from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.qemu.spec import IMAGE_FORMATS
 from vmferry.machines.spec import QEMU, MachineSpec
-from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving, sending, temporary
+from vmferry.machines.state_socket import (
+    MAX_STATE_BYTES,
+    StateTooLargeError,
+    receiving,
+)
 from vmferry.memory import memfd
 from vmferry.memory.backings import MEMFD
 from vmferry.memory.regions import Region
@@ -94,7 +99,12 @@ class QmpMachine(Machine):
             disks=spec.qemu is not None and bool(spec.qemu.disks),
             timeout_s=qmp_timeout_s,
         )
+        self._loading = Loading(
+            self._migration, paths, self._run_state, self._failure, timeout_s=qmp_timeout_s
+        )
         self._loaded: bytes | None = None
+        self._stands = False
+        """It was seen to stand still, by a command that was given here."""
         self.paths = paths
         self.process = process
 
@@ -146,6 +156,7 @@ class QmpMachine(Machine):
             await self._monitor.execute("stop", repeatable=True)
             if await self._run_state() is RunState.RUNNING:
                 raise self._failure("stop", "the guest still runs, or is asleep and cannot be held still")
+            self._stands = True
 
     async def cont(self, permit: ResumePermit) -> None:
         """Let the guest run, with a permit for this machine."""
@@ -156,15 +167,16 @@ class QmpMachine(Machine):
                 permit=permit.machine_id,
             )
         async with self._lock:
-            state = await self._run_state()
-            if state is RunState.RUNNING:
-                # A stream that was begun with the guest running is of no use to anybody any more.
-                await self._migration.end()
-                return
-            # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
-            # wish and start the guest by itself as soon as the state has come.
-            self._require(state, _STOPPED, "be resumed")
+            self._stands = False
             if self._loaded is None:
+                state = await self._run_state()
+                if state is RunState.RUNNING:
+                    # A stream that was begun with the guest running is of no use to anybody any more.
+                    await self._migration.end()
+                    return
+                # A machine that waits for device state must not get as far as the hypervisor: QEMU would note the
+                # wish and start the guest by itself as soon as the state has come.
+                self._require(state, _STOPPED, "be resumed")
                 # QEMU does not go on in the middle of a save, maybe one that another process had begun.
                 await self._migration.end()
             self._loaded = None
@@ -177,6 +189,14 @@ class QmpMachine(Machine):
         async with self._lock:
             await self._migration.end()
             await self._migration.prepare_device_state()
+
+    async def get_ready_to_load(self) -> None:
+        """The same, and have a QEMU that waits for device state listen for it: loading is sending then."""
+        await self.get_ready()
+        async with self._lock:
+            # A micro-VM does not wait for long.
+            if self._spec.kind == QEMU:
+                await self._loading.open()
 
     async def check_images(self) -> None:
         """Refuse a hypervisor that opened other images than its description names.
@@ -197,8 +217,8 @@ class QmpMachine(Machine):
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM, asked for anew by each call."""
         async with self._lock:
-            state = await self._run_state()
-            self._require(state, _STOPPED, "be saved")
+            if not self._stands:  # the guest waits: what was just seen is not asked again
+                self._require(await self._run_state(), _STOPPED, "be saved")
             return await self._save()
 
     async def load_device_state(self, data: bytes) -> None:
@@ -209,10 +229,7 @@ class QmpMachine(Machine):
             if state in _STOPPED and digest == self._loaded:
                 return
             self._require(state, frozenset({RunState.INMIGRATE}), "take device state")
-            try:
-                await self._load(data)
-            except MachineDeadError as error:
-                raise self._ended_while_loading() from error
+            await self._loading.load(data)
             self._loaded = digest
 
     async def get_ready_to_stream(self, *, slow_down: bool = False) -> None:
@@ -265,19 +282,12 @@ class QmpMachine(Machine):
     async def wait_stream_loaded(self) -> None:
         """Wait until the hypervisor has loaded a stream that it was given to its end, and is paused."""
         async with self._lock:
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    state = await self._until_loaded()
-            except TimeoutError as error:
-                raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
-            except MachineDeadError as error:
-                raise self._ended_while_loading() from error
-            self._check_loaded(state)
+            await self._loading.end_of_stream()
             self._loaded = b""
 
     def stream_refused(self) -> MachineFailedError:
         """What to say of a hypervisor that hung up on its stream."""
-        return self._ended_while_loading()
+        return self._loading.refused()
 
     async def announce(self) -> None:
         """Tell the network where the machine is now."""
@@ -349,6 +359,7 @@ class QmpMachine(Machine):
     async def close(self) -> None:
         """Let go of the machine, which lives on."""
         async with self._lock:
+            self._loading.close()
             await self._monitor.close()
 
     async def _run_state(self) -> RunState:
@@ -392,39 +403,6 @@ class QmpMachine(Machine):
                     await asyncio.sleep(_POLL_S)
         except TimeoutError as error:
             raise self._failure("migrate", f"not completed within {self._timeout_s:g} s") from error
-
-    async def _load(self, data: bytes) -> None:
-        await self._migration.prepare_device_state()
-        path = self.paths.state_socket
-        try:
-            with temporary(path):
-                await self._migration.receive(path)
-                async with asyncio.timeout(self._timeout_s), sending(path, data):
-                    state = await self._until_loaded()
-        except TimeoutError as error:
-            raise self._failure("migrate-incoming", f"not loaded within {self._timeout_s:g} s") from error
-        except OSError as error:
-            raise self._failure("migrate-incoming", f"its socket cannot be reached: {error}") from error
-        self._check_loaded(state)
-
-    def _check_loaded(self, state: RunState) -> None:
-        if state not in {RunState.PAUSED, RunState.PRELAUNCH}:
-            raise self._failure("migrate-incoming", f"the machine is {state} after loading")
-
-    def _ended_while_loading(self) -> MachineFailedError:
-        """QEMU ends itself over a state it does not understand, and says why in its log."""
-        words = f"the process ended while loading; its log ends with:\n{self.paths.log_tail()}"
-        return self._failure("migrate-incoming", words)
-
-    async def _until_loaded(self) -> RunState:
-        loop = asyncio.get_running_loop()
-        look_after = loop.time() + _WATCH_S
-        while (state := await self._run_state()) is RunState.INMIGRATE:
-            # The guest stands still meanwhile, so only a load that takes long is asked whether it failed.
-            if loop.time() > look_after:
-                await self._migration.completed("migrate-incoming")
-            await asyncio.sleep(_POLL_S)
-        return state
 
     def _require(self, state: RunState, wanted: frozenset[RunState], verb: str) -> None:
         if state not in wanted:

@@ -53,21 +53,26 @@ async def _accept_and_read(listener: socket.socket) -> bytes:
     return bytes(found)
 
 
-@contextlib.asynccontextmanager
-async def sending(path: Path, data: bytes) -> AsyncIterator[None]:
-    """Send ``data`` to the listener at ``path`` and say that this is all.
-
-    The connection stays open meanwhile, so that its end is never taken for a fault.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+async def connected(path: Path) -> socket.socket:
+    """A connection to the listener at ``path``."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         link.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(link, str(path))
-        # A hypervisor that finds a fault hangs up early; what it found, it says when asked.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            await loop.sock_sendall(link, data)
-            link.shutdown(socket.SHUT_WR)
-        yield
+        await asyncio.get_running_loop().sock_connect(link, str(path))
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+async def send_all(link: socket.socket, data: bytes) -> None:
+    """Send ``data`` and say that this is all; the caller keeps the connection until it has been taken in.
+
+    A hypervisor that finds a fault hangs up early; what it found, it says when asked.
+    """
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        await asyncio.get_running_loop().sock_sendall(link, data)
+        link.shutdown(socket.SHUT_WR)
 
 
 @contextlib.contextmanager

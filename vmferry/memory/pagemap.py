@@ -13,7 +13,9 @@ import select
 import struct
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -39,6 +41,10 @@ _RESULT_FIELDS: Final = 3
 """``struct page_region``: start, end, categories."""
 _MAX_RESULTS: Final = 4096
 
+_LARGE_BYTES: Final = 512 * 1024 * 1024
+"""A walk over less takes no longer than waking another thread."""
+_TABLE_BYTES: Final = 2 * 1024 * 1024
+
 _END_TIMEOUT_MS: Final = 100
 
 ENTRY_SIZE: Final = 8
@@ -49,13 +55,33 @@ _MAPPED: Final = 1 << 63 | 1 << 62
 Addresses: TypeAlias = "array[int]"
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of the region that one thread walks, and where the kernel puts what it finds there."""
+
+    start: int
+    end: int
+    results: Addresses = field(
+        default_factory=lambda: array("Q", bytes(8 * _RESULT_FIELDS * _MAX_RESULTS)), repr=False
+    )
+
+
+def _halves(start: int, end: int) -> list[tuple[int, int]]:
+    """A region in two, if that is worth a second thread; cut between page tables."""
+    middle = (start + end) // 2 // _TABLE_BYTES * _TABLE_BYTES
+    return [(start, middle), (middle, end)] if end - start >= _LARGE_BYTES else [(start, end)]
+
+
 class PageMap:
     """The page map of one mapped region, open for scanning."""
 
     def __init__(self, mapped: MappedRegion) -> None:
         self._mapped = mapped
-        self._end = mapped.address + mapped.region.size_bytes
-        self._results = array("Q", bytes(8 * _RESULT_FIELDS * _MAX_RESULTS))
+        self._parts = [
+            _Part(start, end)
+            for start, end in _halves(mapped.address, mapped.address + mapped.region.size_bytes)
+        ]
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="pagemap")
         try:
             self._pidfd = os.pidfd_open(mapped.pid)
         except ProcessLookupError as exc:
@@ -73,6 +99,7 @@ class PageMap:
     def close(self) -> None:
         """Close the descriptors; more than once does no harm."""
         if self._fd >= 0:
+            self._helper.shutdown()
             os.close(self._fd)
             os.close(self._pidfd)
             self._fd = self._pidfd = -1
@@ -80,8 +107,9 @@ class PageMap:
     def is_tracked(self) -> bool:
         """Whether the whole region is registered for asynchronous write protection."""
         try:
-            for _ in self._walk(CHECK_WPASYNC, mask=ABSENT, inverted=ABSENT):
-                pass
+            for part in self._parts:
+                for _ in self._walk(part, CHECK_WPASYNC, mask=ABSENT, inverted=ABSENT):
+                    pass
         except PermissionError:
             return False
         return True
@@ -113,7 +141,8 @@ class PageMap:
             return sum(
                 (sum(ends) - sum(starts)) // PAGE_SIZE
                 for inverted, mask in ((0, WRITTEN), (ABSENT, ABSENT))
-                for starts, ends in self._walk(CHECK_WPASYNC, mask=mask, inverted=inverted)
+                for part in self._parts
+                for starts, ends in self._walk(part, CHECK_WPASYNC, mask=mask, inverted=inverted)
             )
 
     def peek_written(self) -> PageRuns:
@@ -121,14 +150,25 @@ class PageMap:
         return self._pages(0, mask=WRITTEN)
 
     def _pages(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
-        """Walk the region; the pages whose categories match."""
+        """Walk the region, its halves at a time; the pages whose categories match."""
+        first, *others = self._parts
+        with self._explained():
+            beside = [self._helper.submit(self._matching, part, flags, mask, inverted) for part in others]
+            try:
+                runs = self._matching(first, flags, mask, inverted)
+            finally:
+                wait(beside)  # it writes to memory of this object
+            for more in beside:
+                runs.extend(more.result())
+        return runs
+
+    def _matching(self, part: _Part, flags: int, mask: int, inverted: int) -> PageRuns:
         base = self._mapped.address
         runs = PageRuns()
-        with self._explained():
-            for starts, ends in self._walk(flags | CHECK_WPASYNC, mask=mask, inverted=inverted):
-                firsts = [(start - base) // PAGE_SIZE for start in starts]
-                counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
-                runs.extend(zip(firsts, counts, strict=True))
+        for starts, ends in self._walk(part, flags | CHECK_WPASYNC, mask=mask, inverted=inverted):
+            firsts = [(start - base) // PAGE_SIZE for start in starts]
+            counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
+            runs.extend(zip(firsts, counts, strict=True))
         return runs
 
     @contextmanager
@@ -166,18 +206,20 @@ class PageMap:
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(timeout_ms))
 
-    def _walk(self, flags: int, *, mask: int, inverted: int = 0) -> Iterator[tuple[Addresses, Addresses]]:
+    def _walk(
+        self, part: _Part, flags: int, *, mask: int, inverted: int = 0
+    ) -> Iterator[tuple[Addresses, Addresses]]:
         """Call PAGEMAP_SCAN as often as one answer is too small; where the matching runs start and end."""
-        position = self._mapped.address
+        position = part.start
         # A call that only protects (no mask) has no results, which is the kernel's fast path.
-        vector, room = (self._results.buffer_info()[0], _MAX_RESULTS) if mask else (0, 0)
-        while position < self._end:
+        vector, room = (part.results.buffer_info()[0], _MAX_RESULTS) if mask else (0, 0)
+        while position < part.end:
             argument = bytearray(
                 SCAN_ARGUMENT.pack(
                     SCAN_ARGUMENT.size,
                     flags,
                     position,
-                    self._end,
+                    part.end,
                     0,
                     vector,
                     room,
@@ -190,12 +232,12 @@ class PageMap:
             )
             # JUSTIFICATION: there is no other way to read and protect in one step.
             # SAFETY: the argument is 96 bytes as the request says; the kernel writes at most ``room`` results
-            # to an array of that length, which this object holds.
+            # to an array of that length, which the part holds.
             try:
                 count = fcntl.ioctl(self._fd, PAGEMAP_SCAN, argument, True)
             except ProcessLookupError as exc:  # mostly it says that a dead process wrote nothing
                 raise MachineDeadError(f"process {self._mapped.pid} is gone", pid=self._mapped.pid) from exc
-            found = self._results[: count * _RESULT_FIELDS]
+            found = part.results[: count * _RESULT_FIELDS]
             yield found[::_RESULT_FIELDS], found[1::_RESULT_FIELDS]
             # walk_end can lie before results: the kernel sets it whenever its own, smaller buffer fills, goes on,
             # and leaves it so if the walk then completes. Going on from there would report pages twice.

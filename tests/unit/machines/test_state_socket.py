@@ -9,24 +9,28 @@ from pathlib import Path
 import pytest
 
 from vmferry.machines import state_socket
-from vmferry.machines.state_socket import StateTooLargeError, receiving, sending
+from vmferry.machines.state_socket import StateTooLargeError, connected, receiving, send_all
 
 
 async def test_what_is_sent_is_what_is_received(tmp_path: Path) -> None:
     """More than a socket's buffer goes through unchanged, and the socket's file does not stay."""
     path = tmp_path / "s"
     data = bytes(range(256)) * 8192
-    async with receiving(path) as received, sending(path, data):
-        assert await received == data
+    async with receiving(path) as received:
+        with await connected(path) as link:
+            await send_all(link, data)
+            assert await received == data
     assert not path.exists()
 
 
 async def test_state_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte more than the limit is an error, not memory."""
     monkeypatch.setattr(state_socket, "MAX_STATE_BYTES", 1000)
-    async with receiving(tmp_path / "s") as received, sending(tmp_path / "s", bytes(1001)):
-        with pytest.raises(StateTooLargeError):
-            await received
+    async with receiving(tmp_path / "s") as received:
+        with await connected(tmp_path / "s") as link:
+            await send_all(link, bytes(1001))
+            with pytest.raises(StateTooLargeError):
+                await received
 
 
 async def test_nobody_coming_leaves_nothing(tmp_path: Path) -> None:
@@ -52,5 +56,6 @@ async def test_a_listener_that_hangs_up_early_is_no_crash(tmp_path: Path) -> Non
             link.close()
 
         task = asyncio.create_task(hang_up())
-        async with sending(path, bytes(8_000_000)):
+        with await connected(path) as link:
+            await send_all(link, bytes(8_000_000))
             await task

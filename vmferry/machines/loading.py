@@ -1,0 +1,105 @@
+"""The other side of a migration: a hypervisor that waits, and loads what it is sent.
+
+Promise: a load is over when the hypervisor says that its guest stands still with all that was sent; what it says else
+is raised. A connection that was opened beforehand carries one load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from vmferry.errors import MachineDeadError, MachineFailedError
+from vmferry.machines.migrating import Fail, MigrationControl
+from vmferry.machines.paths import MachinePaths
+from vmferry.machines.port import RunState
+from vmferry.machines.state_socket import connected, send_all, temporary
+
+_COMMAND: Final = "migrate-incoming"
+_POLL_S: Final = 0.001
+_WATCH_S: Final = 0.05
+"""The guest stands still meanwhile, so only a load that takes longer is asked whether it failed."""
+_LOADED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH})
+
+
+class Loading:
+    """The loads of one hold of a machine; callers take turns."""
+
+    def __init__(
+        self,
+        migration: MigrationControl,
+        paths: MachinePaths,
+        run_state: Callable[[], Awaitable[RunState]],
+        fail: Fail,
+        *,
+        timeout_s: float,
+    ) -> None:
+        self._migration = migration
+        self._paths = paths
+        self._run_state = run_state
+        self._fail = fail
+        self._timeout_s = timeout_s
+        self._link: socket.socket | None = None
+
+    async def open(self) -> None:
+        """Have the hypervisor wait at an open connection: loading is sending then."""
+        if self._link is None and await self._run_state() is RunState.INMIGRATE:
+            self._link = await self._waiting()
+
+    async def load(self, data: bytes) -> None:
+        """Load a device state."""
+        await self._migration.prepare_device_state()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                link, self._link = self._link or await self._waiting(), None
+                with link:  # until it is loaded, so that its end is never taken for a fault
+                    await send_all(link, data)
+                    await self._until_loaded()
+        except TimeoutError as error:
+            raise self._late() from error
+        except OSError as error:
+            raise self._fail(_COMMAND, f"its socket cannot be reached: {error}") from error
+        except MachineDeadError as error:
+            raise self.refused() from error
+
+    async def end_of_stream(self) -> None:
+        """Wait until the hypervisor has loaded a stream that it was given to its end."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._until_loaded()
+        except TimeoutError as error:
+            raise self._late() from error
+        except MachineDeadError as error:
+            raise self.refused() from error
+
+    def refused(self) -> MachineFailedError:
+        """QEMU ends itself over a state it does not understand, and says why in its log."""
+        words = f"the process ended while loading; its log ends with:\n{self._paths.log_tail()}"
+        return self._fail(_COMMAND, words)
+
+    def close(self) -> None:
+        """Close a connection that was opened and not used; more than once does no harm."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    async def _waiting(self) -> socket.socket:
+        path = self._paths.state_socket
+        with temporary(path):
+            await self._migration.receive(path)
+            return await connected(path)
+
+    async def _until_loaded(self) -> None:
+        loop = asyncio.get_running_loop()
+        look_after = loop.time() + _WATCH_S
+        while (state := await self._run_state()) is RunState.INMIGRATE:
+            if loop.time() > look_after:
+                await self._migration.completed(_COMMAND)
+            await asyncio.sleep(_POLL_S)
+        if state not in _LOADED:
+            raise self._fail(_COMMAND, f"the machine is {state} after loading")
+
+    def _late(self) -> MachineFailedError:
+        return self._fail(_COMMAND, f"not loaded within {self._timeout_s:g} s")
