@@ -112,10 +112,12 @@ async def test_the_figures_of_a_crossing_fit_each_other(world: World) -> None:
     assert phases[0] == pb.MIGRATION_PHASE_NEGOTIATING
     assert phases[-1] == pb.MIGRATION_PHASE_RELEASING
     spent = sum(timing.elapsed.ToNanoseconds() for timing in migration.timings) / 1e9
-    assert spent == pytest.approx(total.total_seconds(), abs=0.05)
+    # What lies between two phases is not theirs, and takes longer on a busy machine.
+    slack_s = 0.05 + 0.1 * total.total_seconds()
+    assert spent == pytest.approx(total.total_seconds(), abs=slack_s)
     assert 0 < downtime.total_seconds() < total.total_seconds()
     between = migration.end_time.ToDatetime() - migration.create_time.ToDatetime()
-    assert between.total_seconds() == pytest.approx(total.total_seconds(), abs=0.05)
+    assert between.total_seconds() == pytest.approx(total.total_seconds(), abs=slack_s)
     assert migration.progress.memory_bytes == 16 * MIB
     assert migration.progress.sent_bytes >= 4 * MIB
     assert migration.progress.wire_bytes > migration.progress.sent_bytes
