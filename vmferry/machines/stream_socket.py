@@ -14,6 +14,8 @@ import socket
 import termios
 from pathlib import Path
 
+from vmferry.machines.state_socket import connected
+
 
 class StreamSource:
     """The end that reads what a hypervisor sends."""
@@ -79,16 +81,10 @@ class StreamSink:
 
     async def connect(self, path: Path) -> None:
         """Go to the hypervisor that listens at ``path``; the name is not needed any more afterwards."""
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            link.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(link, str(path))
-        except BaseException:
-            link.close()
-            raise
+            self._link = await connected(path)
         finally:
             _forget(path)
-        self._link = link
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         """Return when all of it is on its way; raises OSError when the hypervisor has hung up."""
