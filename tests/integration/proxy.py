@@ -20,6 +20,8 @@ _PIECE_BYTES = 64 * 1024
 _BURST_S = 0.1
 _CALL_BYTES = 200
 """A call about an attempt is larger, whatever else HTTP/2 says on a connection without lanes is smaller."""
+_LANE_BYTES = 100_000
+"""The calls of a migration are less, a chunk of memory is more."""
 
 
 @dataclass(eq=False)
@@ -103,6 +105,7 @@ class Proxy:
         self._up, self._down = _Direction(), _Direction()
         self._on_call: Callable[[], None] | None = None
         self._answered = False
+        self._watched: Link | None = None
         self._links_before = 0
 
     @property
@@ -139,11 +142,6 @@ class Proxy:
     def begin_migration(self) -> None:
         """The next new connection is the one with the calls of the next migration."""
         self._links_before = len(self.links)
-
-    @property
-    def calls(self) -> Link:
-        """The connection with the calls of the migration since :meth:`begin_migration`."""
-        return self.links[self._links_before]
 
     @property
     def lanes(self) -> list[Link]:
@@ -198,8 +196,12 @@ class Proxy:
     def at_call_after_next_answer(self, then: Callable[[], None]) -> None:
         """Call ``then`` when the source makes the call that follows the next answer, before that call is passed on.
 
-        While a destination holds back its answer to Seal, the call that follows is Go.
+        While a destination holds back its answer to Seal, the call that follows is Go. Memory has gone over the lanes
+        by then, and somebody else may have connected meanwhile, such as a source that has something left to say about
+        an earlier migration: the connection with the calls is the one that carried most without carrying memory.
         """
+        small = [link for link in self.links[self._links_before :] if link.up_bytes < _LANE_BYTES]
+        self._watched = max(small, key=lambda link: link.up_bytes)
         self._answered = False
         self._on_call = then
 
@@ -276,7 +278,7 @@ class Proxy:
 
     def _note(self, link: Link, length: int, *, up: bool) -> None:
         """Recognise the call that somebody waits for."""
-        if self._on_call is None or link is not self.calls:
+        if self._on_call is None or link is not self._watched:
             return
         if not up:
             self._answered = self._answered or length >= _CALL_BYTES // 2

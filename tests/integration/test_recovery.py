@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.hosts import Guest, World
 from tests.integration.proxy import Proxy
-from tests.integration.services import DEADLINE_S, Host, Service, eventually, refusal
+from tests.integration.services import Host, Service, eventually, refusal
 from vmferry.handoff import destination, source
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
@@ -79,7 +79,7 @@ async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_o
 
     link.at_call_after_next_answer(lose)
     waiting.send_signal(signal.SIGCONT)
-    await asyncio.wait_for(lost.wait(), DEADLINE_S)
+    await eventually(lost.is_set, "the source makes the call that follows Seal")
     await eventually(
         lambda: world.a.ledger.rights(guest.id).standing is Standing.HANDED_OFF, "the right is given up"
     )
