@@ -53,24 +53,30 @@ class Contents:
     """Of all slots that were read, the label's included."""
 
 
-def read(path: Path, label: bytes, *, settled: bool = False, disk: Disk = DISK) -> Contents:
-    """Read a journal without changing it; a missing file reads as empty.
+def read(path: Path, label: bytes, *, settled: bool = False, known: int = 0, disk: Disk = DISK) -> Contents:
+    """Read a journal without changing what it says; a missing file reads as empty.
 
-    With ``settled`` everything returned is on disk: its writer may be between write and sync, or have been killed
-    there.
+    With ``settled`` everything returned is on disk. Its writer may be between write and sync, or have been killed
+    there, or have failed to sync: then the kernel calls the page clean, tells nobody again, and a sync by another
+    process would prove nothing. So the last slot is written again as it is, unless so many slots are ``known`` to be
+    on disk; it may already have another one behind it.
     """
     try:
-        opened = disk.open(path)
+        opened = disk.open(path, writable=settled)
     except FileNotFoundError:
         return Contents()
     with contextlib.closing(opened) as file:
         data = file.read()
-        if settled:
+        contents = _contents(data, path, label)
+        slots = len(contents.hashes)
+        if settled and slots > known and not contents.damage:
+            last = (slots - 1) * SLOT_BYTES
             try:
+                file.write(data[last : last + SLOT_BYTES], last)
                 file.sync_data()
             except OSError as error:
                 return Contents(damage=f"{path.name} cannot be synced: {error}", sync_failed=True)
-    return _contents(data, path, label)
+    return contents
 
 
 def salvage(path: Path, disk: Disk = DISK) -> tuple[bytes, ...] | None:

@@ -325,7 +325,8 @@ class HostLedger:
             mark = self._register.mark(_entry(machine_id, role))
         except JournalDamagedError as error:
             return _View(damage=error.message)
-        contents = journal.read(path, label, settled=settled, disk=self._disk)
+        known = 0 if mark is None else mark.slots
+        contents = journal.read(path, label, settled=settled, known=known, disk=self._disk)
         if contents.sync_failed:
             self._distrusted[path] = contents.damage
         if problem := contents.damage or _contradiction(mark, contents):

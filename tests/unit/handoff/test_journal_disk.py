@@ -135,13 +135,19 @@ def test_opening_brings_what_was_read_to_disk(path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_settled_reading_is_on_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that acts on a record syncs it first; where that fails, the journal is not believed."""
+    """A reader that acts on a record brings it to disk first; where that fails, the journal is not believed."""
     filled(path, 2, durable=False)
     disk = Disk(monkeypatch)
     assert journal.read(path, LABEL).payloads == expected(2)
     assert disk.log == []
     assert journal.read(path, LABEL, settled=True).payloads == expected(2)
-    assert disk.log == [None]
+    slot = path.read_bytes()[2 * SLOT_BYTES : 3 * SLOT_BYTES]
+    # Written again: if its writer's sync failed, another sync would find nothing to do, and succeed.
+    assert disk.log == [(2 * SLOT_BYTES, slot), None]
+    assert journal.read(path, LABEL, settled=True, known=2).payloads == expected(2)
+    assert len(disk.log) == 4
+    assert journal.read(path, LABEL, settled=True, known=3).payloads == expected(2)
+    assert len(disk.log) == 4, "what is known to be on disk costs nothing"
     monkeypatch.setattr(os, "fdatasync", _failing)
     assert journal.read(path, LABEL, settled=True).damage
 
