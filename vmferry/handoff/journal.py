@@ -69,10 +69,11 @@ def read(path: Path, label: bytes, *, settled: bool = False, known: int = 0, dis
         data = file.read()
         contents = _contents(data, path, label)
         slots = len(contents.hashes)
-        if settled and slots > known and not contents.damage:
-            last = (slots - 1) * SLOT_BYTES
+        if settled:
             try:
-                file.write(data[last : last + SLOT_BYTES], last)
+                if slots > known:
+                    last = (slots - 1) * SLOT_BYTES
+                    file.write(data[last : last + SLOT_BYTES], last)
                 file.sync_data()
             except OSError as error:
                 return Contents(damage=f"{path.name} cannot be synced: {error}", sync_failed=True)
