@@ -198,10 +198,10 @@ class Proxy:
 
         While a destination holds back its answer to Seal, the call that follows is Go. Memory has gone over the lanes
         by then, and somebody else may have connected meanwhile, such as a source that has something left to say about
-        an earlier migration: the connection with the calls is the one that carried most without carrying memory.
+        an earlier migration: the connection with the calls is the one that was answered most without carrying memory.
         """
         small = [link for link in self.links[self._links_before :] if link.up_bytes < _LANE_BYTES]
-        self._watched = max(small, key=lambda link: link.up_bytes)
+        self._watched = max(small, key=lambda link: link.down_bytes)
         self._answered = False
         self._on_call = then
 
