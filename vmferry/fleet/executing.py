@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from vmferry.client.draining import new_request_id
 from vmferry.errors import VmferryError
@@ -24,9 +25,9 @@ from vmferry.fleet.rollout import Entry, Kind, Stage
 from vmferry.fleet.ways import way
 
 Say = Callable[[str], None]
-_OF_HOSTS = frozenset({Kind.BEGUN, Kind.EMPTY, Kind.UPDATED, Kind.DONE, Kind.FAILED, Kind.RETRIED})
-_LONGEST_NOTE = 500
-_ELSEWHERE = "elsewhere"
+_OF_HOSTS: Final = frozenset({Kind.BEGUN, Kind.EMPTY, Kind.UPDATED, Kind.DONE, Kind.FAILED, Kind.RETRIED})
+_LONGEST_NOTE: Final = 500
+_ELSEWHERE: Final = "elsewhere"
 """Stands for a host that is asked for when it matters."""
 
 

@@ -45,8 +45,12 @@ class Loading:
 
     async def open(self) -> None:
         """Have the hypervisor wait at an open connection: loading is sending then."""
-        if self._link is None and await self._run_state() is RunState.INMIGRATE:
+        if self._link is not None or await self._run_state() is not RunState.INMIGRATE:
+            return
+        try:
             self._link = await self._waiting()
+        except OSError as error:
+            raise self._unreachable(error) from error
 
     async def load(self, data: bytes) -> None:
         """Load a device state."""
@@ -60,7 +64,7 @@ class Loading:
         except TimeoutError as error:
             raise self._late() from error
         except OSError as error:
-            raise self._fail(_COMMAND, f"its socket cannot be reached: {error}") from error
+            raise self._unreachable(error) from error
         except MachineDeadError as error:
             raise self.refused() from error
 
@@ -100,6 +104,9 @@ class Loading:
             await asyncio.sleep(_POLL_S)
         if state not in _LOADED:
             raise self._fail(_COMMAND, f"the machine is {state} after loading")
+
+    def _unreachable(self, error: OSError) -> MachineFailedError:
+        return self._fail(_COMMAND, f"its socket cannot be reached: {error}")
 
     def _late(self) -> MachineFailedError:
         return self._fail(_COMMAND, f"not loaded within {self._timeout_s:g} s")

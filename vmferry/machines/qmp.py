@@ -34,11 +34,7 @@ from vmferry.machines.port import Machine, RunState, VcpuTimes
 from vmferry.machines.process import ProcessIdentity
 from vmferry.machines.qemu.spec import IMAGE_FORMATS
 from vmferry.machines.spec import QEMU, MachineSpec
-from vmferry.machines.state_socket import (
-    MAX_STATE_BYTES,
-    StateTooLargeError,
-    receiving,
-)
+from vmferry.machines.state_socket import MAX_STATE_BYTES, StateTooLargeError, receiving
 from vmferry.memory import memfd
 from vmferry.memory.backings import MEMFD
 from vmferry.memory.regions import Region
@@ -69,6 +65,7 @@ _RUN_STATES: Final = {
     "guest-panicked": RunState.FAILED,
     "watchdog": RunState.FAILED,
 }
+_ABOUT_CLOCKS: Final = frozenset({"query-chardev", "rtc-reset-reinjection", "x-keep-clock", "x-query-clock"})
 _STOPPED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE})
 # How often and how fast the guest's addresses are announced; QEMU's own defaults after a migration.
 _ANNOUNCE: Final = {"initial": 50, "max": 550, "rounds": 5, "step": 100}
@@ -104,7 +101,7 @@ class QmpMachine(Machine):
         )
         self._loaded: bytes | None = None
         self._stands = False
-        """It was seen to stand still, by a command that was given here."""
+        """It was just seen to stand still, by a command that was given here."""
         self.paths = paths
         self.process = process
 
@@ -168,7 +165,7 @@ class QmpMachine(Machine):
             )
         async with self._lock:
             self._stands = False
-            if self._loaded is None:
+            if self._loaded is None:  # a machine that was loaded here stands still, and waits for nothing
                 state = await self._run_state()
                 if state is RunState.RUNNING:
                     # A stream that was begun with the guest running is of no use to anybody any more.
@@ -217,7 +214,8 @@ class QmpMachine(Machine):
     async def save_device_state(self) -> bytes:
         """Everything of the paused machine that is not RAM, asked for anew by each call."""
         async with self._lock:
-            if not self._stands:  # the guest waits: what was just seen is not asked again
+            stands, self._stands = self._stands, False
+            if not stands:  # the guest waits: what was just seen is not asked again
                 self._require(await self._run_state(), _STOPPED, "be saved")
             return await self._save()
 
@@ -333,7 +331,13 @@ class QmpMachine(Machine):
             raise self._failure("query-version", f"an answer without sense: {answer!r}") from error
 
     async def ask(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Send a command that may be sent twice with the effect of once, and return its answer."""
+        """Send a command about the guest's clock or its agent, and return its answer.
+
+        Only these: what lets a guest run goes through :meth:`cont`, with its permit. Each may be sent twice with the
+        effect of once.
+        """
+        if command not in _ABOUT_CLOCKS:
+            raise ValueError(f"{command} is not about a guest's clock")
         async with self._lock:
             return await self._monitor.execute(command, arguments, repeatable=True)
 
