@@ -94,7 +94,9 @@ class MetadataService:
         self._config = host.config
         self._ledger = host.ledger
         self._listens = [Listen.parse(text) for text in host.config.metadata_listen]
-        self._residents = Residents(host.directory)
+        self._residents = Residents(
+            host.directory, between=lambda machine_id: host.ledger.rights(machine_id).being_updated
+        )
         self._served: dict[str, _Served] = {}
         self._limits: dict[str, policy.RateLimit] = {}
         self._task: asyncio.Task[None] | None = None
@@ -159,8 +161,10 @@ class MetadataService:
             records = self._residents.records
             for machine_id, served in list(self._served.items()):
                 now = records.get(machine_id)
-                if now is None or now.process != served.record.process:
+                if now is None or _guest(now.spec) != _guest(served.record.spec):
                     await self._leave(machine_id)
+                elif now.process != served.record.process:
+                    await self._go_on(served, now)
             for machine_id in records.keys() - self._served.keys():
                 self._served[machine_id] = self._begin(records[machine_id])
         for machine_id, served in self._served.items():
@@ -172,10 +176,19 @@ class MetadataService:
         spec = record.spec
         due: list[Path | Listen] = [(self._config.guests_dir / f"{spec.name}.sock").absolute()]
         due += [listen for listen in self._listens if listen.machine == spec.name]
-        served = _Served(record, self._server(spec, close=False), due)
-        if spec.metadata:
-            served.link = GuestLink(record.paths.metadata_socket, self._server(spec, close=True))
-        return served
+        return _Served(record, self._server(spec, close=False), due, self._link(record))
+
+    def _link(self, record: MachineRecord) -> GuestLink | None:
+        if not record.spec.metadata:
+            return None
+        return GuestLink(record.paths.metadata_socket, self._server(record.spec, close=True))
+
+    async def _go_on(self, served: _Served, record: MachineRecord) -> None:
+        """Its guest goes on in another process: what does not lead through its hardware is not cut off."""
+        if served.link is not None:
+            await served.link.close()
+        served.record = record
+        served.link = self._link(record)
 
     async def _listen(self, served: _Served) -> None:
         for where in list(served.due):
@@ -224,6 +237,11 @@ class MetadataService:
             return response
 
         return web.Server(handle, keepalive_timeout=_KEEP_ALIVE_S, access_log=None, logger=_SILENT)
+
+
+def _guest(spec: MachineSpec) -> tuple[str, str, str, bool]:
+    """What the metadata service knows a guest by; an update in place changes none of it."""
+    return spec.name, spec.called, spec.availability_set, spec.metadata
 
 
 def _socket(where: Path | Listen) -> socket.socket:

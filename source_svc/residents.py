@@ -1,12 +1,13 @@
 """The machines that are on this host, as often as somebody looks.
 
 Promise: looking costs next to nothing while nothing changes: a folder's names and times, and no description is read.
+A machine that goes on in another process is here all the time, also when one has ended and the next is not known.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from vmferry.machines.directory import MachineDirectory, MachineRecord
@@ -18,11 +19,13 @@ LOOK_S: Final = 0.2
 class Residents:
     """What the last look found."""
 
-    def __init__(self, directory: MachineDirectory) -> None:
+    def __init__(self, directory: MachineDirectory, *, between: Callable[[str], bool]) -> None:
+        """``between`` says whether a machine is on its way from one process to another."""
         self._directory = directory
+        self._between = between
         self._seen: object = None
         self.records: Mapping[str, MachineRecord] = {}
-        """By identity; those whose process does not run are left out."""
+        """By identity; those whose process has ended for good are left out."""
 
     def look(self) -> bool:
         """Look again; true if something is not as it was."""
@@ -31,7 +34,8 @@ class Residents:
         if seen == self._seen and not gone:
             return False
         self._seen = seen
-        self.records = {one.spec.uuid: one for one in self._directory.list() if one.alive}
+        kept = {one.spec.uuid: one for one in gone if self._between(one.spec.uuid)}
+        self.records = kept | {one.spec.uuid: one for one in self._directory.list() if one.alive}
         return True
 
     def _times(self) -> object:

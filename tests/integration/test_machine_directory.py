@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import vmferry
+from source_svc.residents import Residents
 from tests.support import wait_until
 from vmferry.errors import (
     InvalidArgumentError,
@@ -263,6 +264,23 @@ async def test_a_killed_process_is_told_as_dead(host: MachineDirectory, start: S
         host.open(record)
     host.forget(record, remove_ram=True)
     assert files_of(host) == []
+
+
+async def test_a_machine_between_two_processes_is_still_a_resident(
+    host: MachineDirectory, start: Start
+) -> None:
+    """While an update has ended the old process and not yet recorded the new one, the machine is here."""
+    machine = await start(host)
+    updated = {machine.spec.uuid}
+    residents = Residents(host, between=updated.__contains__)
+    assert residents.look()
+    machine.process.send_signal(signal.SIGKILL)
+    wait_until(lambda: _ended(machine.process), what="the end of the old process")
+    residents.look()
+    assert set(residents.records) == updated
+    updated.clear()
+    assert residents.look()
+    assert not residents.records
 
 
 async def test_a_process_that_hangs_is_a_failure_in_time_and_no_loss(

@@ -10,10 +10,12 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
+from source_svc.residents import LOOK_S
 from tests.integration.hosts import Guest, World, configured, open_world
 from tests.integration.metadata import URL, Client, Reply, free_port
 from tests.integration.services import Host, eventually
@@ -28,7 +30,7 @@ from vmferry.machines.spec import MachineSpec, new_mac
 from vmferry.v1 import migration_pb2 as pb
 from vmferry.v1 import update_pb2 as up
 
-RATE = 1000
+RATE = 100_000
 """Requests a second: tests ask more often than guests."""
 
 
@@ -92,6 +94,11 @@ def past(host: Host, guest: Guest, event_id: str) -> Ended:
     found = BoardFiles(host.config.events_dir).load(guest.id).outcome(event_id)
     assert found is not None
     return found
+
+
+def is_past(host: Host, guest: Guest, event_id: str) -> bool:
+    """Whether it is over, as far as a host has recorded."""
+    return BoardFiles(host.config.events_dir).load(guest.id).outcome(event_id) is not None
 
 
 async def test_a_crossing_appears_and_is_gone_with_the_machine(world: World, guest: Guest) -> None:
@@ -336,6 +343,8 @@ async def test_a_drain_with_a_notice_tells_every_guest(world: World) -> None:
             lambda: world.b.ledger.rights(guests[1].id).permitted, "the second has left", seconds=40
         )
         for guest, event, approved in zip(guests, (first, second), ("WestNO_0", ""), strict=True):
+            # The source learns last that it is over.
+            await eventually(lambda g=guest, e=event: is_past(world.a, g, e["EventId"]), "it is recorded")
             ended = past(world.a, guest, event["EventId"])
             assert ended.ending is Ending.COMPLETED
             assert ended.event.approved_by == approved
@@ -407,6 +416,30 @@ async def test_a_guest_that_does_not_listen_is_not_waited_for(world: World, gues
         assert await events(here) == []
         assert here.last == 1
         assert (await asyncio.to_thread(here.acknowledge, event["EventId"])).status == 200
+
+
+async def test_an_update_in_place_cuts_nobody_off(world: World, guest: Guest) -> None:
+    """A connection is served before, while and after its machine goes on in another process."""
+    here = await client(world.a, guest)
+    connection = here.open()
+    try:
+        await served(here, connection)
+        first = connection.sock
+        ending = asyncio.create_task(update_ended(world, await ask_update(world, guest)))
+        while not ending.done():
+            await served(here, connection)
+        assert (await ending).outcome == up.UPDATE_OUTCOME_COMPLETED
+        noticed = time.monotonic() + 3 * LOOK_S
+        while time.monotonic() < noticed:
+            await served(here, connection)
+        assert connection.sock is first
+    finally:
+        connection.close()
+
+
+async def served(one: Client, connection: HTTPConnection) -> None:
+    """A guest asks over a connection that it has."""
+    assert (await asyncio.to_thread(one.over, connection)).status == 200
 
 
 async def test_a_micro_vm_approves_by_its_own_device(world: World) -> None:

@@ -43,14 +43,39 @@ async def receiving(path: Path) -> AsyncIterator[asyncio.Task[bytes]]:
 
 async def _accept_and_read(listener: socket.socket) -> bytes:
     loop = asyncio.get_running_loop()
-    link, _ = await loop.sock_accept(listener)
-    with link:
+    with await accept(listener) as link:
         found = bytearray()
         while block := await loop.sock_recv(link, _BLOCK_BYTES):
             found += block
             if len(found) > MAX_STATE_BYTES:
                 raise StateTooLargeError
     return bytes(found)
+
+
+async def accept(listener: socket.socket) -> socket.socket:
+    """The next caller's connection.
+
+    Whoever is cancelled meanwhile has taken none. The event loop's own way may take one all the same, if the caller
+    comes in the same moment, and complains in the log that nobody wants it.
+    """
+    while True:
+        try:
+            link, _ = listener.accept()
+        except BlockingIOError:
+            await _readable(listener)
+        else:
+            link.setblocking(False)
+            return link
+
+
+async def _readable(listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    called = asyncio.Event()
+    loop.add_reader(listener, called.set)
+    try:
+        await called.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 async def connected(path: Path) -> socket.socket:

@@ -14,7 +14,7 @@ import socket
 import termios
 from pathlib import Path
 
-from vmferry.machines.state_socket import connected
+from vmferry.machines.state_socket import accept, connected
 
 
 class StreamSource:
@@ -36,8 +36,7 @@ class StreamSource:
     async def accept(self) -> None:
         """Wait until the hypervisor has come."""
         assert self._listener is not None, "listening"
-        self._link, _ = await asyncio.get_running_loop().sock_accept(self._listener)
-        self._link.setblocking(False)
+        self._link = await accept(self._listener)
         self._stop_listening()
 
     @property

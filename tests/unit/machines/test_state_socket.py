@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,27 @@ async def test_a_listener_that_hangs_up_early_is_no_crash(tmp_path: Path) -> Non
         with await connected(path) as link:
             await send_all(link, bytes(8_000_000))
             await task
+
+
+async def test_giving_up_in_the_moment_when_somebody_comes_is_no_fault(tmp_path: Path) -> None:
+    """Cancelled between the caller's coming and its being taken: nothing is complained of, nothing stays."""
+    loop = asyncio.get_running_loop()
+    complaints: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _loop, said: complaints.append(said))
+    try:
+        async with receiving(tmp_path / "s") as received:
+            while not await _is_waiting(received):
+                pass
+            with await connected(tmp_path / "s"):
+                loop.call_soon(received.cancel)
+                await asyncio.wait((received,))
+            assert received.cancelled()
+    finally:
+        loop.set_exception_handler(None)
+    assert complaints == []
+
+
+async def _is_waiting(task: asyncio.Task[bytes]) -> bool:
+    """Whether a task has come to where it waits."""
+    await asyncio.sleep(0)
+    return bool(task.get_stack())

@@ -18,6 +18,7 @@ from typing import Any, Final
 from vmferry.errors import InvalidArgumentError, VmferryError, WrongPhaseError
 from vmferry.machines.microvm.devicestate import MAX_STREAM_BYTES
 from vmferry.machines.microvm.machine import STOPPED, Machine, RunState
+from vmferry.machines.state_socket import accept
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class Migration:
     async def _receive(self, listener: socket.socket, path: Path) -> None:
         loop = asyncio.get_running_loop()
         try:
-            link, _ = await loop.sock_accept(listener)
+            link = await accept(listener)
         finally:
             listener.close()
             _remove(path)
