@@ -14,7 +14,7 @@ from typing import Final
 
 from vmferry.machines.host import usable_cpus
 from vmferry.telemetry.tracing import span_event
-from vmferry.transfer.compression import RAW, Effort, Experience, Link, Method, Situation, choose
+from vmferry.transfer.compression import RAW, Effort, Experience, Link, Method, Passed, Situation, choose
 
 _LOOK_S: Final = 0.1
 _SEEN_ENOUGH_BYTES: Final = 8 * 1024 * 1024
@@ -30,6 +30,8 @@ class _Reading:
 
     at_s: float
     acknowledged_bytes: int
+    busy_s: float
+    """How long something was on its way."""
     own_s: float
     """Processor time of this service."""
 
@@ -43,6 +45,7 @@ class Compression:
         *,
         readers: int,
         acknowledged_bytes: Callable[[], int],
+        busy_s: Callable[[], float],
         link_bytes_per_s: float = 0.0,
     ) -> None:
         """Begin with what is known.
@@ -51,10 +54,12 @@ class Compression:
             allowed: methods that may be used, the quickest first.
             readers: chunks that are made at a time.
             acknowledged_bytes: what has arrived so far, as it was sent.
+            busy_s: how long something was on its way so far.
             link_bytes_per_s: what the link was measured to carry; 0 if it was not.
         """
         self._allowed = allowed
         self._acknowledged_bytes = acknowledged_bytes
+        self._busy_s = busy_s
         self._experience = Experience()
         self._link = Link(link_bytes_per_s)
         self._situation = Situation(self._link.bytes_per_s, readers, cores=usable_cpus())
@@ -101,7 +106,10 @@ class Compression:
         seconds = now.at_s - last.at_s
         wire_bytes = now.acknowledged_bytes - last.acknowledged_bytes
         own_cores = (now.own_s - last.own_s) / seconds
-        self._link.add(seconds=seconds, wire_bytes=wire_bytes, blocked=self._blocked_s / (seconds * readers))
+        blocked = self._blocked_s / (seconds * readers)
+        self._link.add(
+            Passed(seconds, wire_bytes, now.busy_s - last.busy_s, blocked), self._experience.share
+        )
         send_s = self._situation.send_s_per_byte
         if wire_bytes >= _SEEN_ENOUGH_BYTES:  # otherwise it is what a service uses at rest
             fresh = max(0.0, now.own_s - last.own_s - self._encoded_s) / wire_bytes
@@ -122,6 +130,7 @@ class Compression:
                 link_bytes_per_s=round(self._link.bytes_per_s),
                 ratio=round(self._experience.ratio(chosen), 2),
                 cores=round(self._situation.cores, 2),
+                share=round(self._experience.share, 2),
             )
 
     def _restart(self, reading: _Reading) -> None:
@@ -129,4 +138,6 @@ class Compression:
         self._encoded_s = self._blocked_s = 0.0
 
     def _read(self) -> _Reading:
-        return _Reading(time.monotonic(), self._acknowledged_bytes(), time.process_time())
+        return _Reading(
+            time.monotonic(), self._acknowledged_bytes(), self._busy_s(), time.process_time()
+        )

@@ -108,6 +108,7 @@ class Copy:
             settings.methods,
             readers=_READERS,
             acknowledged_bytes=self._acknowledged_bytes,
+            busy_s=lambda: self._lanes.busy_s if self._lanes is not None else 0.0,
             link_bytes_per_s=settings.link_bytes_per_s,
         )
         self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]

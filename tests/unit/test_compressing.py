@@ -39,6 +39,7 @@ def opened(lanes: Lanes, *allowed: Method, link_bytes_per_s: float = 0.0) -> Com
         allowed or METHODS,
         readers=2,
         acknowledged_bytes=lambda: lanes.acknowledged,
+        busy_s=lambda: lanes.now_s,
         link_bytes_per_s=link_bytes_per_s,
     )
 

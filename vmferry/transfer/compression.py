@@ -10,8 +10,9 @@ what the processor allows, and what the link carries of what is left of it. The 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from vmferry.negotiation.encodings import AUTO, LZ4, NONE, ZSTD
@@ -59,17 +60,17 @@ class _Guess:
 
 
 _GUESSES: Final[Mapping[Method, _Guess]] = {
-    METHODS[1]: _Guess(1.2e9, 0.6),
-    METHODS[2]: _Guess(600e6, 1.0),
-    METHODS[3]: _Guess(350e6, 1.2),
-    METHODS[4]: _Guess(110e6, 1.3),
+    METHODS[1]: _Guess(700e6, 0.6),
+    METHODS[2]: _Guess(450e6, 1.0),
+    METHODS[3]: _Guess(250e6, 1.2),
+    METHODS[4]: _Guess(85e6, 1.3),
 }
 _GUESSED_LEFT: Final = 0.5
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
 _CONTENTS_FORGETTING: Final = 0.85
 """The same for what contents compress to, which changes sooner than what a processor can do."""
-_SHARE_FORGETTING: Final = 0.95
+_SHARE_FORGETTING: Final = 0.9
 _LEAST_BYTES: Final = 64 * 1024
 """Chunks smaller than this say little."""
 
@@ -139,35 +140,60 @@ class Experience:
 _FIRST_GUESS_BYTES_PER_S: Final = 125e6
 _GROWTH_PER_S: Final = 0.15
 """A link that is not filled may be faster than it was; believed so slowly that trying it out costs little."""
-_FIRST_GROWTH_PER_S: Final = 1.0
-"""The same before it was ever seen to be full."""
 _BLOCKED: Final = 0.25
-"""Share of their time that readers wait for lanes when the link is what limits."""
+"""Share of their time that readers wait for lanes when these are what limits."""
+_RISE_S: Final = 0.2
+"""How long it takes to believe that a link is faster: what was acknowledged may have crossed it before."""
+_FALL_S: Final = 0.15
+"""How long it takes to believe that it is slower."""
+_CONTENDED_FALL_S: Final = 1.0
+"""The same where processors are scarce: then lanes may be waiting for them, and to compress more would make it worse."""
+_CONTENDED: Final = 0.8
+"""The share of a core that one gets of it, below which processors are scarce."""
+_LEAST_BUSY_S: Final = 0.004
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A stretch of time on the lanes."""
+
+    seconds: float
+    wire_bytes: float
+    """What was acknowledged in it, as it was sent."""
+    busy_s: float
+    """How much of it something was on its way."""
+    blocked: float
+    """Share of it that readers waited for lanes to take a chunk."""
 
 
 class Link:
-    """How fast the lanes are, by what went over them while they were the bottleneck."""
+    """How fast the lanes are, by what went over them while something was on its way."""
 
     def __init__(self, bytes_per_s: float = 0.0) -> None:
         """Start with what a short measurement found, if there was one."""
         self.bytes_per_s = bytes_per_s or _FIRST_GUESS_BYTES_PER_S
-        self._seen_full = False
 
-    def add(self, *, seconds: float, wire_bytes: float, blocked: float) -> None:
+    def add(self, passed: Passed, share: float) -> None:
         """Note a stretch of time.
 
         Args:
-            seconds: its length.
-            wire_bytes: what was acknowledged in it, as it was sent.
-            blocked: share of it that readers waited for lanes to take a chunk.
+            passed: what happened in it.
+            share: what part of a core one gets who could use a whole one.
         """
-        rate = wire_bytes / seconds
-        if blocked >= _BLOCKED:
-            self.bytes_per_s = (self.bytes_per_s + rate) / 2 if self._seen_full else rate
-            self._seen_full = True
+        if passed.busy_s < _LEAST_BUSY_S:
+            return
+        # While nothing is on its way, because pages are zero or not read yet, nothing is learnt about the link.
+        rate = passed.wire_bytes / passed.busy_s
+        if rate >= self.bytes_per_s:
+            self._approach(rate, passed.seconds / _RISE_S)
+        elif passed.blocked >= _BLOCKED:
+            self._approach(rate, passed.seconds / (_FALL_S if share >= _CONTENDED else _CONTENDED_FALL_S))
         else:
-            growth = _GROWTH_PER_S if self._seen_full else _FIRST_GROWTH_PER_S
-            self.bytes_per_s = max(self.bytes_per_s * (1 + growth * seconds), rate)
+            used = passed.wire_bytes / passed.seconds / self.bytes_per_s
+            self.bytes_per_s *= 1 + _GROWTH_PER_S * passed.seconds * used
+
+    def _approach(self, rate: float, times: float) -> None:
+        self.bytes_per_s = rate + (self.bytes_per_s - rate) * math.exp(-times)
 
 
 @dataclass(frozen=True)
@@ -203,6 +229,8 @@ def rate(method: Method, experience: Experience, situation: Situation) -> float:
 _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
+_SURE: Final = 0.85
+"""What part of the processor time that seems to be there is counted on by a method that takes more than the present."""
 
 
 def choose(
@@ -210,16 +238,22 @@ def choose(
 ) -> Method:
     """The method for what comes next.
 
-    The quickest of those that are about as good as the best; raw pages unless compressing is clearly better.
+    The quickest of those that are about as good as the best; raw pages unless compressing is clearly better. One that
+    takes more of the processor than the present one has to be better also with less of it than there seems to be.
     """
-    rates = {method: rate(method, experience, situation) for method in allowed}
+    careful = replace(situation, cores=situation.cores * _SURE)
+    place = METHODS.index(current)
+    rates = {
+        method: rate(method, experience, careful if METHODS.index(method) > place else situation)
+        for method in allowed
+    }
     best = max(rates.values())
     for method in allowed:
         enough = _WORTH_COMPRESSING if method == RAW else _WORTH_MORE
         if rates[method] * enough >= best:
             break
     # A quicker one spares the processor something, a slower one has to show for it.
-    is_slower = METHODS.index(method) > METHODS.index(current)
+    is_slower = METHODS.index(method) > place
     if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
         return current
     return method

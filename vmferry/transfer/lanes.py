@@ -84,6 +84,7 @@ class Lanes:
         self._lanes = [_Lane(number, self, settings) for number in range(settings.count)]
         self._tasks: list[asyncio.Task[None]] = []
         self._outstanding = 0
+        self._busy_s = self._busy_since = 0.0
         limits = Limits(settings.stall_timeout_s, settings.reconnect_timeout_s)
         self._patience = Patience(settings.count, limits, asyncio.get_running_loop().time())
         self._cause = PeerUnreachableError("the destination has not answered")
@@ -99,6 +100,8 @@ class Lanes:
     async def send(self, frame: Frame) -> None:
         """Hand a frame over; returns when a lane is about to take it."""
         self._raise_failure()
+        if not self._outstanding:
+            self._busy_since = _now()
         self._outstanding += 1
         if not self._queue.full():
             self._queue.put_nowait(frame)
@@ -126,6 +129,11 @@ class Lanes:
     def in_flight_bytes(self) -> int:
         """Bytes that were sent and are not known to be written at the destination."""
         return sum(lane.in_flight_bytes for lane in self._lanes)
+
+    @property
+    def busy_s(self) -> float:
+        """How long so far something was on its way."""
+        return self._busy_s + (_now() - self._busy_since if self._outstanding else 0.0)
 
     async def drain_to(self, limit_bytes: int) -> None:
         """Wait until no more than so many bytes are in flight."""
@@ -155,6 +163,8 @@ class Lanes:
     def acknowledged(self, lane: int, frames: int) -> None:
         """A lane heard that so many more frames were taken in."""
         self._outstanding -= frames
+        if not self._outstanding:
+            self._busy_s += _now() - self._busy_since
         self._patience.progressed(lane, _now())
         self.notify()
 

@@ -14,6 +14,7 @@ from vmferry.transfer.compression import (
     Experience,
     Link,
     Method,
+    Passed,
     Situation,
     choose,
     expected_rate,
@@ -43,6 +44,16 @@ def experience(ratio: float, *tried: Method, slower: float = 1.0) -> Experience:
 
 def situation(link: float, *, cores: float = 2.0, readers: int = 2) -> Situation:
     return Situation(link, readers, cores, send_s_per_byte=0.8e-9)
+
+
+def full(rate: float, seconds: float = 0.1) -> Passed:
+    """Readers waited for the lanes."""
+    return Passed(seconds, rate * seconds, busy_s=seconds, blocked=0.9)
+
+
+def idle(rate: float, used: float, seconds: float = 0.1) -> Passed:
+    """Readers made less than the lanes would have taken; ``rate`` is that of the lanes while they had something."""
+    return Passed(seconds, rate * used * seconds, busy_s=used * seconds, blocked=0.0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,7 @@ def test_a_choice_is_never_much_worse_than_the_best(
     known, now = experience(ratio, slower=slower), situation(link, cores=cores)
     chosen = choose(METHODS, known, now, current)
     best = max(rate(method, known, now) for method in METHODS)
-    assert rate(chosen, known, now) * 1.2 >= best * 0.999
+    assert rate(chosen, known, now) * 1.3 >= best * 0.999
 
 
 @given(link=st.floats(1e5, 1e10), ratio=st.floats(1.0, 50.0), current=st.sampled_from(METHODS))
@@ -146,15 +157,46 @@ def test_what_others_use_of_the_processor_is_known_by_what_is_left() -> None:
     assert known.share == pytest.approx(0.5, abs=0.01)
 
 
-def test_a_link_is_as_fast_as_it_was_while_it_was_full() -> None:
-    """Measured while lanes were waited for; otherwise it is at least as fast, and slowly believed to be faster."""
+def test_a_link_is_as_fast_as_it_was_while_it_had_something_to_carry() -> None:
+    """Within a few looks, whatever it was believed to be; how much of the time it was used does not matter."""
+    for passed, rate in ((full(MBIT_100), MBIT_100), (full(LOOPBACK), LOOPBACK), (idle(LOOPBACK, 0.3), LOOPBACK)):
+        link = Link()
+        for _ in range(20):
+            link.add(passed, 1.0)
+        assert link.bytes_per_s == pytest.approx(rate, rel=0.1)
+
+
+def test_the_first_look_is_about_right() -> None:
+    """On a link of 1 Gbit/s nobody takes it for another one, also while zero pages are read and nothing is sent."""
     link = Link()
-    link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
-    assert link.bytes_per_s == pytest.approx(GBIT)
-    link.add(seconds=0.1, wire_bytes=GBIT / 100, blocked=0.0)
-    assert GBIT < link.bytes_per_s < 1.1 * GBIT
-    link.add(seconds=0.1, wire_bytes=LOOPBACK / 10, blocked=0.0)
-    assert link.bytes_per_s == pytest.approx(LOOPBACK)
+    for passed in (full(GBIT), idle(GBIT, 0.9), idle(GBIT, 0.0, seconds=0.5), idle(GBIT, 0.05), full(GBIT)):
+        link.add(passed, 0.6)
+        assert link.bytes_per_s == pytest.approx(GBIT, rel=0.1)
+        chosen = choose(METHODS, experience(2.5, slower=1.5), situation(link.bytes_per_s, cores=1.3), ZSTD_1)
+        assert chosen == ZSTD_1
+
+
+def test_a_link_that_is_not_filled_may_be_faster() -> None:
+    """Believed bit by bit, the more the more it carries; not at all while it carries nothing."""
+    link = Link(GBIT)
+    link.add(idle(GBIT, 0.0), 1.0)
+    assert link.bytes_per_s == GBIT
+    link.add(Passed(0.5, GBIT / 4, busy_s=0.5, blocked=0.0), 1.0)
+    assert GBIT * 1.01 < link.bytes_per_s < GBIT * 1.1
+
+
+def test_lanes_that_wait_for_a_processor_are_no_slow_link() -> None:
+    """Compressing more because of them would make them wait longer; a link that stays slow is believed in the end."""
+    link = Link(GBIT)
+    link.add(full(GBIT / 4, seconds=0.2), 0.5)
+    known = experience(2.5, slower=1.5)
+    assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.2), ZSTD_1) == ZSTD_1
+    free = Link(GBIT)
+    free.add(full(GBIT / 4, seconds=0.2), 0.95)
+    assert free.bytes_per_s < 0.6 * link.bytes_per_s
+    for _ in range(20):
+        link.add(full(GBIT / 4, seconds=0.2), 0.5)
+    assert link.bytes_per_s == pytest.approx(GBIT / 4, rel=0.1)
 
 
 def test_a_link_that_slows_down_is_answered_in_mid_flight() -> None:
@@ -162,23 +204,22 @@ def test_a_link_that_slows_down_is_answered_in_mid_flight() -> None:
     link, known, method = Link(LOOPBACK), experience(5.7), RAW
     assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), method) == RAW
     for _ in range(5):
-        link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
+        link.add(full(GBIT), 1.0)
     method = choose(METHODS, known, situation(link.bytes_per_s), method)
     assert method.encoding == ZSTD
     for _ in range(5):
-        link.add(seconds=0.1, wire_bytes=LOOPBACK / 10, blocked=0.0)
+        link.add(idle(LOOPBACK, 1.0), 0.6)
     assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), method) == RAW
 
 
 def test_a_link_that_might_have_become_faster_is_tried_now_and_then() -> None:
     """A link that compressed chunks do not fill is believed to be faster bit by bit, until raw pages show it."""
-    link, known = Link(), experience(5.7)
-    link.add(seconds=0.1, wire_bytes=GBIT / 10, blocked=0.9)
+    link, known = Link(GBIT), experience(5.7)
     seconds = 0.0
     while choose(METHODS, known, situation(link.bytes_per_s, cores=1.1), ZSTD_1) != RAW:
-        link.add(seconds=0.5, wire_bytes=GBIT / 4, blocked=0.0)
+        link.add(Passed(0.5, GBIT / 4, busy_s=0.5, blocked=0.0), 1.0)
         seconds += 0.5
-    assert 3.0 < seconds < 60.0
+    assert 3.0 < seconds < 120.0
 
 
 RATIOS = {RAW: 0.0, QUICK_LZ4: 0.55, ZSTD_1: 1.0, ZSTD_3: 1.22, ZSTD_6: 1.33}
@@ -215,7 +256,7 @@ def test_what_is_chosen_again_and_again_is_about_the_best(
         gained = 1 + (ratio - 1) * RATIOS[tried]
         for _ in range(4):
             known.add(Effort(tried, MIB, int(MIB / gained), 0.4e-9 * MIB, encode_s, encode_s))
-        believed.add(seconds=0.2, wire_bytes=wire * 0.2, blocked=blocked)
+        believed.add(Passed(0.2, wire * 0.2, busy_s=0.2 * wire / link, blocked=blocked), 1.0)
         method = choose(METHODS, known, situation(believed.bytes_per_s, cores=4.0), method)
     rates = {method: arriving(method, link, ratio, slower)[0] for method in METHODS}
     best = max(rates.values())
