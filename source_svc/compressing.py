@@ -107,9 +107,7 @@ class Compression:
         wire_bytes = now.acknowledged_bytes - last.acknowledged_bytes
         own_cores = (now.own_s - last.own_s) / seconds
         blocked = self._blocked_s / (seconds * readers)
-        self._link.add(
-            Passed(seconds, wire_bytes, now.busy_s - last.busy_s, blocked), self._experience.share
-        )
+        self._link.add(Passed(seconds, wire_bytes, now.busy_s - last.busy_s, blocked), self._experience.share)
         send_s = self._situation.send_s_per_byte
         if wire_bytes >= _SEEN_ENOUGH_BYTES:  # otherwise it is what a service uses at rest
             fresh = max(0.0, now.own_s - last.own_s - self._encoded_s) / wire_bytes
@@ -138,6 +136,4 @@ class Compression:
         self._encoded_s = self._blocked_s = 0.0
 
     def _read(self) -> _Reading:
-        return _Reading(
-            time.monotonic(), self._acknowledged_bytes(), self._busy_s(), time.process_time()
-        )
+        return _Reading(time.monotonic(), self._acknowledged_bytes(), self._busy_s(), time.process_time())

@@ -147,7 +147,7 @@ _RISE_S: Final = 0.2
 _FALL_S: Final = 0.15
 """How long it takes to believe that it is slower."""
 _CONTENDED_FALL_S: Final = 1.0
-"""The same where processors are scarce: then lanes may be waiting for them, and to compress more would make it worse."""
+"""The same where processors are scarce: then lanes may wait for them, and to compress more would make it worse."""
 _CONTENDED: Final = 0.8
 """The share of a core that one gets of it, below which processors are scarce."""
 _LEAST_BUSY_S: Final = 0.004
@@ -230,7 +230,7 @@ _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
 _SURE: Final = 0.85
-"""What part of the processor time that seems to be there is counted on by a method that takes more than the present."""
+"""What part of the processor time that seems to be there a method counts on that takes more than the present one."""
 
 
 def choose(

@@ -159,11 +159,15 @@ def test_what_others_use_of_the_processor_is_known_by_what_is_left() -> None:
 
 def test_a_link_is_as_fast_as_it_was_while_it_had_something_to_carry() -> None:
     """Within a few looks, whatever it was believed to be; how much of the time it was used does not matter."""
-    for passed, rate in ((full(MBIT_100), MBIT_100), (full(LOOPBACK), LOOPBACK), (idle(LOOPBACK, 0.3), LOOPBACK)):
+    for passed, carried in (
+        (full(MBIT_100), MBIT_100),
+        (full(LOOPBACK), LOOPBACK),
+        (idle(LOOPBACK, 0.3), LOOPBACK),
+    ):
         link = Link()
         for _ in range(20):
             link.add(passed, 1.0)
-        assert link.bytes_per_s == pytest.approx(rate, rel=0.1)
+        assert link.bytes_per_s == pytest.approx(carried, rel=0.1)
 
 
 def test_the_first_look_is_about_right() -> None:
