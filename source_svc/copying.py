@@ -39,7 +39,7 @@ from vmferry.transfer.convergence import (
     Verdict,
     decide,
 )
-from vmferry.transfer.frames import ChunkBuilder
+from vmferry.transfer.frames import Batches, ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
 
@@ -293,26 +293,26 @@ class Copy:
         """Read, hash and hand over all pages of ``runs``."""
         self._round_left = runs.page_count
         pacer = self._settings.terms.pacer
-        batches = runs.batches(lambda: pacer.largest_frame(self._settings.chunk_bytes) // PAGE_SIZE)
+        batches = Batches(runs, lambda: pacer.largest_frame(self._settings.chunk_bytes) // PAGE_SIZE)
         self._compression.start()
 
         async def read(builder: ChunkBuilder) -> None:
-            for batch in batches:
-                built = await asyncio.to_thread(
-                    builder.build,
-                    batch,
-                    round_number=self.round_number,
-                    method=self._compression.next(),
-                    zeros=self.round_number > 1,  # the destination's memory is new and therefore zero
-                    compare_only=compare_only,
-                )
-                self._round_left -= built.pages
-                ready_at = time.monotonic()
-                if built.empty:
-                    self._open_lanes.traffic.zero_pages += built.zero_pages
-                else:
-                    await self._open_lanes.send(built)
-                self._compression.add(built.effort, blocked_s=time.monotonic() - ready_at)
+            while some := await asyncio.to_thread(
+                builder.build_some,
+                batches,
+                round_number=self.round_number,
+                method=self._compression.next(),
+                zeros=self.round_number > 1,  # the destination's memory is new and therefore zero
+                compare_only=compare_only,
+            ):
+                for built in some:
+                    self._round_left -= built.pages
+                    ready_at = time.monotonic()
+                    if built.empty:
+                        self._open_lanes.traffic.zero_pages += built.zero_pages
+                    else:
+                        await self._open_lanes.send(built)
+                    self._compression.add(built.effort, blocked_s=time.monotonic() - ready_at)
                 await self._report()
 
         await together(*map(read, self._builders))

@@ -81,10 +81,10 @@ class PageTable:
             return PageSplit([], list(runs), buffer)
         zero, data = PageRuns(), PageRuns()
         kept: list[memoryview] = []
-        for position, first, count, is_zero in _stretches(runs, digests, buffer):
+        for position, first, count, is_zero in _stretches(runs, _zero_pages(digests, buffer)):
             (zero if is_zero else data).add(first, count)
             if not is_zero:
-                kept.append(buffer[position : position + count * PAGE_SIZE])
+                kept.append(buffer[position * PAGE_SIZE : (position + count) * PAGE_SIZE])
         return PageSplit(list(zero), list(data), b"".join(kept) if zero else buffer)
 
     def differing(self, runs: Iterable[tuple[int, int]], digests: bytes) -> Iterator[tuple[int, int]]:
@@ -119,24 +119,38 @@ class PageTable:
 
 
 def _stretches(
-    runs: Iterable[tuple[int, int]], digests: bytes, buffer: memoryview
+    runs: Iterable[tuple[int, int]], zero_pages: Sequence[bool]
 ) -> Iterator[tuple[int, int, int, bool]]:
-    """Cut runs where zero pages begin or end: buffer position, first page, count, all zero."""
-    page = 0
+    """Cut runs where zero pages begin or end: page in the buffer, first page, count, all zero."""
+    start = 0
     for first, count in runs:
-        start = 0
-        while start < count:
-            is_zero = _zero_at(digests, buffer, page + start)
-            end = start + 1
-            while end < count and _zero_at(digests, buffer, page + end) == is_zero:
-                end += 1
-            yield (page + start) * PAGE_SIZE, first + start, end - start, is_zero
-            start = end
-        page += count
+        before, end = start, start + count
+        while start < end:
+            following = _first(zero_pages, not zero_pages[start], start, end)
+            yield start, first + start - before, following - start, zero_pages[start]
+            start = following
 
 
-def _zero_at(digests: bytes, buffer: memoryview, page: int) -> bool:
-    """Whether a page is all zero: by digest first because that is free, then by its bytes."""
-    if digests[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] != ZERO_PAGE_DIGEST:
-        return False
-    return bytes(buffer[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) == _ZERO_PAGE
+def _zero_pages(digests: bytes, buffer: memoryview) -> list[bool]:
+    """Which pages are all zero: by digest first because that is free, then by their bytes."""
+    found = [digests[at : at + DIGEST_SIZE] == ZERO_PAGE_DIGEST for at in range(0, len(digests), DIGEST_SIZE)]
+    end = 0
+    while (start := _first(found, True, end, len(found))) < len(found):
+        end = _first(found, False, start, len(found))
+        if not _all_zero(buffer[start * PAGE_SIZE : end * PAGE_SIZE]):
+            for page in range(start, end):
+                found[page] = _all_zero(buffer[page * PAGE_SIZE : (page + 1) * PAGE_SIZE])
+    return found
+
+
+def _first(flags: Sequence[bool], wanted: bool, start: int, end: int) -> int:
+    """Where the first such flag stands; ``end`` if there is none."""
+    try:
+        return flags.index(wanted, start, end)
+    except ValueError:
+        return end
+
+
+def _all_zero(pages: memoryview) -> bool:
+    """Whether whole pages hold nothing but zeros, by their bytes."""
+    return bytes(pages) == bytes(len(pages))

@@ -16,9 +16,9 @@ from functools import partial
 from xxhash import xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError
-from vmferry.memory.digest import PageTable, digest_pages
+from vmferry.memory.digest import PageSplit, PageTable, digest_pages
 from vmferry.memory.regions import RamFile
-from vmferry.memory.runs import PAGE_SIZE
+from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.negotiation.encodings import NONE
 from vmferry.transfer.compression import RAW, Effort, Method
 from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name
@@ -29,6 +29,8 @@ Run = tuple[int, int]
 _THREAD = threading.local()
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
+_MOST_AT_ONCE = 16
+"""Chunks that a thread builds in one go: whoever waits for it is not kept for long."""
 _WORTH_IT = 0.9
 """A chunk that keeps more of its size than this travels as it is: decoding it would cost more than it spares."""
 
@@ -67,6 +69,19 @@ class BuiltChunk:
         return message
 
 
+class Batches:
+    """The pages of a round, as many at a time as one chunk takes; several threads may ask."""
+
+    def __init__(self, runs: PageRuns, max_pages: Callable[[], int]) -> None:
+        self._batches = runs.batches(max_pages)
+        self._lock = threading.Lock()
+
+    def next(self) -> Sequence[Run]:
+        """The pages of the next chunk; none if there are no more."""
+        with self._lock:
+            return next(self._batches, ())
+
+
 class ChunkBuilder:
     """Makes chunks of one region's pages, one at a time.
 
@@ -78,6 +93,28 @@ class ChunkBuilder:
         self._table = table
         self._encoder = Encoder()
         self._free: list[bytearray] = []
+
+    def build_some(
+        self,
+        batches: Batches,
+        *,
+        round_number: int,
+        method: Method = RAW,
+        zeros: bool = True,
+        compare_only: bool = False,
+    ) -> list[BuiltChunk]:
+        """Build chunks up to the first one that says something; none if there are no more pages.
+
+        Where memory is zero one call does the work of many, each of which would have to wake a thread.
+        """
+        built: list[BuiltChunk] = []
+        while (not built or built[-1].empty) and len(built) < _MOST_AT_ONCE and (runs := batches.next()):
+            built.append(
+                self.build(
+                    runs, round_number=round_number, method=method, zeros=zeros, compare_only=compare_only
+                )
+            )
+        return built
 
     def build(
         self,
@@ -101,8 +138,7 @@ class ChunkBuilder:
         pages = sum(count for _, count in runs)
         buffer = self._take(pages * PAGE_SIZE)
         view = memoryview(buffer)[: pages * PAGE_SIZE]
-        self._ram.read_pages(runs, view)
-        split = self._table.scan_pages(runs, view)
+        split = self._read(runs, view)
         head = transfer_pb2.Chunk(
             round=round_number,
             runs=_to_messages(split.data_runs),
@@ -128,6 +164,13 @@ class ChunkBuilder:
             Effort(method, size, len(encoded), was_read_at - started, encode_s, encode_wall_s),
             give_back,
         )
+
+    def _read(self, runs: Sequence[Run], view: memoryview) -> PageSplit:
+        if self._ram.is_zero(runs):  # as large parts of most machines are
+            self._table.note_zero(runs)
+            return PageSplit(list(runs), [], b"")
+        self._ram.read_pages(runs, view)
+        return self._table.scan_pages(runs, view)
 
     def _encode(self, method: Method, data: Buffer) -> bytes:
         if method.encoding == NONE or not data:

@@ -29,6 +29,8 @@ from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
 PAGES = 32
 SIZE = PAGES * PAGE_SIZE
+PIECE = 128 * 1024
+"""What is looked at in one go."""
 
 
 @pytest.fixture
@@ -110,6 +112,21 @@ def test_threads_that_put_at_a_time_see_each_its_own(ram: RamFile) -> None:
 
     with ThreadPoolExecutor(5) as threads:
         assert all(threads.map(work, range(5)))
+
+
+@given(st.sets(st.integers(min_value=0, max_value=2 * PIECE - 1), max_size=2), st.integers(1, PIECE))
+@settings(deadline=None)
+def test_memory_is_zero_only_if_every_byte_is(bytes_set: set[int], cut: int) -> None:
+    """One bit anywhere in the runs is found, whatever the pieces it is looked at in; outside of them it is not."""
+    fd = os.memfd_create("test-zero")
+    os.ftruncate(fd, 2 * PIECE)
+    with RamFile(fd, Path(f"/proc/self/fd/{fd}"), 2 * PIECE) as file:
+        for at in bytes_set:
+            os.pwrite(fd, b"\x01", at)
+        whole, first = 2 * PIECE // PAGE_SIZE, -(-cut // PAGE_SIZE)
+        assert file.is_zero([(0, whole)]) is not bool(bytes_set)
+        assert file.is_zero([(0, first)]) is all(at >= first * PAGE_SIZE for at in bytes_set)
+        assert file.is_zero([(0, first), (first, whole - first)]) is not bool(bytes_set)
 
 
 def test_looking_at_a_hole_takes_no_memory(ram: RamFile) -> None:

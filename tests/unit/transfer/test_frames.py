@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vmferry.errors import ChunkRejectedError, HashMismatchError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
-from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, BuiltChunk, ChunkBuilder, Intake
+from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, Batches, BuiltChunk, ChunkBuilder, Intake
 from vmferry.transfer.wire import ChunkFrame, chunk_frame
 from vmferry.v1.transfer_pb2 import ENCODING_NONE, Chunk, PageRun
 
@@ -92,6 +93,32 @@ def test_zero_pages_travel_without_data(source: RamFile) -> None:
     assert [(run.first_page, run.page_count) for run in built.frame.head.runs] == [(1, 1), (3, 1)]
     assert [(run.first_page, run.page_count) for run in built.frame.head.zero_runs] == [(0, 1), (2, 1)]
     assert (built.data_bytes, built.zero_pages) == (2 * PAGE_SIZE, 2)
+
+
+def test_chunks_that_say_nothing_are_built_on_the_way_to_one_that_does(source: RamFile) -> None:
+    """Each page is in one chunk, in order; a new receiver is told nothing of zeros, and one call passes them by."""
+    fill(source, {20: 1, 21: 2, 60: 3})
+    builder, batches = ChunkBuilder(source, PageTable(PAGES)), Batches(PageRuns.whole(PAGES), lambda: 4)
+    calls = []
+    while some := builder.build_some(batches, round_number=1, zeros=False):
+        calls.append([built.pages for built in some])
+        assert all(built.empty for built in some[:-1])
+    # At most so many at once; then the two with something in them, and what is left.
+    assert calls == [[4] * 6, [4] * 10]
+    source.punch(20, 2)
+    batches = Batches(PageRuns.whole(PAGES), lambda: 2)
+    assert [len(builder.build_some(batches, round_number=1, zeros=False)) for _ in range(4)] == [16, 15, 1, 0]
+    batches = Batches(PageRuns.whole(PAGES), lambda: 4)
+    assert not any(builder.build_some(batches, round_number=2)[0].empty for _ in range(PAGES // 4))
+
+
+def test_threads_share_the_pages_of_a_round() -> None:
+    """Whoever asks at the same time gets other pages, and together they get all of them."""
+    batches = Batches(PageRuns.whole(20_000), lambda: 1)
+    with ThreadPoolExecutor(4) as pool:
+        taken = [pool.submit(lambda: list(iter(batches.next, ()))) for _ in range(4)]
+    pages = [run for one in taken for runs in one.result() for run in runs]
+    assert sorted(pages) == [(page, 1) for page in range(20_000)]
 
 
 def test_the_digest_is_that_of_memory_not_of_the_message(source: RamFile, intake: Intake) -> None:
