@@ -2,9 +2,12 @@
 
 Promise: afterwards ``.venv`` holds this checkout (editable) and its development tools in exactly the versions of
 constraints.txt. Needs nothing but the standard library. pip asks whatever index the user has configured. A second
-run with nothing changed only compares a fingerprint. An environment of another interpreter, of other requirements,
-or copied from another place is made anew, never repaired. Commands named as arguments are installed instead, where
-the system lacks them and nobody has to be asked; where that is not so, it says so and whoever needs them decides.
+run with nothing changed compares a fingerprint, and compiles the sources that changed: every service, machine and
+command is a process of its own, and where the environment forbids Python to keep byte code (as in many containers)
+each would compile everything again, a third of its start. An environment of another interpreter, of other
+requirements, or copied from another place is made anew, never repaired. Commands named as arguments are installed
+instead, where the system lacks them and nobody has to be asked; where that is not so, it says so and whoever needs
+them decides.
 """
 
 import sys
@@ -15,6 +18,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - this file is what tells the user
         "Name a newer one: make PYTHON=python3.12 ..."
     )
 
+import compileall
 import hashlib
 import importlib.util
 import json
@@ -29,6 +33,7 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 VENV: Final = ROOT / ".venv"
 STAMP: Final = VENV / ".fingerprint"
 CONSTRAINTS: Final = ROOT / "constraints.txt"
+PACKAGES: Final = ("vmferry", "source_svc", "dest_svc")
 # The interpreter beneath an active virtual environment: that environment may be the very one to be replaced.
 BASE_PYTHON: Final = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
@@ -39,8 +44,14 @@ def main() -> None:
         ensure_commands(sys.argv[1:])
         return
     wanted = fingerprint()
-    if STAMP.is_file() and STAMP.read_text(encoding="utf-8") == wanted:
-        return
+    if not STAMP.is_file() or STAMP.read_text(encoding="utf-8") != wanted:
+        make_environment(wanted)
+    for package in PACKAGES:  # what cannot be compiled or written is left to Python, which tells it better
+        compileall.compile_dir(ROOT / package, quiet=2)
+
+
+def make_environment(wanted: str) -> None:
+    """Make the environment anew, and stamp it when it is whole."""
     ensure_venv_module()
     say(f"making {VENV} with Python {sys.version.split()[0]}; this happens once and takes a minute or so")
     if VENV.exists():

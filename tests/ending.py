@@ -1,0 +1,80 @@
+"""How a run of tests ends that is told to: SIGTERM ends it as Ctrl-C does.
+
+Promise: what the test at hand has started (services, machines, browsers) is ended and removed by its fixtures, in
+this process and in every process that runs tests for it, whether the signal goes to the first or to all, and whether
+or not a shell runs them in the background. A second SIGTERM does not disturb that.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import pytest
+
+_DISTRIBUTED: Final = b"exec(eval(sys.stdin.readline()))"
+"""What the command line of a process has that execnet has started."""
+_STATE: Final[dict[str, Any]] = {"process": 0, "of_several": False, "ending": False, "session": None}
+_TOLD: Final = "told to end (SIGTERM)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    _STATE.update(process=os.getpid(), of_several=hasattr(config, "workerinput"))
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell does to what it runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _STATE["session"] = session
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if signal.getsignal(signal.SIGTERM) is not _end:  # a test before this one has run something that heard it
+        signal.signal(signal.SIGTERM, _end)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if _STATE["ending"] and output is not None:
+        # Said so, the first process ends the run; interrupted, it would start another process in this one's place.
+        output.update(exitstatus=int(pytest.ExitCode.OK), shouldstop=_TOLD)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _STATE["process"]:  # a fork, which has nothing to tidy up
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+    if _STATE["ending"]:
+        return
+    _STATE["ending"] = True
+    # With several processes, the first one only hands out tests, and its children are the ones that run them.
+    # It ends when one of them says that it has.
+    if running := [] if _STATE["of_several"] else _testing_children():
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+        return
+    if (
+        _STATE["session"] is not None
+    ):  # what is interrupted may take no notice; the test after it is not begun
+        _STATE["session"].shouldstop = _TOLD
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        if _STATE["of_several"]:  # the first process loses patience before all is tidied up
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _testing_children() -> list[int]:
+    children = (path.read_text(encoding="ascii") for path in Path("/proc/self/task").glob("*/children"))
+    return [int(pid) for listed in children for pid in listed.split() if _DISTRIBUTED in _command(pid)]
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
