@@ -105,7 +105,9 @@ class DirectMemory:
         await self._machine.get_ready_to_load()
 
     async def take(self, request: Received) -> int:
-        """Check one frame and write it."""
+        """Check one frame and write it; a piece of the device state, which is only kept, needs no thread for that."""
+        if not isinstance(request, ChunkFrame):
+            return take_frame(self._intake, self._device_state, request)
         return await asyncio.to_thread(take_frame, self._intake, self._device_state, request)
 
     async def seal(self) -> tuple[bytes, bytes]:

@@ -98,6 +98,8 @@ class Receiver:
         self._reserved_bytes = 0
         self._room = room
         self._early: asyncio.Task[tuple[bytes, bytes]] | None = None
+        self._sealing = False
+        """The call that seals was faster than the end of the last lane, and loads by itself."""
 
     @property
     def memory_bytes(self) -> int:
@@ -182,6 +184,7 @@ class Receiver:
         """All has come: the guest is paused, so what has to be done is not put off until the call that seals."""
         if (
             self._early is None
+            and not self._sealing
             and isinstance(self._memory, DirectMemory)
             and all(lane.ended.is_set() and not lane.different_pages for lane in self._lanes)
         ):
@@ -228,6 +231,7 @@ class Receiver:
             if different:
                 raise HashMismatchError(f"{different} pages differ from the source's", pages=different)
         early, self._early = self._early, None
+        self._sealing = True
         root, device_state = await (self._memory.seal() if early is None else early)
         return seal_digest(
             self.attempt, memory_root=root, device_state=device_state, spec_digest=self.spec.digest()

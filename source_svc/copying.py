@@ -236,9 +236,9 @@ class Copy:
         return await asyncio.to_thread(self._table.root)
 
     async def finish(self) -> None:
-        """End the lanes; returns when everything is in the destination's memory."""
-        await self._open_lanes.drain()
+        """End the lanes, right behind their last frames; returns when everything is in the destination's memory."""
         await self._open_lanes.finish()
+        await self._open_lanes.drain()
         await self._report(force=True)
 
     async def close(self) -> None:

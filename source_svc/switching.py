@@ -88,15 +88,19 @@ class Switch:
         device_state: bytes
         if self._machine.spec.kind == QEMU:
             # Its devices may still write while they are being saved. To look for what was written costs more than
-            # to send it, so that is done once.
+            # to send it, so that is done once. Meanwhile the device state, which is small, is on its way.
             device_state = await self._saved()
-            await copy.last_round()
+            await together(copy.last_round(), copy.send_device_state(device_state))
         else:
-            _, device_state = await together(copy.last_round(), self._saved())
-        await copy.send_device_state(device_state)
+            _, device_state = await together(copy.last_round(), self._saved_and_sent(copy))
         if self._compare_bytes:
             async with phase("compare"):
                 await copy.compare_all()
+        return device_state
+
+    async def _saved_and_sent(self, copy: Copy) -> bytes:
+        device_state = await self._saved()
+        await copy.send_device_state(device_state)
         return device_state
 
     async def _saved(self) -> bytes:

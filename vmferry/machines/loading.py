@@ -43,6 +43,11 @@ class Loading:
         self._timeout_s = timeout_s
         self._link: socket.socket | None = None
 
+    @property
+    def waits(self) -> bool:
+        """The hypervisor waits at an open connection, which nothing was sent over yet."""
+        return self._link is not None
+
     async def open(self) -> None:
         """Have the hypervisor wait at an open connection: loading is sending then."""
         if self._link is not None or await self._run_state() is not RunState.INMIGRATE:

@@ -58,7 +58,12 @@ class Monitor:
         self._client: QMPClient | None = None
 
     async def execute(
-        self, command: str, arguments: Mapping[str, Any] | None = None, *, repeatable: bool = False
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        repeatable: bool = False,
+        then: str = "",
     ) -> Any:
         """Send a command and return its answer.
 
@@ -66,6 +71,8 @@ class Monitor:
             command: its name in QMP.
             arguments: its arguments.
             repeatable: whether to send it again when the connection was lost before the answer came.
+            then: a question that is sent right behind it, whose answer is returned instead; the hypervisor comes to
+                it when it is through with the command. For when the guest's pause waits: it spares a round trip.
 
         Raises:
             MachineFailedError: the hypervisor answered with an error (the metadata's ``error_class`` is then
@@ -76,12 +83,12 @@ class Monitor:
         try:
             async with asyncio.timeout(self._timeout_s):
                 try:
-                    return await self._send(command, arguments)
+                    return await self._send(command, arguments, then)
                 except (ExecInterruptedError, EOFError) as error:
                     await self.close()
                     if not repeatable or not self._process.alive():
                         raise await self._lost(command, error) from error
-                    return await self._send(command, arguments)
+                    return await self._send(command, arguments, then)
         except TimeoutError as error:
             # A late answer must not be met by a later command, so the connection goes.
             await self.close()
@@ -129,9 +136,18 @@ class Monitor:
             raise self._failure("start", str(error)) from error
         return True
 
-    async def _send(self, command: str, arguments: Mapping[str, Any] | None) -> Any:
+    async def _send(self, command: str, arguments: Mapping[str, Any] | None, then: str) -> Any:
         client = await self._connected()
-        return await client.execute(command, arguments)
+        if not then:
+            return await client.execute(command, arguments)
+        # Both answers are waited for, whatever the first one is, so that no later command meets the second.
+        done, answer = await asyncio.gather(
+            client.execute(command, arguments), client.execute(then), return_exceptions=True
+        )
+        for one in (done, answer):
+            if isinstance(one, BaseException):
+                raise one
+        return answer
 
     async def _connected(self) -> QMPClient:
         if self._client is not None:

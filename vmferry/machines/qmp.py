@@ -43,6 +43,7 @@ DEFAULT_QMP_TIMEOUT_S: Final = 10.0
 MAX_SERIAL_BYTES: Final = 4096
 """What one call may type; the ring buffers of hypervisors start at this size."""
 
+_STATUS: Final = "query-status"
 _POLL_S: Final = 0.001
 _WATCH_S: Final = 0.05
 _MIB: Final = 1024 * 1024
@@ -150,8 +151,7 @@ class QmpMachine(Machine):
     async def stop(self) -> None:
         """Pause the guest. The hypervisor answers once the vCPUs stand; its state is asked to be sure."""
         async with self._lock:
-            await self._monitor.execute("stop", repeatable=True)
-            if await self._run_state() is RunState.RUNNING:
+            if await self._run_state_after("stop") is RunState.RUNNING:
                 raise self._failure("stop", "the guest still runs, or is asleep and cannot be held still")
             self._stands = True
 
@@ -177,8 +177,7 @@ class QmpMachine(Machine):
                 # QEMU does not go on in the middle of a save, maybe one that another process had begun.
                 await self._migration.end()
             self._loaded = None
-            await self._monitor.execute("cont", repeatable=True)
-            if await self._run_state() in _STOPPED:
+            if await self._run_state_after("cont") in _STOPPED:
                 raise self._failure("cont", "the guest still does not run")
 
     async def get_ready(self) -> None:
@@ -223,10 +222,12 @@ class QmpMachine(Machine):
         """Give a machine that waits for it the device state; the same bytes again change nothing."""
         digest = hashlib.sha256(data).digest()
         async with self._lock:
-            state = await self._run_state()
-            if state in _STOPPED and digest == self._loaded:
-                return
-            self._require(state, frozenset({RunState.INMIGRATE}), "take device state")
+            # One that waits at a connection was seen to wait, and does so until it is sent something, or dies.
+            if not (self._loading.waits and self.process.alive()):
+                state = await self._run_state()
+                if state in _STOPPED and digest == self._loaded:
+                    return
+                self._require(state, frozenset({RunState.INMIGRATE}), "take device state")
             await self._loading.load(data)
             self._loaded = digest
 
@@ -369,14 +370,18 @@ class QmpMachine(Machine):
     async def _run_state(self) -> RunState:
         return (await self._status())[0]
 
+    async def _run_state_after(self, command: str) -> RunState:
+        """What the vCPUs are doing when the hypervisor is through with a command that may be given twice."""
+        return self._understood(await self._monitor.execute(command, repeatable=True, then=_STATUS))[0]
+
     async def _status(self) -> tuple[RunState, str]:
-        answer = await self._monitor.execute("query-status", repeatable=True)
+        return self._understood(await self._monitor.execute(_STATUS, repeatable=True))
+
+    def _understood(self, answer: Any) -> tuple[RunState, str]:
         word = answer.get("status") if isinstance(answer, dict) else None
         state = _RUN_STATES.get(str(word))
         if state is None:
-            raise self._failure(
-                "query-status", f"the hypervisor names a state that is not known here: {word!r}"
-            )
+            raise self._failure(_STATUS, f"the hypervisor names a state that is not known here: {word!r}")
         return state, str(word)
 
     async def _save(self) -> bytes:

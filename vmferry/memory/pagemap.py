@@ -12,7 +12,7 @@ import os
 import select
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +66,20 @@ class _Part:
     )
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a walk looks for, and what it does to what it finds."""
+
+    flags: int = 0
+    mask: int = 0
+    inverted: int = 0
+
+
+_EVERY: Final = _Look(WP_MATCHING)
+_WRITTEN: Final = _Look(WP_MATCHING, mask=WRITTEN)
+_DROPPED: Final = _Look(WP_MATCHING, mask=ABSENT, inverted=ABSENT)
+
+
 def _halves(start: int, end: int) -> list[tuple[int, int]]:
     """A region in two, if that is worth a second thread; cut between page tables."""
     middle = (start + end) // 2 // _TABLE_BYTES * _TABLE_BYTES
@@ -116,7 +130,7 @@ class PageMap:
 
     def protect(self) -> None:
         """Write-protect every page, also those that were never touched."""
-        self._pages(WP_MATCHING)
+        self._pages(_EVERY)
 
     def take_written(self) -> PageRuns:
         """The pages written since they were protected; each is protected again before it is reported.
@@ -129,10 +143,9 @@ class PageMap:
         The pages of a hugetlbfs file are never split, reclaimed or moved to swap, so there one without an entry was
         not touched, or was let go by its own process together with its content; protecting it changes nothing.
         """
-        written = self._pages(WP_MATCHING, mask=WRITTEN)
         if self._mapped.huge:
-            return written
-        dropped = self._pages(WP_MATCHING, mask=ABSENT, inverted=ABSENT)
+            return self._pages(_WRITTEN)
+        written, dropped = self._walks(_WRITTEN, _DROPPED)
         return written.union(dropped) if dropped else written
 
     def count_written(self) -> int:
@@ -147,29 +160,41 @@ class PageMap:
 
     def peek_written(self) -> PageRuns:
         """The pages that :meth:`take_written` would report, of memory in huge pages; protects nothing."""
-        return self._pages(0, mask=WRITTEN)
+        return self._pages(_Look(mask=WRITTEN))
 
-    def _pages(self, flags: int, *, mask: int = 0, inverted: int = 0) -> PageRuns:
-        """Walk the region, its halves at a time; the pages whose categories match."""
+    def _pages(self, look: _Look) -> PageRuns:
+        return self._walks(look)[0]
+
+    def _walks(self, *looks: _Look) -> list[PageRuns]:
+        """Walk the region as often as there are looks; for each of them the pages whose categories match.
+
+        Its halves are walked at a time, each of them for one look after the other. The memory is checked to be there
+        still once, behind all walks.
+        """
         first, *others = self._parts
         with self._explained():
-            beside = [self._helper.submit(self._matching, part, flags, mask, inverted) for part in others]
+            beside = [self._helper.submit(self._matching, part, looks) for part in others]
             try:
-                runs = self._matching(first, flags, mask, inverted)
+                found = self._matching(first, looks)
             finally:
                 wait(beside)  # it writes to memory of this object
             for more in beside:
-                runs.extend(more.result())
-        return runs
+                for runs, rest in zip(found, more.result(), strict=True):
+                    runs.extend(rest)
+        return found
 
-    def _matching(self, part: _Part, flags: int, mask: int, inverted: int) -> PageRuns:
+    def _matching(self, part: _Part, looks: Sequence[_Look]) -> list[PageRuns]:
         base = self._mapped.address
-        runs = PageRuns()
-        for starts, ends in self._walk(part, flags | CHECK_WPASYNC, mask=mask, inverted=inverted):
-            firsts = [(start - base) // PAGE_SIZE for start in starts]
-            counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
-            runs.extend(zip(firsts, counts, strict=True))
-        return runs
+        found = []
+        for look in looks:
+            runs = PageRuns()
+            flags = look.flags | CHECK_WPASYNC
+            for starts, ends in self._walk(part, flags, mask=look.mask, inverted=look.inverted):
+                firsts = [(start - base) // PAGE_SIZE for start in starts]
+                counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
+                runs.extend(zip(firsts, counts, strict=True))
+            found.append(runs)
+        return found
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

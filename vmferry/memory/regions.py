@@ -106,7 +106,9 @@ def _pieces(pid: int, path: Path) -> list[_Piece]:
     if not lines:
         raise MachineDeadError(f"process {pid} has no memory any more", pid=pid)
     found = []
-    for match in filter(None, map(_MAPS_LINE.match, lines)):
+    # A hypervisor has hundreds of mappings, and a guest's pause may wait for this.
+    number = f" {status.st_ino} "
+    for match in filter(None, (_MAPS_LINE.match(line) for line in lines if number in line)):
         if (int(match["major"], 16), int(match["minor"], 16), int(match["inode"])) == wanted:
             start, end, offset = (int(match[key], 16) for key in ("start", "end", "offset"))
             found.append(_Piece(start, end, offset, match["sharing"] == "s"))
