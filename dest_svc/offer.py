@@ -81,6 +81,7 @@ def make_offer(
         ready_memory_bytes=ready_memory_bytes,
         page_size_bytes=PAGE_SIZE_BYTES,
         encodings=ENCODINGS,
+        stream_encodings=ENCODINGS,
         incoming_migrations=incoming,
         max_incoming_migrations=max_incoming,
         kernel=host.kernel_release(),

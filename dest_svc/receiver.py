@@ -142,7 +142,7 @@ class Receiver:
 
     def _way(self, machine: QmpMachine) -> DirectMemory | StreamedMemory:
         if self._path == STREAM:
-            return StreamedMemory(machine, window_bytes=self._window_bytes)
+            return StreamedMemory(machine, self._encodings, window_bytes=self._window_bytes)
         assert self._ram is not None, "only shared memory can be written from outside"
         return DirectMemory(machine, self._ram, self._encodings)
 

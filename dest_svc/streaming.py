@@ -8,13 +8,15 @@ ahead, lie over each other or follow the end are refused by name; closing ends e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 from vmferry.errors import ChunkRejectedError, StaleAttemptError, StreamBrokenError, VmferryError
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSink
+from vmferry.negotiation.encodings import NONE
 from vmferry.telemetry.tracing import phase
+from vmferry.transfer.pieces import is_plain, unpack
 from vmferry.transfer.streams import MAX_PIECE_BYTES, StreamDigest
 from vmferry.transfer.wire import Buffer, PieceFrame, Received, kind
 
@@ -127,8 +129,11 @@ class OrderedStream:
 class StreamedMemory:
     """Memory and device state that the waiting hypervisor loads by itself."""
 
-    def __init__(self, machine: QmpMachine, *, window_bytes: int) -> None:
+    def __init__(
+        self, machine: QmpMachine, encodings: Collection[str] = (NONE,), *, window_bytes: int
+    ) -> None:
         self._machine = machine
+        self._encodings = encodings
         self._sink = StreamSink()
         self._ordered = OrderedStream(self._write, window_bytes=window_bytes)
 
@@ -144,7 +149,10 @@ class StreamedMemory:
             raise ChunkRejectedError(
                 "memory travels in the hypervisor's own stream in this attempt", field=kind(request)
             )
-        await self._ordered.put(request)
+        plain = is_plain(request)
+        await self._ordered.put(
+            request if plain else await asyncio.to_thread(unpack, request, self._encodings)
+        )
         if request.mark:
             self._sink.end()
         return 0

@@ -15,6 +15,7 @@ from typing import Final
 from vmferry.machines.host import usable_cpus
 from vmferry.telemetry.tracing import span_event
 from vmferry.transfer.compression import RAW, Effort, Experience, Link, Method, Passed, Situation, choose
+from vmferry.transfer.traffic import Traffic
 
 _LOOK_S: Final = 0.1
 _SEEN_ENOUGH_BYTES: Final = 8 * 1024 * 1024
@@ -44,8 +45,7 @@ class Compression:
         allowed: Sequence[Method],
         *,
         readers: int,
-        acknowledged_bytes: Callable[[], int],
-        busy_s: Callable[[], float],
+        traffic: Callable[[], Traffic],
         link_bytes_per_s: float = 0.0,
     ) -> None:
         """Begin with what is known.
@@ -53,13 +53,11 @@ class Compression:
         Args:
             allowed: methods that may be used, the quickest first.
             readers: chunks that are made at a time.
-            acknowledged_bytes: what has arrived so far, as it was sent.
-            busy_s: how long something was on its way so far.
+            traffic: what went over the lanes so far.
             link_bytes_per_s: what the link was measured to carry; 0 if it was not.
         """
         self._allowed = allowed
-        self._acknowledged_bytes = acknowledged_bytes
-        self._busy_s = busy_s
+        self._traffic = traffic
         self._experience = Experience()
         self._link = Link(link_bytes_per_s)
         self._situation = Situation(self._link.bytes_per_s, readers, cores=usable_cpus())
@@ -97,7 +95,7 @@ class Compression:
         passed_s = time.monotonic() - self._last.at_s
         if passed_s >= _LOOK_S and (
             passed_s >= _LONGEST_LOOK_S
-            or self._acknowledged_bytes() - self._last.acknowledged_bytes >= _SEEN_ENOUGH_BYTES
+            or self._traffic().acknowledged_bytes - self._last.acknowledged_bytes >= _SEEN_ENOUGH_BYTES
         ):
             self._look()
 
@@ -136,4 +134,5 @@ class Compression:
         self._encoded_s = self._blocked_s = 0.0
 
     def _read(self) -> _Reading:
-        return _Reading(time.monotonic(), self._acknowledged_bytes(), self._busy_s(), time.process_time())
+        now, traffic = time.monotonic(), self._traffic()
+        return _Reading(now, traffic.acknowledged_bytes, traffic.busy_s(now), time.process_time())

@@ -42,6 +42,7 @@ from vmferry.transfer.convergence import (
 from vmferry.transfer.frames import Batches, ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
+from vmferry.transfer.traffic import Traffic
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
@@ -107,8 +108,7 @@ class Copy:
         self._compression = Compression(
             settings.methods,
             readers=_READERS,
-            acknowledged_bytes=self._acknowledged_bytes,
-            busy_s=lambda: self._lanes.busy_s if self._lanes is not None else 0.0,
+            traffic=lambda: self._lanes.traffic if self._lanes is not None else Traffic(),
             link_bytes_per_s=settings.link_bytes_per_s,
         )
         self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]
@@ -316,11 +316,6 @@ class Copy:
                 await self._report()
 
         await together(*map(read, self._builders))
-
-    def _acknowledged_bytes(self) -> int:
-        """What has arrived of what was sent, as it was sent."""
-        lanes = self._lanes
-        return lanes.traffic.wire_bytes - lanes.in_flight_bytes if lanes is not None else 0
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""

@@ -45,6 +45,7 @@ def offer_from_message(answer: handoff_pb2.NegotiateResponse, own: Sequence[Find
         trackers=[TrackerFact(found.kind, found.usable, found.reason) for found in offer.trackers],
         memory_backings=_backings(offer.memory_backings),
         paths=list(offer.paths),
+        stream_encodings=list(offer.stream_encodings),
         cpuid={(word.leaf, word.subleaf, word.register): word.bits for word in answer.cpuid} or None,
     )
 

@@ -17,8 +17,10 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
+from source_svc.compressing import Compression
 from source_svc.copying import BROKEN_SHARE, CopySettings
 from source_svc.decisions import hopeless, show_decision
 from source_svc.link import LinkReport
@@ -29,6 +31,8 @@ from vmferry.machines.migrating import PAUSED, StreamProgress
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSource
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
+from vmferry.together import together
+from vmferry.transfer.compression import RAW
 from vmferry.transfer.convergence import (
     FIXED_DOWNTIME_S,
     NO_EFFORT,
@@ -41,7 +45,9 @@ from vmferry.transfer.convergence import (
 )
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
+from vmferry.transfer.pieces import PieceBuilder
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
+from vmferry.transfer.traffic import Traffic
 from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
@@ -57,6 +63,8 @@ _IN_FLIGHT_SHARE: Final = 0.25
 """What part of the allowed pause may go into waiting for pieces that are on their way when the guest is paused."""
 _LEAST_IN_FLIGHT_BYTES: Final = 128 * 1024
 """What each lane may have on its way, however slow the link seems to be."""
+_CARRIERS: Final = 2
+"""Pieces that are compressed at a time."""
 _MEASURED_S: Final = 0.25
 _FORGETTING: Final = 0.7
 _REMEMBERED_ROUNDS: Final = 1000
@@ -85,6 +93,13 @@ class StreamedCopy:
         self._lanes: Lanes | None = None
         self._link: LinkReport | None = None
         self._carrying: asyncio.Task[None] | None = None
+        self._reading = asyncio.Lock()
+        self._compression = Compression(
+            settings.methods,
+            readers=_CARRIERS,
+            traffic=lambda: self._lanes.traffic if self._lanes is not None else Traffic(),
+            link_bytes_per_s=settings.link_bytes_per_s,
+        )
         self._rounds: Rounds | None = None
         self._active_at = 0.0
         self._began_at = 0.0
@@ -200,7 +215,8 @@ class StreamedCopy:
             await self._machine.wait_stream_completed()
             self._completed = True
             span_attributes(bytes=self._digest.size_bytes - before)
-            await self._send(b"", last=True)
+            end = PieceFrame(transfer_pb2.StreamPiece(offset=self._digest.size_bytes), b"", mark=True)
+            await self._open_lanes.send(end)
             await self._open_lanes.drain()
 
     async def root(self) -> bytes:
@@ -299,9 +315,17 @@ class StreamedCopy:
         """What the destination's hypervisor has taken in, about."""
         return self._open_lanes.traffic.data_bytes - self._open_lanes.in_flight_bytes
 
+    @property
+    def _not_arrived_bytes(self) -> int:
+        """What was read and is not known to have arrived: compressed just now, waiting for a lane, or in flight."""
+        return self._digest.size_bytes - self._arrived_bytes
+
+    def _arrived_but(self, bytes_left: int) -> bool:
+        return self._not_arrived_bytes <= bytes_left
+
     def _arriving_s(self) -> float:
         """How long it takes until all has arrived that the hypervisor believes to be sent."""
-        on_its_way = self._open_lanes.in_flight_bytes + self._source.waiting_bytes
+        on_its_way = self._not_arrived_bytes + self._source.waiting_bytes
         so_far = max(self._arrived_bytes, 1) / (time.monotonic() - self._began_at)
         return on_its_way / (self._bytes_per_second or so_far)
 
@@ -326,7 +350,7 @@ class StreamedCopy:
             try:
                 async with asyncio.timeout(None if self._settings.terms.limits.switch_now else left_s):
                     await self._open_lanes.drain()
-                    while self._source.waiting_bytes:
+                    while self._not_arrived_bytes or self._source.waiting_bytes:
                         await self._look_again_in(_PAUSED_POLL_S)
                         await self._open_lanes.drain()
                 return
@@ -376,14 +400,32 @@ class StreamedCopy:
         await self._source.accept()
         if self._live:
             await asyncio.sleep(_FIRST_WINDOW_S)
+        self._compression.start()
+        await together(*(self._carry_pieces(PieceBuilder()) for _ in range(_CARRIERS)))
+
+    async def _carry_pieces(self, builder: PieceBuilder) -> None:
+        """Read in turn with others, and compress and send beside them."""
+        settings, lanes, compression = self._settings, self._open_lanes, self._compression
         while True:
-            limit = self._in_flight_limit()
-            await self._open_lanes.drain_to(limit)
-            piece_bytes = min(self._settings.chunk_bytes, limit // self._settings.lanes)
-            data = await self._source.read(self._settings.terms.pacer.largest_frame(piece_bytes))
-            if not data:
-                return
-            await self._send(data)
+            async with self._reading:
+                began = time.monotonic()
+                limit = self._in_flight_limit()
+                await lanes.wait_for(partial(self._arrived_but, limit))
+                blocked_s = time.monotonic() - began
+                piece_bytes = min(settings.chunk_bytes, limit // settings.lanes)
+                data = await self._source.read(settings.terms.pacer.largest_frame(piece_bytes))
+                if not data:
+                    return
+                offset = self._digest.size_bytes
+                self._digest.update(data)
+            method = compression.next()
+            if method == RAW:
+                piece, effort = builder.build(offset, data, method)
+            else:
+                piece, effort = await asyncio.to_thread(builder.build, offset, data, method)
+            made = time.monotonic()
+            await lanes.send(piece)
+            compression.add(effort, blocked_s=blocked_s + time.monotonic() - made)
 
     def _in_flight_limit(self) -> int:
         """The hypervisor takes for sent what it has written, so that on a slow link little may be on its way."""
@@ -393,11 +435,6 @@ class StreamedCopy:
         allowed = self._bytes_per_second * settings.terms.limits.downtime_s * _IN_FLIGHT_SHARE
         least = settings.terms.pacer.largest_frame(_LEAST_IN_FLIGHT_BYTES)
         return min(settings.window_bytes, max(int(allowed), settings.lanes * least))
-
-    async def _send(self, data: bytes, *, last: bool = False) -> None:
-        offset = self._digest.size_bytes
-        self._digest.update(data)
-        await self._open_lanes.send(PieceFrame(transfer_pb2.StreamPiece(offset=offset), data, last))
 
 
 async def _until(ready: Callable[[], Awaitable[bool]]) -> None:

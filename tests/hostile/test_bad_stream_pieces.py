@@ -11,7 +11,9 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import lz4.block
 import pytest
+import zstandard
 
 from tests.hostile.raw_source import MEMORY_MIB, Lane, Model, RawSource, Request
 from tests.integration.services import eventually_async, refusal
@@ -55,6 +57,15 @@ def piece(lane: Lane, offset: int, data: bytes = b"", *, last: bool = False) -> 
     return Request(stream_piece=found)
 
 
+def encoded(
+    lane: Lane, offset: int, encoding: transfer_pb2.Encoding.ValueType, size: int, data: bytes
+) -> Request:
+    """The next piece of a lane, encoded, that says what it stands for."""
+    request = piece(lane, offset, data)
+    request.stream_piece.encoding, request.stream_piece.decoded_bytes = encoding, size
+    return request
+
+
 BAD: dict[str, tuple[tuple[int, bytes, bool], str]] = {
     "empty": ((8, b"", False), "data"),
     "too large": ((8, bytes(MAX_PIECE_BYTES + 1), False), "data"),
@@ -77,6 +88,38 @@ async def test_a_piece_that_does_not_fit_is_refused_by_name(streaming: RawSource
         assert (caught.value.reason, caught.value.field) == ("CHUNK_REJECTED", field), name
         lane = await streaming.open_lane()
     assert (await streaming.status()).state == RECEIVING
+
+
+BOMB = zstandard.ZstdCompressor(level=1).compress(bytes(256 * 1024 * 1024))
+ZSTD, LZ4 = transfer_pb2.ENCODING_ZSTD, transfer_pb2.ENCODING_LZ4
+BAD_ENCODINGS: dict[str, tuple[transfer_pb2.Encoding.ValueType, int, bytes, str]] = {
+    "a bomb that says so": (ZSTD, 256 * 1024 * 1024, BOMB, "decoded_bytes"),
+    "a bomb that says less": (ZSTD, MAX_PIECE_BYTES, BOMB, "data"),
+    "a size that no piece has": (ZSTD, 2**32 - 1, BOMB, "decoded_bytes"),
+    "no size": (ZSTD, 0, BOMB, "decoded_bytes"),
+    "not encoded at all": (ZSTD, 8, MAGIC, "data"),
+    "an encoding that was not agreed": (LZ4, 8, lz4.block.compress(MAGIC, store_size=False), "encoding"),
+    "one that nobody knows": (transfer_pb2.Encoding.ValueType(9), 8, MAGIC, "encoding"),
+    "a size without an encoding": (transfer_pb2.Encoding.ValueType(0), 8, MAGIC, "encoding"),
+}
+
+
+async def test_a_piece_that_does_not_decode_to_what_it_says_is_refused_by_name(source: RawSource) -> None:
+    """Nothing of it reaches the hypervisor, and the service does not grow by what was claimed."""
+    await source.begin(path="stream", protocol_version=2, encodings=["zstd", "none"])
+    lane = await source.open_lane()
+    for name, (encoding, size, data, field) in BAD_ENCODINGS.items():
+        with pytest.raises(VmferryError) as caught:
+            await lane.send(encoded(Lane(lane.call), 0, encoding, size, data))
+        assert (caught.value.reason, caught.value.field) == ("CHUNK_REJECTED", field), name
+        lane = await source.open_lane()
+    assert int(source.to.dest.status("VmHWM").split()[0]) < 200 * 1024
+    good = zstandard.ZstdCompressor(level=1).compress(MAGIC)
+    assert (await lane.send(encoded(lane, 0, ZSTD, len(MAGIC), good))).ack.acknowledged == 1
+    with pytest.raises(VmferryError) as caught:  # it has a place, as it was decoded
+        await lane.send(encoded(lane, 4, ZSTD, len(MAGIC), good))
+    assert caught.value.field == "offset"
+    assert (await source.status()).state == RECEIVING
 
 
 async def test_chunks_and_device_state_do_not_belong_to_a_stream(streaming: RawSource) -> None:

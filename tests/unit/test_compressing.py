@@ -7,6 +7,7 @@ import pytest
 from source_svc import compressing
 from source_svc.compressing import Compression
 from vmferry.transfer.compression import METHODS, RAW, Effort, Method
+from vmferry.transfer.traffic import Traffic
 
 MIB = 1024 * 1024
 ZSTD_1 = METHODS[2]
@@ -18,7 +19,8 @@ class Lanes:
     def __init__(self, bytes_per_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes_per_s = bytes_per_s
         self.now_s = 0.0
-        self.acknowledged = 0
+        self.traffic = Traffic()
+        self.traffic.began(0.0)
         monkeypatch.setattr(compressing.time, "monotonic", lambda: self.now_s)
 
     def carry(self, compression: Compression, ratio: float) -> Method:
@@ -27,7 +29,7 @@ class Lanes:
         sent = int(MIB / ratio) if method != RAW else MIB
         seconds = sent / self.bytes_per_s
         self.now_s += seconds
-        self.acknowledged += sent
+        self.traffic.acknowledged_bytes += sent
         encoded = 0 if method == RAW else sent
         effort = Effort(method, MIB, encoded, 0.4e-3, MIB / 600e6, MIB / 600e6)
         compression.add(effort, blocked_s=2 * seconds)
@@ -38,8 +40,7 @@ def opened(lanes: Lanes, *allowed: Method, link_bytes_per_s: float = 0.0) -> Com
     return Compression(
         allowed or METHODS,
         readers=2,
-        acknowledged_bytes=lambda: lanes.acknowledged,
-        busy_s=lambda: lanes.now_s,
+        traffic=lambda: lanes.traffic,
         link_bytes_per_s=link_bytes_per_s,
     )
 

@@ -1,4 +1,4 @@
-"""What page contents may travel as: the encodings this release speaks, and what a caller may wish. Pure.
+"""What memory may travel as: the encodings this release speaks, and what a caller may wish. Pure.
 
 Promise: only what both ends speak is ever agreed on, and raw contents always may be sent; an encoding that is
 insisted on and cannot be had blocks, it is never replaced.
@@ -25,16 +25,23 @@ def agreed(offered: Sequence[str], wish: str = AUTO) -> tuple[str, ...]:
     return tuple(encoding for encoding in ENCODINGS if encoding in offered and encoding in wished)
 
 
-def about_encodings(offer: Offer, wish: str = AUTO, *, pages: bool = True) -> Iterator[Finding]:
+def offered(offer: Offer, *, stream: bool) -> Sequence[str]:
+    """What a destination takes memory as; one of an older release takes a hypervisor's stream only as it is."""
+    return offer.stream_encodings or (NONE,) if stream else offer.encodings
+
+
+def about_encodings(offer: Offer, wish: str = AUTO, *, stream: bool = False) -> Iterator[Finding]:
     """What is to be said about the encodings that both hosts have.
 
     Args:
         offer: the destination's.
         wish: what the caller insists on, or "auto".
-        pages: whether memory travels as pages; a hypervisor's own stream is carried as it is.
+        stream: whether memory travels in the hypervisor's own stream instead of as pages.
     """
-    common = agreed(offer.encodings, wish)
-    theirs = ", ".join(offer.encodings) or "nothing"
+    takes = offered(offer, stream=stream)
+    common = agreed(takes, wish)
+    theirs = ", ".join(takes) or "nothing"
+    what = "a hypervisor's stream" if stream else "memory"
     if NONE not in common:
         yield finding(
             "encoding.no-common",
@@ -45,16 +52,9 @@ def about_encodings(offer: Offer, wish: str = AUTO, *, pages: bool = True) -> It
     elif wish not in ("", AUTO, *common):
         yield finding(
             "encoding.unavailable",
-            f"memory is to travel as {wish}, {offer.host} takes {theirs}",
+            f"{what} is to travel as {wish}, {offer.host} takes {theirs}",
             wish,
             "Leave the choice to vmferry (without --compression), or update the destination.",
-        )
-    elif wish in (LZ4, ZSTD) and not pages:
-        yield finding(
-            "encoding.unavailable",
-            f"memory is to travel as {wish}, and a hypervisor's own stream is carried as it is",
-            wish,
-            "Leave the choice to vmferry (without --compression).",
         )
     else:
         yield finding("encoding.chosen", f"memory may travel as: {', '.join(common)}", ", ".join(common))

@@ -158,6 +158,8 @@ class Offer:
     memory_backings: Sequence[BackingOffer] = ()
     paths: Sequence[str] = ()
     """Ways for memory to travel that it can receive; empty means the direct one."""
+    stream_encodings: Sequence[str] = ()
+    """Encodings in which it takes pieces of a hypervisor's stream; empty means none."""
     cpuid: Mapping[CpuidKey, int] | None = None
     """What a guest of this description would see of its processor there; ``None`` if that is not known."""
 

@@ -19,7 +19,7 @@ from vmferry.negotiation.about_host import (
     about_software,
 )
 from vmferry.negotiation.about_machine import about_kind, about_parts, about_state
-from vmferry.negotiation.encodings import AUTO, about_encodings, agreed
+from vmferry.negotiation.encodings import AUTO, about_encodings, agreed, offered
 from vmferry.negotiation.facts import (
     PAGE_SIZE_BYTES,
     HostFacts,
@@ -61,7 +61,7 @@ class Report:
     path: str = ""
     path_reason: str = ""
     encodings: Sequence[str] = ()
-    """What page contents may travel as."""
+    """What memory may travel as."""
     room_bytes: int = 0
     """Memory of the machine's kind that the destination would give to newcomers."""
 
@@ -91,7 +91,7 @@ def compare(
     way = choose_path(_path_facts(machine, offer, trackers, tracker, max(common, default=0)), wishes)
     findings = [
         *about_protocol(PROTOCOL_VERSIONS, offer),
-        *about_encodings(offer, insist_on_encoding, pages=way.path != STREAM),
+        *about_encodings(offer, insist_on_encoding, stream=way.path == STREAM),
         *about_state(machine),
         *about_parts(machine),
         *about_kind(machine, offer),
@@ -109,7 +109,7 @@ def compare(
     findings += [found for found in offer.refusals if found.id not in told]
     findings.sort(key=lambda found: -found.severity)
     used = tracker if way.path != STREAM else ""
-    encodings = agreed(offer.encodings, insist_on_encoding)
+    encodings = agreed(offered(offer, stream=way.path == STREAM), insist_on_encoding)
     kinds = [one for one in offer.backings if one.name == machine.memory_backing]
     fitting = [one for one in kinds if machine.memory_page_bytes in (0, one.page_size_bytes)]
     room = max((one.available_bytes for one in fitting), default=0)

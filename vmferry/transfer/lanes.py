@@ -24,7 +24,8 @@ from vmferry.transfer.frames import BuiltChunk
 from vmferry.transfer.numbering import SendingLane, Totals
 from vmferry.transfer.pacer import Pacer
 from vmferry.transfer.patience import Connections, Limits, Patience
-from vmferry.transfer.wire import PieceFrame, encode_piece
+from vmferry.transfer.traffic import Traffic
+from vmferry.transfer.wire import PieceFrame, encode_piece, stream_bytes
 from vmferry.v1 import transfer_pb2
 
 DEVICE_STATE_PIECE_BYTES: Final = 1024 * 1024
@@ -37,20 +38,6 @@ _SHORTEST_LOOK_S: Final = 0.02
 
 Frame = BuiltChunk | PieceFrame | transfer_pb2.DeviceState
 Call = grpc.aio.StreamStreamCall[bytes, transfer_pb2.TransferResponse]
-
-
-@dataclass
-class Traffic:
-    """What went over all lanes so far."""
-
-    wire_bytes: int = 0
-    data_bytes: int = 0
-    zero_pages: int = 0
-    reconnects: int = 0
-    """How often a lane was reopened."""
-    repeated_bytes: int = 0
-    """Bytes sent again after a lane was reopened."""
-    different_pages: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,6 @@ class Lanes:
         self._lanes = [_Lane(number, self, settings) for number in range(settings.count)]
         self._tasks: list[asyncio.Task[None]] = []
         self._outstanding = 0
-        self._busy_s = self._busy_since = 0.0
         limits = Limits(settings.stall_timeout_s, settings.reconnect_timeout_s)
         self._patience = Patience(settings.count, limits, asyncio.get_running_loop().time())
         self._cause = PeerUnreachableError("the destination has not answered")
@@ -101,7 +87,7 @@ class Lanes:
         """Hand a frame over; returns when a lane is about to take it."""
         self._raise_failure()
         if not self._outstanding:
-            self._busy_since = _now()
+            self.traffic.began(_now())
         self._outstanding += 1
         if not self._queue.full():
             self._queue.put_nowait(frame)
@@ -127,17 +113,12 @@ class Lanes:
 
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes that were sent and are not known to be written at the destination."""
+        """Bytes that were sent and are not known to be written at the destination, of pieces as they are decoded."""
         return sum(lane.in_flight_bytes for lane in self._lanes)
 
-    @property
-    def busy_s(self) -> float:
-        """How long so far something was on its way."""
-        return self._busy_s + (_now() - self._busy_since if self._outstanding else 0.0)
-
-    async def drain_to(self, limit_bytes: int) -> None:
-        """Wait until no more than so many bytes are in flight."""
-        await self._until(lambda: self.in_flight_bytes <= limit_bytes)
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until it holds, which is looked at whenever something was acknowledged."""
+        await self._until(condition)
 
     async def finish(self) -> None:
         """End all lanes in band; returns when the destination agrees that each was whole."""
@@ -164,7 +145,7 @@ class Lanes:
         """A lane heard that so many more frames were taken in."""
         self._outstanding -= frames
         if not self._outstanding:
-            self._busy_s += _now() - self._busy_since
+            self.traffic.ended(_now())
         self._patience.progressed(lane, _now())
         self.notify()
 
@@ -363,7 +344,7 @@ class _Lane:
 
     def _acknowledge(self, sequence: int) -> None:
         before = self._numbering.acknowledged
-        self._numbering.acknowledge(sequence)
+        self._lanes.traffic.acknowledged_bytes += self._numbering.acknowledge(sequence)
         self._room.set()
         if sequence > before:
             self._lanes.acknowledged(self.number, sequence - before)
@@ -410,14 +391,15 @@ class _Lane:
 
     def _number(self, frame: Frame) -> bytes:
         sequence = self._numbering.next_sequence
-        traffic = self._lanes.traffic
+        traffic, held_bytes = self._lanes.traffic, 0
         if isinstance(frame, BuiltChunk):
             data_bytes = frame.data_bytes
             self._digest.update(frame.frame.head.data_hash)
             traffic.zero_pages += 0 if frame.frame.mark else frame.zero_pages
             message = frame.numbered(sequence)
         elif isinstance(frame, PieceFrame):
-            data_bytes = len(frame.data)
+            # The destination puts pieces in order, so that its window is of the stream's bytes.
+            data_bytes = held_bytes = stream_bytes(frame)
             self._digest.update(xxh3_128_digest(frame.data))
             frame.head.sequence = sequence
             message = encode_piece(frame)
@@ -427,7 +409,7 @@ class _Lane:
             message = transfer_pb2.TransferRequest(device_state=frame).SerializeToString()
         traffic.wire_bytes += len(message)
         traffic.data_bytes += data_bytes
-        self._numbering.sent(message, frame_bytes=len(message), data_bytes=data_bytes)
+        self._numbering.sent(message, frame_bytes=len(message), data_bytes=data_bytes, held_bytes=held_bytes)
         return message
 
     def _ending(self) -> transfer_pb2.LaneEnd:

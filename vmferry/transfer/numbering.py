@@ -31,7 +31,7 @@ class SendingLane(Generic[Frame]):
     def __init__(self, window_bytes: int) -> None:
         self.window_bytes = window_bytes
         self.totals = Totals()
-        self._unacknowledged: deque[tuple[int, Frame, int]] = deque()
+        self._unacknowledged: deque[tuple[int, Frame, int, int]] = deque()
         self._acknowledged = 0
         self._in_flight_bytes = 0
 
@@ -52,21 +52,29 @@ class SendingLane(Generic[Frame]):
 
     @property
     def in_flight_bytes(self) -> int:
-        """Bytes of frames that are not acknowledged."""
+        """Bytes of frames that are not acknowledged, as the window counts them."""
         return self._in_flight_bytes
 
     def has_room(self, frame_bytes: int) -> bool:
         """Whether a frame may be sent now; an empty lane takes any."""
         return self.idle or self._in_flight_bytes + frame_bytes <= self.window_bytes
 
-    def sent(self, frame: Frame, *, frame_bytes: int, data_bytes: int) -> None:
-        """Note that ``frame``, made with ``next_sequence``, goes out."""
+    def sent(self, frame: Frame, *, frame_bytes: int, data_bytes: int, held_bytes: int = 0) -> None:
+        """Note that ``frame``, made with ``next_sequence``, goes out.
+
+        Args:
+            frame: what may have to be sent again.
+            frame_bytes: its size.
+            data_bytes: what it stands for.
+            held_bytes: what the window counts it as, if that is more than its size.
+        """
+        held_bytes = max(held_bytes, frame_bytes)
         self.totals = Totals(self.totals.frames + 1, self.totals.data_bytes + data_bytes)
-        self._unacknowledged.append((self.totals.frames, frame, frame_bytes))
-        self._in_flight_bytes += frame_bytes
+        self._unacknowledged.append((self.totals.frames, frame, frame_bytes, held_bytes))
+        self._in_flight_bytes += held_bytes
 
     def acknowledge(self, sequence: int) -> int:
-        """Forget frames up to ``sequence``; returns how many bytes that freed.
+        """Forget frames up to ``sequence``; returns how many bytes these had.
 
         Raises:
             StreamBrokenError: the number was never sent.
@@ -75,14 +83,15 @@ class SendingLane(Generic[Frame]):
             raise StreamBrokenError(f"frame {sequence} was acknowledged, only {self.totals.frames} were sent")
         freed = 0
         while self._unacknowledged and self._unacknowledged[0][0] <= sequence:
-            freed += self._unacknowledged.popleft()[2]
-        self._in_flight_bytes -= freed
+            _, _, frame_bytes, held_bytes = self._unacknowledged.popleft()
+            freed += frame_bytes
+            self._in_flight_bytes -= held_bytes
         self._acknowledged = max(self._acknowledged, sequence)
         return freed
 
     def unacknowledged(self) -> Iterator[Frame]:
         """The frames to send again on a reopened lane, in order."""
-        return (frame for _, frame, _ in tuple(self._unacknowledged))
+        return (frame for _, frame, *_ in tuple(self._unacknowledged))
 
 
 class Arrival(enum.Enum):

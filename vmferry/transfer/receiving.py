@@ -17,7 +17,7 @@ from vmferry.memory.runs import PAGE_SIZE
 from vmferry.telemetry.metrics import add_received
 from vmferry.transfer.frames import data_pages
 from vmferry.transfer.numbering import Arrival, ReceivingLane, Totals
-from vmferry.transfer.wire import ChunkFrame, PieceFrame, Received
+from vmferry.transfer.wire import ChunkFrame, PieceFrame, Received, stream_bytes
 from vmferry.v1 import transfer_pb2
 
 Response = transfer_pb2.TransferResponse
@@ -131,7 +131,7 @@ def _counted(request: Received) -> _Counted:
         return _Counted(head.sequence, data_pages(request) * PAGE_SIZE, lambda: head.data_hash)
     if isinstance(request, PieceFrame):
         data = request.data
-        return _Counted(request.head.sequence, len(data), lambda: xxh3_128_digest(data))
+        return _Counted(request.head.sequence, stream_bytes(request), lambda: xxh3_128_digest(data))
     if request.WhichOneof("message") == "device_state":
         state = request.device_state
         return _Counted(state.sequence, len(state.data), bytes)

@@ -8,6 +8,8 @@ A chunk on the wire, as a field of the message around it::
 
     tag length | sequence round region runs zero_runs encoding data_hash | tag length data | compare_only
                '-------------------- head, generated code --------------'              '-- one byte or none
+
+A piece of a stream is laid out alike, and what says how its payload is encoded comes behind it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class _Frame(Generic[_Head]):
     """A numbered message whose payload is kept apart, so that it need not be copied."""
 
     head: _Head
-    """Everything that comes before the payload on the wire."""
+    """Everything but payload and flag."""
     data: Buffer
     """The payload."""
     mark: bool
@@ -54,11 +56,11 @@ _TRANSFER_PIECE: Final = 5 << 3 | _BYTES
 _CHUNK_DATA: Final = 8 << 3 | _BYTES
 _CHUNK_MARK: Final = 9 << 3 | _VARINT
 _PIECE_DATA: Final = 3 << 3 | _BYTES
-_PIECE_MARK: Final = 4 << 3 | _VARINT
 # All fields of a chunk before its data, and of a piece: their numbers are below 16, so a tag is one byte.
 _CHUNK_HEAD_NUMBERS: Final = frozenset(number << 3 | _VARINT for number in (1, 2, 3, 6))
 _CHUNK_HEAD_BYTES: Final = frozenset(number << 3 | _BYTES for number in (4, 5, 7))
 _PIECE_HEAD_NUMBERS: Final = frozenset(number << 3 | _VARINT for number in (1, 2))
+_PIECE_TAIL_NUMBERS: Final = frozenset(number << 3 | _VARINT for number in (4, 5, 6))
 
 
 def encode_chunk(frame: ChunkFrame) -> bytes:
@@ -72,13 +74,20 @@ def encode_measured(frame: ChunkFrame) -> bytes:
 
 
 def _encode_chunk(tag: int, frame: ChunkFrame) -> bytes:
-    return _join(tag, frame.head.SerializeToString(), _CHUNK_DATA, frame.data, _CHUNK_MARK, mark=frame.mark)
+    # Nothing is written for a flag that is not set, as the generated code does it.
+    after = bytes((_CHUNK_MARK, 1)) if frame.mark else b""
+    return _join(tag, frame.head.SerializeToString(), _CHUNK_DATA, frame.data, after)
 
 
 def encode_piece(frame: PieceFrame) -> bytes:
     """A ``TransferRequest`` with the piece."""
-    head = frame.head.SerializeToString()
-    return _join(_TRANSFER_PIECE, head, _PIECE_DATA, frame.data, _PIECE_MARK, mark=frame.mark)
+    whole = frame.head
+    head = transfer_pb2.StreamPiece(sequence=whole.sequence, offset=whole.offset)
+    tail = transfer_pb2.StreamPiece(
+        last=frame.mark, encoding=whole.encoding, decoded_bytes=whole.decoded_bytes
+    )
+    before, after = head.SerializeToString(), tail.SerializeToString()
+    return _join(_TRANSFER_PIECE, before, _PIECE_DATA, frame.data, after)
 
 
 def decode_request(raw: bytes) -> Received:
@@ -108,6 +117,11 @@ def decode_measured(raw: bytes) -> ChunkFrame:
     return _chunk(raw, _MEASURE_CHUNK) or chunk_frame(handoff_pb2.MeasureRequest.FromString(raw).chunk)
 
 
+def stream_bytes(piece: PieceFrame) -> int:
+    """How many bytes of its stream a piece stands for, by its own words."""
+    return piece.head.decoded_bytes or len(piece.data)
+
+
 def kind(request: Received) -> str:
     """Which field of a ``TransferRequest`` it is; empty if none."""
     if isinstance(request, ChunkFrame):
@@ -133,10 +147,9 @@ def piece_frame(message: transfer_pb2.StreamPiece) -> PieceFrame:
     return PieceFrame(message, data, mark)
 
 
-def _join(tag: int, head: bytes, data_tag: int, data: Buffer, mark_tag: int, *, mark: bool) -> bytes:
-    # Nothing is written for an empty payload or a flag that is not set, as the generated code does it.
+def _join(tag: int, head: bytes, data_tag: int, data: Buffer, after: bytes) -> bytes:
+    # Nothing is written for an empty payload, as the generated code does it.
     before = bytes((data_tag,)) + _varint(len(data)) if data else b""
-    after = bytes((mark_tag, 1)) if mark else b""
     size = len(head) + len(before) + len(data) + len(after)
     return b"".join((bytes((tag,)), _varint(size), head, before, data, after))
 
@@ -178,14 +191,16 @@ def _chunk(raw: bytes, outer: int) -> ChunkFrame | None:
 def _piece(raw: bytes) -> PieceFrame | None:
     try:
         start = _content(raw, _TRANSFER_PIECE)
-        at, data = start, memoryview(b"")
-        while at < len(raw) and raw[at] in _PIECE_HEAD_NUMBERS:
-            at = _end_of_varint(raw, at + 1)
+        at, data = _end_of_numbers(raw, start, _PIECE_HEAD_NUMBERS), memoryview(b"")
         head_end = at
         if at < len(raw) and raw[at] == _PIECE_DATA:
             at, data = _payload(raw, at + 1)
-        mark = _mark(raw, at, _PIECE_MARK)
-        return PieceFrame(transfer_pb2.StreamPiece.FromString(raw[start:head_end]), data, mark)
+        if _end_of_numbers(raw, at, _PIECE_TAIL_NUMBERS) != len(raw):
+            return None
+        head = transfer_pb2.StreamPiece.FromString(raw[start:head_end] + raw[at:])
+        mark = head.last
+        head.ClearField("last")
+        return PieceFrame(head, data, mark)
     except (_UnusualError, IndexError, DecodeError):
         return None
 
@@ -215,6 +230,12 @@ def _mark(raw: bytes, at: int, tag: int) -> bool:
     if len(raw) - at != 2 or raw[at] != tag or raw[at + 1] > 1:  # noqa: PLR2004 - a tag and a flag
         raise _UnusualError
     return raw[at + 1] == 1
+
+
+def _end_of_numbers(raw: bytes, at: int, tags: frozenset[int]) -> int:
+    while at < len(raw) and raw[at] in tags:
+        at = _end_of_varint(raw, at + 1)
+    return at
 
 
 def _end_of_bytes(raw: bytes, at: int) -> int:

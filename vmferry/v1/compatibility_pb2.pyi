@@ -353,6 +353,7 @@ class HostOffer(_message.Message):
     PATHS_FIELD_NUMBER: _builtins.int
     MEMORY_BACKINGS_FIELD_NUMBER: _builtins.int
     READY_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    STREAM_ENCODINGS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     """SPIFFE identity of the host."""
     software_version: _builtins.str
@@ -417,6 +418,10 @@ class HostOffer(_message.Message):
     def memory_backings(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryBackingOffer]:
         """Kinds of guest memory it can make; empty means "tmpfs" with pages of page_size_bytes."""
 
+    @_builtins.property
+    def stream_encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Encodings in which it takes pieces of a hypervisor's own stream; empty means "none"."""
+
     def __init__(
         self,
         *,
@@ -442,10 +447,11 @@ class HostOffer(_message.Message):
         paths: _abc.Iterable[_builtins.str] | None = ...,
         memory_backings: _abc.Iterable[Global___MemoryBackingOffer] | None = ...,
         ready_memory_bytes: _builtins.int = ...,
+        stream_encodings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["certificate_expire_time", b"certificate_expire_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "certificate_expire_time", b"certificate_expire_time", "clock_source", b"clock_source", "cpus", b"cpus", "draining", b"draining", "encodings", b"encodings", "held_machine_ids", b"held_machine_ids", "host", b"host", "incoming_migrations", b"incoming_migrations", "kernel", b"kernel", "kinds", b"kinds", "machine_names", b"machine_names", "max_incoming_migrations", b"max_incoming_migrations", "memory_backings", b"memory_backings", "page_size_bytes", b"page_size_bytes", "paths", b"paths", "protocol_versions", b"protocol_versions", "ready_memory_bytes", b"ready_memory_bytes", "reserved_memory_bytes", b"reserved_memory_bytes", "software_version", b"software_version", "time", b"time", "trackers", b"trackers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available_memory_bytes", b"available_memory_bytes", "certificate_expire_time", b"certificate_expire_time", "clock_source", b"clock_source", "cpus", b"cpus", "draining", b"draining", "encodings", b"encodings", "held_machine_ids", b"held_machine_ids", "host", b"host", "incoming_migrations", b"incoming_migrations", "kernel", b"kernel", "kinds", b"kinds", "machine_names", b"machine_names", "max_incoming_migrations", b"max_incoming_migrations", "memory_backings", b"memory_backings", "page_size_bytes", b"page_size_bytes", "paths", b"paths", "protocol_versions", b"protocol_versions", "ready_memory_bytes", b"ready_memory_bytes", "reserved_memory_bytes", b"reserved_memory_bytes", "software_version", b"software_version", "stream_encodings", b"stream_encodings", "time", b"time", "trackers", b"trackers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

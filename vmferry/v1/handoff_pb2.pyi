@@ -377,7 +377,7 @@ class BeginRequest(_message.Message):
 
     @_builtins.property
     def encodings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Encodings of page contents that the source may use, out of the offer; "none" is always one of them."""
+        """Encodings that the source may use, of page contents or of stream pieces, out of the offer; "none" is always one."""
 
     @_builtins.property
     def reconnect_timeout(self) -> _duration_pb2.Duration:

@@ -244,14 +244,20 @@ class StreamPiece(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    DECODED_BYTES_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of this frame on its lane."""
     offset: _builtins.int
     """Position of data in the whole stream."""
     data: _builtins.bytes
-    """The bytes; empty only in the last piece."""
+    """The bytes, encoded as encoding says; empty only in the last piece."""
     last: _builtins.bool
     """Whether the stream ends after this piece."""
+    encoding: Global___Encoding.ValueType
+    """How data is encoded: not at all (also if unspecified), or in one of the encodings that Begin agreed on."""
+    decoded_bytes: _builtins.int
+    """How many bytes of the stream an encoded piece stands for; absent if data is not encoded."""
     def __init__(
         self,
         *,
@@ -259,10 +265,12 @@ class StreamPiece(_message.Message):
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
         last: _builtins.bool = ...,
+        encoding: Global___Encoding.ValueType = ...,
+        decoded_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "last", b"last", "offset", b"offset", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "decoded_bytes", b"decoded_bytes", "encoding", b"encoding", "last", b"last", "offset", b"offset", "sequence", b"sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -280,10 +288,10 @@ class LaneEnd(_message.Message):
     frames: _builtins.int
     """Number of frames sent on this lane since the attempt began."""
     data_bytes: _builtins.int
-    """Sum of data bytes in those frames, of chunks after decoding."""
+    """Sum of data bytes in those frames, of chunks and stream pieces after decoding."""
     digest: _builtins.bytes
     """Hash (XXH3, 128 bits) over the data hashes of all chunks of this lane, in order. Stream pieces count with the
-    hash of their data.
+    hash of their data as it travelled.
     """
     def __init__(
         self,

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.hosts import World
-from tests.integration.qemu.conftest import boot, linux_spec
+from tests.integration.hosts import MIB, World
+from tests.integration.qemu.conftest import boot, linux_spec, ticker_in_stream
+from tests.integration.test_release_before import as_before, before
 from vmferry.v1 import migration_pb2 as pb
+
+__all__ = ["before"]
 
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(240)]
 
@@ -25,10 +28,32 @@ async def test_a_linux_guest_crosses_compressed(world: World, images: Path) -> N
     assert back.progress.wire_bytes > back.progress.sent_bytes
 
 
-async def test_a_stream_cannot_be_compressed(world: World, images: Path) -> None:
-    """A hypervisor's own stream is carried as it is, so insisting on an encoding of pages is refused by name."""
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+async def test_a_stream_travels_compressed(world: World, images: Path, compression: str) -> None:
+    """Whole, with far fewer bytes on the wire than the hypervisor wrote; and as it is where that is asked for."""
     guest = await boot(world, linux_spec(images))
-    migration = await world.migrate(guest, world.a, world.b, compression="zstd", path="stream")
-    assert migration.outcome == pb.MIGRATION_OUTCOME_FAILED
-    assert "stream is carried as it is" in migration.reason.message
-    await world.assert_crosses(guest, world.a, world.b, path="stream")
+    stream = {"path": "stream", "downtime_limit": 60.0}
+    there = await world.assert_crosses(guest, world.a, world.b, compression=compression, **stream)
+    assert there.path == "stream"
+    assert there.progress.sent_bytes > 20 * MIB
+    assert there.progress.wire_bytes < there.progress.sent_bytes * 0.7
+    back = await world.assert_crosses(guest, world.b, world.a, compression="none", **stream)
+    assert back.progress.wire_bytes > back.progress.sent_bytes * 0.99
+
+
+async def test_an_older_destination_takes_the_stream_as_it_is(
+    world: World, images: Path, before: Path
+) -> None:
+    """Its pieces travel raw, what is insisted on is refused by name, and its own stream is taken in here."""
+    guest = await boot(world, ticker_in_stream(images, "tcg"))
+    await as_before(before, world.b.source, world.b.dest)
+    stream = {"path": "stream", "downtime_limit": 60.0}
+    refused = await world.migrate(guest, world.a, world.b, compression="zstd", **stream)
+    assert refused.outcome == pb.MIGRATION_OUTCOME_FAILED
+    assert "a hypervisor's stream is to travel as zstd" in refused.reason.message
+    for here, there in ((world.a, world.b), (world.b, world.a)):
+        found = await world.migrate(guest, here, there, **stream)
+        assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found.reason
+        assert found.path == "stream"
+        assert found.progress.wire_bytes > 100_000  # markers of zero pages: compressed, a fifth of it
+        await guest.assert_clean(there)

@@ -14,7 +14,7 @@ from tests.integration.qemu.conftest import LinuxGuest, boot, ticker_in_stream
 from vmferry.v1 import migration_pb2 as pb
 
 LANES = 4
-STREAM = {"path": "stream", "downtime_limit": 30.0, "lanes": LANES}
+STREAM = {"path": "stream", "compression": "none", "downtime_limit": 30.0, "lanes": LANES}
 SLOW_MBIT = 1
 """So slow that the stream of a guest whose memory is nearly all zero takes some seconds."""
 SOAK = bool(os.environ.get("VMFERRY_SOAK"))

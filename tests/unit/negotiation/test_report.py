@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.negotiation.samples import GIB, MACHINE, OFFER, QEMU, QEMU_KIND, QEMU_OFFER, TRACKERS
+from vmferry.negotiation.encodings import ENCODINGS
 from vmferry.negotiation.findings import Finding, Severity
 from vmferry.negotiation.report import about_protocol, compare
 
@@ -68,6 +69,30 @@ def test_another_binary_of_the_same_kind_is_not_the_machines() -> None:
     refusal = replace(REFUSAL, id="machine.kind-unsupported")
     offer = replace(OFFER, kinds=(replace(QEMU_KIND, binary="/opt/qemu"),), refusals=(refusal,))
     assert [found.id for found in compare(QEMU, offer, TRACKERS).blocking] == ["machine.kind-unsupported"]
+
+
+@pytest.mark.parametrize(
+    ("takes", "wish", "blocked", "encodings"),
+    [
+        ((), "auto", [], ("none",)),
+        ((), "none", [], ("none",)),
+        ((), "zstd", ["encoding.unavailable"], ("none",)),
+        (("zstd", "lz4", "none"), "auto", [], ("zstd", "lz4", "none")),
+        (("zstd", "lz4", "none"), "lz4", [], ("lz4", "none")),
+        (("lz4", "none"), "zstd", ["encoding.unavailable"], ("none",)),
+    ],
+)
+def test_a_stream_travels_as_the_destination_takes_streams(
+    takes: tuple[str, ...], wish: str, blocked: list[str], encodings: tuple[str, ...]
+) -> None:
+    """What it takes pages as says nothing about streams: one of an older release takes these as they are."""
+    offer = replace(
+        OFFER, kinds=(QEMU_KIND,), encodings=ENCODINGS, paths=("direct", "stream"), stream_encodings=takes
+    )
+    report = compare(QEMU, offer, TRACKERS, insist_on_path="stream", insist_on_encoding=wish)
+    assert report.path == "stream"
+    assert [found.id for found in report.blocking] == blocked
+    assert tuple(report.encodings) == encodings
 
 
 def test_a_full_destination_only_warns() -> None:

@@ -47,7 +47,15 @@ chunks = st.builds(
     data=payloads,
     compare_only=st.booleans(),
 )
-pieces = st.builds(StreamPiece, sequence=u64, offset=u64, data=payloads, last=st.booleans())
+pieces = st.builds(
+    StreamPiece,
+    sequence=u64,
+    offset=u64,
+    data=payloads,
+    last=st.booleans(),
+    encoding=st.integers(0, 9),
+    decoded_bytes=u32,
+)
 others = st.one_of(
     st.builds(TransferRequest, open=st.builds(LaneOpen, migration_id=st.binary(max_size=20), lane=u32)),
     st.builds(TransferRequest, end=st.builds(LaneEnd, frames=u64, digest=st.binary(max_size=20))),
