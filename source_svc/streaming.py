@@ -17,9 +17,9 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
+from source_svc.carrying import CARRIERS, Carrier
 from source_svc.compressing import Compression
 from source_svc.copying import BROKEN_SHARE, CopySettings
 from source_svc.decisions import hopeless, show_decision
@@ -31,8 +31,6 @@ from vmferry.machines.migrating import PAUSED, StreamProgress
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.stream_socket import StreamSource
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
-from vmferry.together import together
-from vmferry.transfer.compression import RAW
 from vmferry.transfer.convergence import (
     FIXED_DOWNTIME_S,
     NO_EFFORT,
@@ -45,9 +43,7 @@ from vmferry.transfer.convergence import (
 )
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
-from vmferry.transfer.pieces import PieceBuilder
 from vmferry.transfer.streams import Rounds, Sample, StreamDigest
-from vmferry.transfer.traffic import Traffic
 from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
@@ -63,8 +59,6 @@ _IN_FLIGHT_SHARE: Final = 0.25
 """What part of the allowed pause may go into waiting for pieces that are on their way when the guest is paused."""
 _LEAST_IN_FLIGHT_BYTES: Final = 128 * 1024
 """What each lane may have on its way, however slow the link seems to be."""
-_CARRIERS: Final = 2
-"""Pieces that are compressed at a time."""
 _MEASURED_S: Final = 0.25
 _FORGETTING: Final = 0.7
 _REMEMBERED_ROUNDS: Final = 1000
@@ -91,15 +85,9 @@ class StreamedCopy:
         self._source = StreamSource(machine.paths.stream_socket)
         self._digest = StreamDigest()
         self._lanes: Lanes | None = None
+        self._stream: Carrier | None = None
         self._link: LinkReport | None = None
         self._carrying: asyncio.Task[None] | None = None
-        self._reading = asyncio.Lock()
-        self._compression = Compression(
-            settings.methods,
-            readers=_CARRIERS,
-            traffic=lambda: self._lanes.traffic if self._lanes is not None else Traffic(),
-            link_bytes_per_s=settings.link_bytes_per_s,
-        )
         self._rounds: Rounds | None = None
         self._active_at = 0.0
         self._began_at = 0.0
@@ -112,7 +100,7 @@ class StreamedCopy:
     async def open(self, migration_id: bytes, transfer_token: bytes) -> None:
         """Connect the lanes."""
         settings = self._settings
-        self._lanes = Lanes(
+        self._lanes = lanes = Lanes(
             LaneSettings(
                 migration_id=migration_id,
                 transfer_token=transfer_token,
@@ -125,6 +113,15 @@ class StreamedCopy:
                 on_event=lambda name, facts: span_event(name, **facts),
                 pacer=settings.terms.pacer,
             )
+        )
+        compression = Compression(
+            settings.methods,
+            readers=CARRIERS,
+            traffic=lambda: lanes.traffic,
+            link_bytes_per_s=settings.link_bytes_per_s,
+        )
+        self._stream = Carrier(
+            self._source, lanes, self._digest, compression, self._in_flight_limit, self._piece_bytes
         )
         self._link = LinkReport(self._lanes, self._migration)
         await self._lanes.open()
@@ -258,6 +255,11 @@ class StreamedCopy:
         assert self._lanes is not None, "the lanes were opened"
         return self._lanes
 
+    @property
+    def _carrier(self) -> Carrier:
+        assert self._stream is not None, "the lanes were opened"
+        return self._stream
+
     async def _begin(self) -> None:
         self._source.listen()
         self._began_at = time.monotonic()
@@ -265,7 +267,7 @@ class StreamedCopy:
         self._carrying = asyncio.create_task(self._carry())
         await self._machine.begin_stream(self._machine.paths.stream_socket)
         first = Sample(self._began_at, 1, 0, self._machine.spec.memory_bytes)
-        self._rounds = Rounds(lambda: self._arrived_bytes, first)
+        self._rounds = Rounds(lambda: self._carrier.arrived_bytes, first)
         self._measured = (self._began_at, 0)
 
     async def _round(self) -> RoundReport | None:
@@ -310,30 +312,17 @@ class StreamedCopy:
         expected_s = found.expected_downtime_s + arriving_s
         return replace(found, verdict=verdict, expected_downtime_s=expected_s, allowed_downtime_s=allowed_s)
 
-    @property
-    def _arrived_bytes(self) -> int:
-        """What the destination's hypervisor has taken in, about."""
-        return self._open_lanes.traffic.data_bytes - self._open_lanes.in_flight_bytes
-
-    @property
-    def _not_arrived_bytes(self) -> int:
-        """What was read and is not known to have arrived: compressed just now, waiting for a lane, or in flight."""
-        return self._digest.size_bytes - self._arrived_bytes
-
-    def _arrived_but(self, bytes_left: int) -> bool:
-        return self._not_arrived_bytes <= bytes_left
-
     def _arriving_s(self) -> float:
         """How long it takes until all has arrived that the hypervisor believes to be sent."""
-        on_its_way = self._not_arrived_bytes + self._source.waiting_bytes
-        so_far = max(self._arrived_bytes, 1) / (time.monotonic() - self._began_at)
+        on_its_way = self._carrier.under_way_bytes + self._source.waiting_bytes
+        so_far = max(self._carrier.arrived_bytes, 1) / (time.monotonic() - self._began_at)
         return on_its_way / (self._bytes_per_second or so_far)
 
     def _measure(self, now: float) -> None:
         since, before = self._measured
         if now - since < _MEASURED_S:
             return
-        arrived = self._arrived_bytes
+        arrived = self._carrier.arrived_bytes
         rate = (arrived - before) / (now - since)
         # While the hypervisor has little to send, the link is not as slow as it seems.
         self._bytes_per_second = max(rate, self._bytes_per_second * _FORGETTING)
@@ -350,7 +339,7 @@ class StreamedCopy:
             try:
                 async with asyncio.timeout(None if self._settings.terms.limits.switch_now else left_s):
                     await self._open_lanes.drain()
-                    while self._not_arrived_bytes or self._source.waiting_bytes:
+                    while self._carrier.under_way_bytes or self._source.waiting_bytes:
                         await self._look_again_in(_PAUSED_POLL_S)
                         await self._open_lanes.drain()
                 return
@@ -400,32 +389,12 @@ class StreamedCopy:
         await self._source.accept()
         if self._live:
             await asyncio.sleep(_FIRST_WINDOW_S)
-        self._compression.start()
-        await together(*(self._carry_pieces(PieceBuilder()) for _ in range(_CARRIERS)))
+        await self._carrier.run()
 
-    async def _carry_pieces(self, builder: PieceBuilder) -> None:
-        """Read in turn with others, and compress and send beside them."""
-        settings, lanes, compression = self._settings, self._open_lanes, self._compression
-        while True:
-            async with self._reading:
-                began = time.monotonic()
-                limit = self._in_flight_limit()
-                await lanes.wait_for(partial(self._arrived_but, limit))
-                blocked_s = time.monotonic() - began
-                piece_bytes = min(settings.chunk_bytes, limit // settings.lanes)
-                data = await self._source.read(settings.terms.pacer.largest_frame(piece_bytes))
-                if not data:
-                    return
-                offset = self._digest.size_bytes
-                self._digest.update(data)
-            method = compression.next()
-            if method == RAW:
-                piece, effort = builder.build(offset, data, method)
-            else:
-                piece, effort = await asyncio.to_thread(builder.build, offset, data, method)
-            made = time.monotonic()
-            await lanes.send(piece)
-            compression.add(effort, blocked_s=blocked_s + time.monotonic() - made)
+    def _piece_bytes(self, limit: int) -> int:
+        settings = self._settings
+        piece_bytes = min(settings.chunk_bytes, limit // settings.lanes)
+        return settings.terms.pacer.largest_frame(piece_bytes)
 
     def _in_flight_limit(self) -> int:
         """The hypervisor takes for sent what it has written, so that on a slow link little may be on its way."""

@@ -78,7 +78,7 @@ async def test_both_ways_take_turns(world: World, ticker: MachineSpec) -> None:
 
 
 async def test_a_busy_linux_guest_goes_in_a_stream(world: World, images: Path, link: Proxy) -> None:
-    """Compressed, through lanes that are cut on the way, all its memory arrives, and it finds its files as they were."""
+    """All its memory arrives, compressed, through lanes that are cut on the way; it finds its files as they were."""
     guest = await boot(world, linux_spec(images, vcpus=2, writes=4, nics=1))
     link.begin_migration()
     link.up_bytes_per_s = 10 * MIB
