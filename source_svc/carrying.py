@@ -1,7 +1,7 @@
 """Carrying a hypervisor's stream to the lanes: read in pieces, compressed side by side, handed over in order.
 
-Promise: pieces are handed over in the order of the stream, so that on each lane the one that is waited for comes first;
-no more is read than the limit allows to be under way, counted as the stream has it.
+Promise: pieces are handed over in the order of the stream, so that on each lane the one that is waited for comes
+first; no more is read than the limit allows to be under way, counted as the stream has it.
 """
 
 from __future__ import annotations
