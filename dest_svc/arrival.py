@@ -47,6 +47,8 @@ from vmferry.telemetry.logs import get_logger, within_migration
 from vmferry.telemetry.tracing import phase
 
 _LOG: Final = get_logger(__name__)
+_JUST_S: Final = 600.0
+"""How long ago a machine may have come whose clock is looked at again when the service starts."""
 
 
 class Arrival:
@@ -188,9 +190,7 @@ class Arrival:
         await self.apply(destination.GuestRan())
         # The source waits for the answer with the guest's pause on its clock; the rest can follow.
         self._afterwards = asyncio.create_task(self._after_resume(machine))
-        now = self.state.current
-        if not isinstance(now, destination.Empty):
-            self._clock = (now.attempt, asyncio.create_task(self._put_clock_right(self._afterwards)))
+        self._see_to_clock(after=self._afterwards)
 
     async def _after_resume(self, machine: QmpMachine) -> None:
         try:
@@ -203,9 +203,16 @@ class Arrival:
         reach("dest.released")
         await machine.close()
 
-    async def _put_clock_right(self, before: asyncio.Task[None]) -> ClockFinding | None:
+    def _see_to_clock(self, *, after: asyncio.Task[None] | None) -> None:
+        """Look after the clock of the guest that was resumed here, and keep what was found for whoever asks."""
+        now = self.state.current
+        if not isinstance(now, destination.Empty):
+            self._clock = (now.attempt, asyncio.create_task(self._put_clock_right(after)))
+
+    async def _put_clock_right(self, before: asyncio.Task[None] | None) -> ClockFinding | None:
         """Look after the guest's clock, once the rest is done; None if the machine has ended since."""
-        await asyncio.wait([before])
+        if before is not None:
+            await asyncio.wait([before])
         try:
             machine = self.machine()
         except VmferryError as error:
@@ -276,8 +283,19 @@ class Arrival:
                         await self._discard()  # the service was killed between the record and its effect
                 case destination.Superseded():
                     await halt_machine(self.machine_id, self._directory)
-                case destination.Owned() | destination.Empty():
+                case destination.Owned():
+                    if self._has_just_come():  # an earlier service may have ended before it saw to the clock
+                        self._see_to_clock(after=None)
+                case destination.Empty():
                     pass
+
+    def _has_just_come(self) -> bool:
+        rights = self._ledger.rights(self.machine_id)
+        try:
+            process = self._directory.find(self.machine_id).process
+        except MachineNotFoundError:
+            return False
+        return rights.permitted and process is not None and process.alive() and process.age_s() < _JUST_S
 
     async def settle(self, *, copy_gone: bool) -> str:
         """Do now what would be tried next; returns what came of it, or nothing if nothing was to be done.

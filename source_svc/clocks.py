@@ -5,13 +5,14 @@ Promise: nothing here is part of a pause or changes how a migration comes out; w
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from source_svc.departure import Departure
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
 from vmferry.config import HostConfig
-from vmferry.errors import VmferryError
+from vmferry.errors import PeerUnreachableError, VmferryError
 from vmferry.handoff.states import Attempt
 from vmferry.machines.clock import NONE, ClockFinding, count, finding_of, put_right, tell
 from vmferry.machines.directory import MachineDirectory
@@ -32,20 +33,32 @@ async def ask_arrived(
     downtime = migration.message.downtime
     pause_s = downtime.ToNanoseconds() / 1e9 if migration.message.HasField("downtime") else None
     async with phase("clock"):
-        try:
-            told = await destination.clock(attempt, timeout_s=config.agent_timeout_s + _ANSWER_S)
-        except VmferryError as error:  # an older one does not know the question
-            found = _unknown(pause_s, f"The destination does not say: {error.message}")
-        else:
-            found = (
-                _unknown(pause_s, "The destination does not know.")
-                if told is None
-                else finding_of(told, pause_s)
-            )
+        found = await _asked(destination, attempt, pause_s, config)
         span_attributes(clock_method=found.method, clock_measured=found.measured)
     if not found.measured and pause_s is not None:  # what was measured, the other host has counted
         count(found)
     tell(found, migration.message.clock)
+
+
+async def _asked(
+    destination: Destination, attempt: Attempt, pause_s: float | None, config: HostConfig
+) -> ClockFinding:
+    """What the destination says; a service that has just ended there is waited for, as its next start sees to it."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + config.agent_timeout_s + _ANSWER_S
+    while True:
+        try:
+            told = await destination.clock(attempt, timeout_s=max(until - loop.time(), _ANSWER_S))
+        except PeerUnreachableError as error:
+            if loop.time() + config.handoff_retry_s >= until:
+                return _unknown(pause_s, f"The destination does not say: {error.message}")
+        except VmferryError as error:  # an older one does not know the question
+            return _unknown(pause_s, f"The destination does not say: {error.message}")
+        else:
+            if told is None:
+                return _unknown(pause_s, "The destination does not know.")
+            return finding_of(told, pause_s)
+        await asyncio.sleep(config.handoff_retry_s)
 
 
 async def see_to_returned(

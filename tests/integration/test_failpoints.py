@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.integration.hosts import Guest, World, open_world
+from tests.integration.hosts import Guest, World, configured, open_world
 from tests.integration.places import (
     HELD_S,
     PLACES,
@@ -27,6 +27,7 @@ from tests.integration.places import (
 )
 from tests.integration.proxy import Proxy
 from tests.integration.services import Service, eventually
+from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
 
@@ -86,3 +87,15 @@ async def test_exactly_one_copy_runs_whatever_ends_where(
     await world.assert_crosses(guest, owner, other)
     await world.assert_crosses(guest, other, owner)
     evidence.assert_no_two_at_once(guest)
+
+
+async def test_the_clock_is_seen_to_by_the_next_service(world: World, guest: Guest, link: Proxy) -> None:
+    """The destination ends when the guest runs and before anybody looked at its clock; its next start does."""
+    async with configured(world.a.source, agent_timeout_s=40.0):
+        async with armed(world, "dest.released", "kill") as service:
+            migration_id = await provoke(world, guest, link, "dest.released")
+            await bring_back(service, "kill")
+        migration = await world.ended(world.a, migration_id)
+    assert migration.outcome == pb.MIGRATION_OUTCOME_COMPLETED, migration
+    assert migration.clock.measured, migration.clock
+    assert migration.clock.method == "clock-device"

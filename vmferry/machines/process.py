@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -71,6 +72,10 @@ class ProcessIdentity:
         if stat is None or stat[_STATE_AFTER_NAME] in "ZXx":
             return False
         return int(stat[_START_TIME_AFTER_NAME]) == self.start_time and boot_id() == self.boot_id
+
+    def age_s(self) -> float:
+        """How long ago it was started, if it is of this boot."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start_time / os.sysconf("SC_CLK_TCK")
 
     def send_signal(self, number: signal.Signals) -> bool:
         """Signal exactly this process; ``False`` if it has ended.
