@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+from typing import Any, Final
 
-from source_svc.clocks import ask_arrived, see_to_returned
+from source_svc.clocks import ask_arrived, see_to, see_to_returned
 from source_svc.departure import Departure, discard_if_gone
 from source_svc.following import Followed
 from source_svc.migrations import Migration
@@ -31,7 +31,7 @@ from vmferry.handoff import source
 from vmferry.handoff.ledger import HostLedger
 from vmferry.handoff.rights import Standing
 from vmferry.handoff.states import AttemptState, Tell
-from vmferry.machines.clock import put_right
+from vmferry.machines.clock import ClockFinding
 from vmferry.machines.directory import MachineDirectory, MachineRecord
 from vmferry.machines.launcher import halt_machine
 from vmferry.machines.port import RunState
@@ -42,28 +42,30 @@ from vmferry.v1 import migration_pb2 as pb
 _LOG: Final = get_logger(__name__)
 
 
-async def settle_quiet(
-    machine_id: str, ledger: HostLedger, directory: MachineDirectory, agent_timeout_s: float
-) -> None:
-    """With no attempt open: do what an earlier process had recorded and was ended before it did."""
+async def settle_quiet(machine_id: str, ledger: HostLedger, directory: MachineDirectory) -> bool:
+    """With no attempt open: do what an earlier process had recorded and was ended before it did.
+
+    Returns whether a guest was resumed, whose clock has stood still.
+    """
     rights = await asyncio.to_thread(ledger.rights, machine_id)
     if rights.standing is Standing.GONE:
         await discard_if_gone(machine_id, ledger, directory)
-        return
+        return False
     if rights.superseded:
         await halt_machine(machine_id, directory)
-        return
+        return False
     record = next((record for record in directory.list() if record.spec.uuid == machine_id), None)
     if record is None or not record.alive or not rights.permitted:
-        return
+        return False
     machine = directory.open(record)
     try:
-        if await machine.run_state() in {RunState.PAUSED, RunState.POSTMIGRATE}:
-            async with ledger.permitted(machine_id) as permit:
-                await machine.cont(permit)
-            await put_right(machine, None, agent_timeout_s=agent_timeout_s)
+        if await machine.run_state() not in {RunState.PAUSED, RunState.POSTMIGRATE}:
+            return False
+        async with ledger.permitted(machine_id) as permit:
+            await machine.cont(permit)
     finally:
         await machine.close()
+    return True
 
 
 class Returned:
@@ -79,6 +81,7 @@ class Returned:
         self._agent_timeout_s = config.agent_timeout_s
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pauses: dict[str, Pause] = {}
+        self._clocks: set[asyncio.Task[ClockFinding | None]] = set()
         self._why_not: dict[str, str] = {}
         """Why a machine was not resumed by the last try."""
 
@@ -100,9 +103,16 @@ class Returned:
         await self._pauses[machine_id].hurry(self._tasks[machine_id], tries=1 if new else 0)
         return self._why_not.get(machine_id, "")
 
+    def see_to_clock(self, machine_id: str) -> None:
+        """Look after the clock of a guest that was resumed; its agent may take its time, and keeps nobody waiting."""
+        work = see_to(self._directory, machine_id, None, self._agent_timeout_s)
+        task = asyncio.create_task(work, name=f"clock-{machine_id}")
+        self._clocks.add(task)
+        task.add_done_callback(self._clocks.discard)
+
     async def stop(self) -> None:
         """Leave the rest to the next start."""
-        tasks = list(self._tasks.values())
+        tasks: list[asyncio.Task[Any]] = [*self._tasks.values(), *self._clocks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -111,7 +121,7 @@ class Returned:
         pause = self._pauses[machine_id]
         while True:
             try:
-                await settle_quiet(machine_id, self._ledger, self._directory, self._agent_timeout_s)
+                resumed = await settle_quiet(machine_id, self._ledger, self._directory)
             except MachineFailedError as error:
                 self._why_not[machine_id] = error.message
                 _LOG.error("not resumed yet", machine=machine_id, detail=error.message)
@@ -121,6 +131,8 @@ class Returned:
                 return
             else:
                 self._why_not.pop(machine_id, None)
+                if resumed:
+                    self.see_to_clock(machine_id)
                 return
             await pause.wait(self._retry_s)
 

@@ -89,7 +89,8 @@ class Restart:
             updated = await self._updates.recover(machine_id)
             if updated or not leaving or not self._follow_open(machine_id, remembered):
                 self._farewells.say(machine_id)
-                await settle_quiet(machine_id, ledger, directory, self._host.config.agent_timeout_s)
+                if await settle_quiet(machine_id, ledger, directory):
+                    self._returned.see_to_clock(machine_id)
         except MachineFailedError:
             self._returned.add(machine_id)
         except VmferryError as error:
