@@ -73,6 +73,10 @@ class HypervisorProcess:
         """Whether both are the same process."""
         return other is not None and other.guest is self.guest
 
+    def age_s(self) -> float:
+        """All of them have just been started."""
+        return 0.0
+
     def alive(self) -> bool:
         """Whether it runs."""
         return self.guest.alive

@@ -347,7 +347,7 @@ CLOCKS: Final = (
     "source_svc.outgoing.see_to_returned",
     "source_svc.recovery.ask_arrived",
     "source_svc.recovery.see_to_returned",
-    "source_svc.recovery.put_right",
+    "source_svc.recovery.see_to",
     "source_svc.switching.told_ns",
     "dest_svc.arrival.put_right",
 )
