@@ -146,7 +146,7 @@ class Vm:
 
     def wait_for_serial(self, text: str) -> None:
         """Wait until the guest has printed ``text``."""
-        wait_until(lambda: text in self.serial(), seconds=20, what=f"{text!r} on the serial port")
+        wait_until(lambda: text in self.serial(), seconds=60, what=f"{text!r} on the serial port")
 
     def writer_lines(self) -> list[dict[str, int]]:
         """The numbers in the writer guest's regular lines."""
@@ -156,7 +156,7 @@ class Vm:
     def tick_beyond(self, tick: int) -> CanaryLine:
         """Wait for a sign of life later than ``tick``."""
         wait_until(
-            lambda: (found := latest(self.serial())) and found.tick > tick, seconds=20, what=f"tick {tick}"
+            lambda: (found := latest(self.serial())) and found.tick > tick, seconds=60, what=f"tick {tick}"
         )
         found = latest(self.serial())
         assert found is not None

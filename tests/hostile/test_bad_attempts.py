@@ -305,7 +305,7 @@ async def test_an_attempt_that_falls_silent_is_closed(
         await prepared.send_everything()
         await prepared.seal()
         limit_s = world.b.config.receive_timeout_s
-        await eventually(lambda: not world.b.holdings(silent.spec), "it is closed", seconds=limit_s + 5)
+        await eventually(lambda: not world.b.holdings(silent.spec), "it is closed", seconds=limit_s + 20)
         assert (await silent.status()).state == REFUSED
         await asyncio.sleep(2)  # longer than the destination's look at its attempts: here nothing may happen
         assert (await prepared.status()).state == PREPARED

@@ -264,7 +264,7 @@ class World:
                         await end_machine(guest.id, host.config)
         self.guests[:] = [guest for guest in self.guests if guest is but]
         with contextlib.suppress(pytest.fail.Exception):
-            await eventually(lambda: not self._left(stays), "nothing is left", seconds=5)
+            await eventually(lambda: not self._left(stays), "nothing is left", seconds=30)
         return self._left(stays)
 
     def _left(self, stays: MachineSpec | None) -> list[str]:

@@ -33,8 +33,8 @@ from vmferry.security.identity import Identity, Kind
 
 DOMAIN = "test.vmferry.example"
 READY_S = 60.0
-DEADLINE_S = 20.0
-_END_S = 15.0
+DEADLINE_S = 45.0
+_END_S = 40.0
 _TRACEBACK_LINES = 20
 _SOURCES = str(Path(vmferry.__file__).parents[1])
 Answer = TypeVar("Answer")

@@ -149,7 +149,7 @@ async def test_no_connection_outlives_its_migration(world: World) -> None:
             answer = await channelz.GetTopChannels(channelz_pb2.GetTopChannelsRequest(), timeout=5)
             return not [one for one in answer.channel if world.b.dest.address in one.data.target]
 
-        await eventually_async(closed, "all channels to the destination are closed", seconds=5)
+        await eventually_async(closed, "all channels to the destination are closed")
 
 
 async def test_a_service_that_stops_says_so_first(world: World) -> None:

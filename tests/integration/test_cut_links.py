@@ -42,7 +42,7 @@ from vmferry.handoff.rights import Standing
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
-pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(300)]
 
 SOAK = bool(os.environ.get("VMFERRY_SOAK"))
 PHASES = {

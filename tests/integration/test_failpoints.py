@@ -29,7 +29,7 @@ from tests.integration.proxy import Proxy
 from tests.integration.services import Service, eventually
 from vmferry.v1 import migration_pb2 as pb
 
-pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(300)]
 
 DECISIVE = {
     *("source.recorded.sealed", "source.recorded.handed-off", "source.outcome-heard"),

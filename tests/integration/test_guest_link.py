@@ -43,7 +43,7 @@ class Hypervisor:
 
     async def accepted(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """The service's next connection."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.clients.get()
 
     async def put(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -72,7 +72,7 @@ async def hypervisor(tmp_path: Path) -> AsyncIterator[Hypervisor]:
 
 async def answered(reader: asyncio.StreamReader, what: bytes) -> bytes:
     """What comes back until that has come."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         came = b""
         while what not in came:
             data = await reader.read(65536)
@@ -104,7 +104,7 @@ async def test_nonsense_costs_the_link_nothing_but_a_new_one(hypervisor: Hypervi
     """What is no HTTP is answered or cut off, and the next guest is served."""
     reader, writer = await hypervisor.accepted()
     writer.write(b"\x16\x03\x01\x02\x00nonsense\r\n\r\n")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         came = await reader.read(65536)
     assert not came or came.startswith(b"HTTP/1.")
     if not came:
@@ -127,7 +127,7 @@ async def test_the_beginning_of_a_request_is_not_kept_for_the_next_asker(hypervi
         except TimeoutError:
             return False
 
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while not await asks_well():
             pass
     assert "/never" not in hypervisor.asked

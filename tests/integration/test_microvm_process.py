@@ -87,7 +87,7 @@ def test_the_writer_keeps_its_rate_and_its_pages(make_vm: Vms, full_pages: int) 
     """Pages written by guest time are within a fifth of what was asked for, and all of them are as written."""
     guest = ("writer", "dirty-mib-per-s=16", "working-set-mib=2", f"full-pages={full_pages}")
     vm = make_vm(guest=guest)
-    wait_until(lambda: len(vm.writer_lines()) > 5, seconds=20, what="six lines")
+    wait_until(lambda: len(vm.writer_lines()) > 5, seconds=60, what="six lines")
     first, *_, last = vm.writer_lines()
     mib_per_s = (last["written"] - first["written"]) / 256 / (last["us"] - first["us"]) * 1e6
     assert 0.8 * 16 < mib_per_s < 1.2 * 16

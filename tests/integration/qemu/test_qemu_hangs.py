@@ -17,7 +17,7 @@ from tests.integration.services import Host, eventually, eventually_async, open_
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
-pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

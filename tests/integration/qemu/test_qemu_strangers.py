@@ -16,7 +16,7 @@ from vmferry.machines.spec import new_mac, new_qemu_spec
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
-pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(300)]
 
 SLOW = MIB
 # Turns processors off and on, reads every device it finds, and writes to a device whenever it is its turn.

@@ -13,7 +13,7 @@ import pytest
 from tests.unit.machines.agents import answering, guest, question
 from vmferry.machines.agent import AgentError, AgentRefusedError, conversation
 
-LIMIT_S = 10.0
+LIMIT_S = 60.0
 
 
 async def test_an_agent_is_asked_for_its_time_and_given_one(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Host:
         )
 
 
-async def until(condition: Callable[[], object], limit_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """Return when something has come about."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110 - nobody tells when a file system has changed

@@ -151,5 +151,5 @@ async def serving(probe: Probe, interceptors: Sequence[Any]) -> AsyncIterator[st
 
 async def happened(event: asyncio.Event) -> None:
     """Wait for an event of the probe, not for ever."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await event.wait()

@@ -66,7 +66,7 @@ async def channel(probe: Probe, spans: InMemorySpanExporter) -> AsyncIterator[gr
 
 async def _pair(spans: InMemorySpanExporter) -> tuple[ReadableSpan, ReadableSpan]:
     """The client's and the server's span of the one call made, as soon as both have ended."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(found := spans.get_finished_spans()) < 2:  # noqa: ASYNC110 - spans announce their end to nobody
             await asyncio.sleep(0.005)
     assert len(found) == 2
@@ -185,7 +185,7 @@ async def test_stream_that_the_server_ends_leaves_no_task(
     with pytest.raises(grpc.aio.AioRpcError):
         await call.read()
     await _pair(spans)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while waiting := [
             task for task in asyncio.all_tasks() - before if "request" in repr(task.get_coro())
         ]:

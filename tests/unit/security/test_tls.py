@@ -49,7 +49,7 @@ from vmferry.security.tls import (
 from vmferry.security.tls13 import RSA_ONLY_SUITE, VARIABLE
 
 ROOT = Path(__file__).parents[3]
-DEADLINE = 10.0
+DEADLINE = 60.0
 DATA, HEADERS, SETTINGS = 0, 1, 4
 AUTHORITY = Authority()
 KEY = ec.generate_private_key(ec.SECP256R1())
