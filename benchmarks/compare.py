@@ -1,7 +1,8 @@
 """Ours and QEMU's own migration in turn, over several guests and links: ``make bench``.
 
-Without arguments a selection that takes about a quarter of an hour on a quiet computer; ``--all`` takes an hour with
-``--runs 3``. What the columns mean, and what cannot be compared, stands in docs/benchmarks.md.
+Without arguments a selection in which every guest, link and peer occurs, about half an hour on a quiet computer;
+``--all`` is each with every other, and takes an hour with ``--runs 3``. What the columns mean, and what cannot be
+compared, stands in docs/benchmarks.md.
 
     python -m benchmarks.compare [--all] [--guest NAME] [--scenario NAME] [--against NAME] [--runs N] [--json] ...
 """
@@ -25,8 +26,14 @@ GUESTS = ("idle", "files", "writer-50", "writer-200", "writer-500")
 PEERS = ("qemu", "qemu-tls", "qemu-multifd-tls", "qemu-multifd-zstd-tls")
 DEFAULT = (
     ("loopback", "idle", PEERS),
+    ("loopback", "files", ("qemu-tls",)),
+    ("loopback", "writer-50", ("qemu-tls",)),
     ("loopback", "writer-200", ("qemu-tls",)),
+    ("loopback", "writer-500", ("qemu-tls",)),
+    ("1gbit", "idle", ("qemu-tls",)),
     ("1gbit", "files", ("qemu-tls", "qemu-multifd-zstd-tls")),
+    ("100mbit", "idle", ("qemu-tls",)),
+    ("100mbit", "files", ("qemu-tls", "qemu-multifd-zstd-tls")),
 )
 """What is compared unless something else is named."""
 MEMORY_MIB = 2048

@@ -28,7 +28,7 @@ from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.trackers import given_up
 from vmferry.telemetry.tracing import phase, span_attributes, span_event
-from vmferry.together import together
+from vmferry.together import to_the_end, together
 from vmferry.transfer.compression import RAW, Method
 from vmferry.transfer.convergence import (
     FIXED_DOWNTIME_S,
@@ -43,6 +43,7 @@ from vmferry.transfer.frames import Batches, ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
 from vmferry.transfer.traffic import Traffic
+from vmferry.transfer.window import Window
 
 _READERS: Final = 2
 """Chunks that are read and hashed at a time."""
@@ -56,9 +57,7 @@ BROKEN_SHARE: Final = 0.25
 class CopySettings:
     """What decides how memory is copied."""
 
-    lanes: int
-    window_bytes: int
-    chunk_bytes: int
+    window: Window
     terms: Terms
     """What may be done to guest and link, which may change."""
     throttle: Throttle
@@ -116,6 +115,7 @@ class Copy:
         self._started = time.monotonic()
         self._reported = 0.0
         self._round_left = 0
+        self._first = PageRuns()
 
     @property
     def tracker_kind(self) -> str:
@@ -130,9 +130,7 @@ class Copy:
                 migration_id=migration_id,
                 transfer_token=transfer_token,
                 open_channel=self._destination.new_channel,
-                count=settings.lanes,
-                window_bytes=settings.window_bytes,
-                frame_bytes=settings.chunk_bytes,
+                window=settings.window,
                 stall_timeout_s=settings.stall_timeout_s,
                 reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
@@ -140,10 +138,15 @@ class Copy:
             )
         )
         self._link = LinkReport(self._lanes, self._migration)
-        await self._lanes.open()
-        await asyncio.to_thread(self._tracker.arm)
+        # Connecting is mostly waiting, and the other takes the longer the larger the machine is.
+        await together(self._lanes.open(), to_the_end(asyncio.to_thread(self._begin_tracking)))
         await self._machine.get_ready()
         reach("source.tracking")
+
+    def _begin_tracking(self) -> None:
+        """From now on every write is noted; so only what holds data by now is to be read in the first round."""
+        self._tracker.arm()
+        self._first = self._ram.data_runs()
 
     async def converge(self, may_switch: Callable[[], Awaitable[bool]]) -> None:
         """Copy in rounds until the policy wants to switch and ``may_switch`` agrees.
@@ -154,7 +157,7 @@ class Copy:
         terms, throttle = self._settings.terms, self._settings.throttle
         history: list[RoundReport] = []
         effort = NO_EFFORT
-        runs = await asyncio.to_thread(self._ram.data_runs)
+        runs, self._first = self._first, PageRuns()
         while True:
             report, told = await self._round(runs)
             if not told:
@@ -293,7 +296,7 @@ class Copy:
         """Read, hash and hand over all pages of ``runs``."""
         self._round_left = runs.page_count
         pacer = self._settings.terms.pacer
-        batches = Batches(runs, lambda: pacer.largest_frame(self._settings.chunk_bytes) // PAGE_SIZE)
+        batches = Batches(runs, lambda: pacer.largest_frame(self._settings.window.frame_bytes) // PAGE_SIZE)
         self._compression.start()
 
         async def read(builder: ChunkBuilder) -> None:

@@ -10,6 +10,7 @@ from vmferry.machines.fileidentity import Contents
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
 from vmferry.security.renewal import CurrentMaterial
+from vmferry.transfer.window import Budget
 
 
 class Means:
@@ -18,6 +19,7 @@ class Means:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._contents = Contents()
+        self._budget = Budget(host.config.shared_window_bytes)
 
     def departure(self, machine_id: str) -> Departure:
         """A machine's journal at this source; it has one holder at a time."""
@@ -42,6 +44,7 @@ class Means:
             config.switch_timeout_s,
             config.negotiate_timeout_s,
             self._contents,
+            budget=self._budget,
         )
 
     def name_of(self, machine_id: str) -> str:

@@ -266,9 +266,9 @@ class Outgoing(Followed):
         self._terms.live(live=not streamed or self._machine.spec.streams_live)
         # Outside of the phase: lanes live longer, and note on their span when they had to be reopened.
         settings = CopySettings(
-            order.lanes,
-            window := min(self._config.window_bytes, begun.window_bytes),
-            self._config.chunk_for(order.lanes, window),
+            self._plan.budget.window(
+                order.lanes, min(self._config.window_bytes, begun.window_bytes), self._config.chunk_bytes
+            ),
             self._terms,
             self._throttle,
             order.stall_timeout_s,

@@ -28,6 +28,7 @@ from vmferry.negotiation.encodings import AUTO
 from vmferry.negotiation.facts import PAGE_SIZE_BYTES, HostFacts, MachineFacts, Network, TrackerFact
 from vmferry.negotiation.findings import Finding, finding
 from vmferry.negotiation.report import Report, compare
+from vmferry.transfer.window import Budget
 from vmferry.v1 import compatibility_pb2
 
 
@@ -45,6 +46,8 @@ class Plan:
     negotiate_timeout_s: float
     contents: Contents
     """Hashes of files that are known already."""
+    budget: Budget = field(kw_only=True)
+    """What all migrations of this host may have in flight."""
     migrating: bool = False
     destination_incarnation: str = ""
     forecast: Forecast = field(default_factory=Forecast)

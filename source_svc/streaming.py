@@ -105,9 +105,7 @@ class StreamedCopy:
                 migration_id=migration_id,
                 transfer_token=transfer_token,
                 open_channel=self._new_channel,
-                count=settings.lanes,
-                window_bytes=settings.window_bytes,
-                frame_bytes=settings.chunk_bytes,
+                window=settings.window,
                 stall_timeout_s=settings.stall_timeout_s,
                 reconnect_timeout_s=settings.reconnect_timeout_s,
                 on_event=lambda name, facts: span_event(name, **facts),
@@ -393,17 +391,17 @@ class StreamedCopy:
 
     def _piece_bytes(self, limit: int) -> int:
         settings = self._settings
-        piece_bytes = min(settings.chunk_bytes, limit // settings.lanes)
+        piece_bytes = min(settings.window.frame_bytes, limit // settings.window.lanes)
         return settings.terms.pacer.largest_frame(piece_bytes)
 
     def _in_flight_limit(self) -> int:
         """The hypervisor takes for sent what it has written, so that on a slow link little may be on its way."""
         settings = self._settings
         if not self._live:
-            return settings.window_bytes
+            return settings.window.window_bytes
         allowed = self._bytes_per_second * settings.terms.limits.downtime_s * _IN_FLIGHT_SHARE
         least = settings.terms.pacer.largest_frame(_LEAST_IN_FLIGHT_BYTES)
-        return min(settings.window_bytes, max(int(allowed), settings.lanes * least))
+        return min(settings.window.window_bytes, max(int(allowed), settings.window.lanes * least))
 
 
 async def _until(ready: Callable[[], Awaitable[bool]]) -> None:

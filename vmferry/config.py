@@ -19,7 +19,6 @@ from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 
 _MIB = 1024 * 1024
 _LONGEST_S = 366 * 24 * 3600
-_PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class HostConfig:
     """Connections per migration; by default as many as the host has cores, from 2 to 4: more only cost time."""
     window_bytes: int = 16 * _MIB
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
+    shared_window_bytes: int = 48 * _MIB
+    """The same of all migrations that leave this host at a time: each has at most an equal part of it."""
     chunk_bytes: int = 2 * _MIB
     """Page contents per message, or less where a lane's part of window_bytes is less."""
     compression: str = "auto"
@@ -169,7 +170,8 @@ class HostConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "window_bytes", "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
+            "window_bytes", "shared_window_bytes",
+            "max_rounds", "reserve_timeout_s", "stall_timeout_s", "total_timeout_s",
             "switch_timeout_s", "standstill_limit_s", "rpc_timeout_s", "negotiate_timeout_s",
             "qmp_timeout_s", "agent_timeout_s",
             "handoff_retry_s", "receive_timeout_s", "max_outgoing", "max_incoming", "downtime_limit_ms",
@@ -219,11 +221,6 @@ class HostConfig:
                 f"max_throttle_percent must be between 0 and {MAX_THROTTLE_PERCENT}",
                 field="max_throttle_percent",
             )
-
-    def chunk_for(self, lanes: int, window_bytes: int) -> int:
-        """Page contents per message over so many lanes with such a window, which hold at least two for each lane."""
-        part = window_bytes // lanes // 2 // _PAGE_BYTES * _PAGE_BYTES
-        return max(_PAGE_BYTES, min(self.chunk_bytes, part))
 
     @property
     def journal_dir(self) -> Path:

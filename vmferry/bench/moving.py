@@ -30,6 +30,7 @@ _TAIL_BYTES: Final = 4096
 _CONNECT_S: Final = 20.0
 _PAGES_PER_MIB: Final = 256
 _MIB: Final = 1024 * 1024
+_BLOCK_BYTES: Final = 512
 _KEY: Final = {"keys": [{"type": "qcode", "data": "v"}]}
 
 
@@ -104,7 +105,7 @@ class Mover(abc.ABC):
 
     async def go_on(self) -> None:
         """Let it run, with all of its memory set aside where it is."""
-        await asyncio.to_thread(preallocate, self.ram, self.wishes.memory_mib * _MIB)
+        await asyncio.to_thread(set_aside, self.ram, self.wishes.memory_mib * _MIB)
         await execute(self.socket, "cont")
 
     async def wait_ready(self) -> None:
@@ -166,11 +167,15 @@ async def connected(socket: Path) -> QMPClient:
             await asyncio.sleep(_POLL_S / 5)
 
 
-def preallocate(ram: Path, size_bytes: int) -> None:
-    """Have all memory of a file set aside, so that no migration pays for what is touched for the first time."""
+def set_aside(ram: Path, size_bytes: int) -> None:
+    """Have all memory of a file set aside, so that no guest pays for what it touches for the first time.
+
+    Only once: memory that is set aside again is zeroed by the kernel and counts as written from then on.
+    """
     descriptor = os.open(ram, os.O_RDWR | os.O_CLOEXEC)
     try:
-        os.posix_fallocate(descriptor, 0, size_bytes)
+        if os.fstat(descriptor).st_blocks * _BLOCK_BYTES < size_bytes:
+            os.posix_fallocate(descriptor, 0, size_bytes)
     finally:
         os.close(descriptor)
 

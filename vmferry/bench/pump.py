@@ -38,6 +38,7 @@ from vmferry.transfer.compression import RAW, Effort  # noqa: E402
 from vmferry.transfer.frames import BuiltChunk  # noqa: E402
 from vmferry.transfer.lanes import Lanes, LaneSettings  # noqa: E402
 from vmferry.transfer.receiving import Lane  # noqa: E402
+from vmferry.transfer.window import Window  # noqa: E402
 from vmferry.transfer.wire import ChunkFrame, Received, decode_request  # noqa: E402
 from vmferry.v1 import handoff_pb2_grpc, transfer_pb2  # noqa: E402
 
@@ -90,9 +91,7 @@ async def _source(arguments: argparse.Namespace) -> dict[str, Any]:
             migration_id=os.urandom(16),
             transfer_token=b"",
             open_channel=lambda: open_channel(arguments.address, Identity.parse(arguments.peer), material),
-            count=arguments.lanes,
-            window_bytes=arguments.window * arguments.lanes,
-            frame_bytes=arguments.chunk,
+            window=Window(arguments.lanes, arguments.window * arguments.lanes, arguments.chunk),
             stall_timeout_s=_PATIENCE_S,
             reconnect_timeout_s=_PATIENCE_S,
             on_event=lambda name, facts: print(name, facts, file=sys.stderr),  # noqa: T201 - a broken pump must be noticed,

@@ -21,7 +21,7 @@ from vmferry.bench import network
 from vmferry.bench.contents import contents
 from vmferry.bench.figures import Spread
 from vmferry.bench.guest import Wishes
-from vmferry.bench.moving import preallocate
+from vmferry.bench.moving import set_aside
 from vmferry.bench.network import Network
 from vmferry.bench.ours import Ours
 from vmferry.bench.usage import Usage, used_s
@@ -29,6 +29,7 @@ from vmferry.cli.demo_hosts import Shore, TwoHosts, require_memory, two_hosts
 from vmferry.cli.output import milliseconds
 from vmferry.errors import MachineFailedError
 from vmferry.machines.spec import new_spec
+from vmferry.transfer.window import frame_for
 from vmferry.v1 import migration_pb2 as pb
 
 DEFAULT_RUNS: Final = 5
@@ -105,6 +106,7 @@ async def pump(world: TwoHosts, link: Network, pumping: Pumping, lanes: int) -> 
     """Pump once from host a to host b, both ends in processes of their own at the places of the hosts."""
     config = world.a.host.config
     window = str(config.window_bytes // lanes)
+    chunk = str(frame_for(lanes, config.window_bytes, config.chunk_bytes))
     place = link.places["b"]
     async with _process(world.b, "sink", "--window", window, "--listen", place.listen) as sink:
         assert sink.stdout is not None
@@ -113,7 +115,7 @@ async def pump(world: TwoHosts, link: Network, pumping: Pumping, lanes: int) -> 
         words = (
             *("--window", window, "--lanes", str(lanes), "--mib", str(pumping.mib)),
             *("--address", f"{place.data_at}:{port}", "--peer", world.b.host.identity.uri),
-            *("--contents", pumping.contents, "--chunk", str(config.chunk_for(lanes, config.window_bytes))),
+            *("--contents", pumping.contents, "--chunk", chunk),
         )
         async with _process(world.a, "source", *words) as source:
             told = (await source.communicate())[0]
@@ -160,7 +162,7 @@ async def _guest(world: TwoHosts, pumping: Pumping, lanes: int) -> Ours:
         left = pumping.mib * _MIB
         while left:
             left -= ram.write(content[: min(left, len(content))])
-    await asyncio.to_thread(preallocate, guest.ram, spec.memory_bytes)
+    await asyncio.to_thread(set_aside, guest.ram, spec.memory_bytes)
     return guest
 
 

@@ -1,23 +1,28 @@
 """A digest of every page: what a page held when it was last sent or received.
 
-Promise: a :class:`PageTable` costs sixteen bytes for each page; two tables have the same root only if every
-page they noted had the same content. A page counts as zero only after its bytes were compared, never by its
-digest alone.
+Promise: a :class:`PageTable` costs sixteen bytes for each page of those parts of a region in which something else
+than zero was ever noted, and next to nothing for the others, however large the region is; several threads may note
+pages, each its own. Two tables have the same root only if every page they noted had the same content. A page counts
+as zero only after its bytes were compared, never by its digest alone.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
 DIGEST_SIZE: Final = 16
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
 ZERO_PAGE_DIGEST: Final[bytes] = xxh3_128_digest(_ZERO_PAGE)
+_PART_BYTES: Final = 64 * 1024
+"""What a table is made of; one such part is for 16 MiB of memory."""
+_ALL_ZERO: Final = ZERO_PAGE_DIGEST * (_PART_BYTES // DIGEST_SIZE)
 
 
 def digest_pages(buffer: bytes | bytearray | memoryview) -> bytes:
@@ -42,23 +47,31 @@ class PageTable:
 
     def __init__(self, page_count: int) -> None:
         self.page_count = page_count
-        self._table = bytearray(ZERO_PAGE_DIGEST) * page_count
+        whole, rest = divmod(page_count * DIGEST_SIZE, _PART_BYTES)
+        self._parts: list[bytes | bytearray] = [_ALL_ZERO] * whole
+        if rest:
+            self._parts.append(_ALL_ZERO[:rest])
+        self._lock = threading.Lock()
+        """Held while a part becomes one that can be written."""
 
     def set(self, page: int, digest: bytes) -> None:
         """Note the digest of one page."""
         if not 0 <= page < self.page_count or len(digest) != DIGEST_SIZE:
             raise ValueError(f"page {page} of {self.page_count}, digest of {len(digest)} bytes")
-        self._table[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE] = digest
+        self._put(page, digest)
 
     def get(self, page: int) -> bytes:
         """The digest noted for one page."""
         if not 0 <= page < self.page_count:
             raise ValueError(f"page {page} of {self.page_count}")
-        return bytes(self._table[page * DIGEST_SIZE : (page + 1) * DIGEST_SIZE])
+        return self._noted(page, 1)
 
     def root(self) -> bytes:
         """One digest over the digests of all pages."""
-        return xxh3_128_digest(self._table)
+        digest = xxh3_128()
+        for part in self._parts:
+            digest.update(part)
+        return digest.digest()
 
     def note_pages(self, runs: Iterable[tuple[int, int]], buffer: bytes | bytearray | memoryview) -> None:
         """Note the digests of the pages of ``runs``, which lie one behind the other in ``buffer``."""
@@ -93,7 +106,7 @@ class PageTable:
         for first, count in runs:
             size = count * DIGEST_SIZE
             given = digests[position : position + size]
-            noted = self._table[first * DIGEST_SIZE : first * DIGEST_SIZE + size]
+            noted = self._noted(first, count)
             position += size
             if noted == given:
                 continue
@@ -112,10 +125,39 @@ class PageTable:
         position = 0
         for first, count in runs:
             size = count * DIGEST_SIZE
-            self._table[first * DIGEST_SIZE : first * DIGEST_SIZE + size] = digests[
-                position : position + size
-            ]
+            self._put(first, digests[position : position + size])
             position += size
+
+    def _put(self, page: int, digests: bytes) -> None:
+        """Put digests into their places, from a page on."""
+        done = 0
+        while done < len(digests):
+            number, at = divmod(page * DIGEST_SIZE + done, _PART_BYTES)
+            piece = digests[done : done + _PART_BYTES - at]
+            done += len(piece)
+            part = self._parts[number]
+            if isinstance(part, bytes):
+                if part[at : at + len(piece)] == piece:
+                    continue
+                part = self._writable(number)
+            part[at : at + len(piece)] = piece
+
+    def _writable(self, number: int) -> bytearray:
+        with self._lock:
+            part = self._parts[number]
+            if isinstance(part, bytes):
+                part = self._parts[number] = bytearray(part)
+            return part
+
+    def _noted(self, page: int, count: int) -> bytes:
+        """The digests of pages, one behind the other."""
+        position, end = page * DIGEST_SIZE, (page + count) * DIGEST_SIZE
+        found = []
+        while position < end:
+            number, at = divmod(position, _PART_BYTES)
+            found.append(bytes(self._parts[number][at : at + end - position]))
+            position += len(found[-1])
+        return b"".join(found)
 
 
 def _stretches(

@@ -25,6 +25,7 @@ from vmferry.transfer.numbering import SendingLane, Totals
 from vmferry.transfer.pacer import Pacer
 from vmferry.transfer.patience import Connections, Limits, Patience
 from vmferry.transfer.traffic import Traffic
+from vmferry.transfer.window import Window
 from vmferry.transfer.wire import PieceFrame, encode_piece, stream_bytes
 from vmferry.v1 import transfer_pb2
 
@@ -48,11 +49,8 @@ class LaneSettings:
     transfer_token: bytes
     open_channel: Callable[[], grpc.aio.Channel]
     """Makes a channel with a connection of its own."""
-    count: int
-    window_bytes: int
-    """Bytes that may be unacknowledged, over all lanes together."""
-    frame_bytes: int
-    """The largest frame that will be sent, about."""
+    window: Window
+    """Bytes that may be unacknowledged, over all lanes together, from the opening of the lanes to their close."""
     stall_timeout_s: float
     reconnect_timeout_s: float
     on_event: Callable[[str, dict[str, str | int | float]], None]
@@ -67,18 +65,20 @@ class Lanes:
     def __init__(self, settings: LaneSettings) -> None:
         self.traffic = Traffic()
         self._settings = settings
-        self._queue: asyncio.Queue[Frame] = asyncio.Queue(maxsize=settings.count)
-        self._lanes = [_Lane(number, self, settings) for number in range(settings.count)]
+        count = settings.window.lanes
+        self._queue: asyncio.Queue[Frame] = asyncio.Queue(maxsize=count)
+        self._lanes = [_Lane(number, self, settings) for number in range(count)]
         self._tasks: list[asyncio.Task[None]] = []
         self._outstanding = 0
         limits = Limits(settings.stall_timeout_s, settings.reconnect_timeout_s)
-        self._patience = Patience(settings.count, limits, asyncio.get_running_loop().time())
+        self._patience = Patience(count, limits, asyncio.get_running_loop().time())
         self._cause = PeerUnreachableError("the destination has not answered")
         self._waiting: list[asyncio.Future[None]] = []
         self._failure: VmferryError | None = None
 
     async def open(self) -> None:
         """Connect all lanes; returns when each was welcomed."""
+        self._settings.window.open()
         self._tasks = [asyncio.create_task(self._guard(lane.run())) for lane in self._lanes]
         self._tasks.append(asyncio.create_task(self._guard(self._watch_the_clocks())))
         await self._until(lambda: all(lane.welcomed for lane in self._lanes))
@@ -132,6 +132,7 @@ class Lanes:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        self._settings.window.close()
 
     async def next_frame(self) -> Frame:
         """For a lane with room: the next frame to number and send."""
@@ -238,7 +239,7 @@ class _Lane:
         self.finishing = asyncio.Event()
         self._lanes = lanes
         self._settings = settings
-        self._numbering: SendingLane[bytes] = SendingLane(settings.window_bytes // settings.count)
+        self._numbering: SendingLane[bytes] = SendingLane(settings.window.lane_bytes)
         self._digest = xxh3_128()
         self._room = asyncio.Event()
         self._session_welcomed = asyncio.Event()
@@ -380,7 +381,7 @@ class _Lane:
         await asyncio.Event().wait()  # the reader ends the session
 
     async def _until_room(self) -> None:
-        while not self._numbering.has_room(self._settings.frame_bytes):
+        while not self._settings.window.has_room(self._numbering):
             self._room.clear()
             await self._room.wait()
 

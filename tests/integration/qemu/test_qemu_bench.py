@@ -75,6 +75,10 @@ def test_an_idle_guest_is_moved_by_both_in_turn() -> None:
     for name, figure in (("total", "total_ms"), ("downtime", "downtime_ms"), ("guest_gap", "guest_gap_ms")):
         assert document["ratio"][name] == pytest.approx(peer[figure] / ours[figure], abs=0.001)
         assert document["peer"][figure]["median"] == peer[figure]
+    for side in ("ours", "peer"):
+        for figure in ("total_ms", "downtime_ms", "guest_gap_ms", "wire_bytes", "cpu_s"):
+            spread = document[side][figure]
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"], figure
     assert document["network"] == "loopback"
     assert document["machine"]["qemu"]
     assert leftovers() <= before

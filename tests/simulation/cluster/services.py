@@ -46,6 +46,7 @@ from vmferry.negotiation.path import DIRECT
 from vmferry.negotiation.report import PROTOCOL_VERSIONS, Report
 from vmferry.rpc.daemon import Host
 from vmferry.security.identity import Identity
+from vmferry.transfer.window import Budget
 from vmferry.v1 import handoff_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -137,7 +138,10 @@ class SimulatedMeans(Means):
     def plan(self, record: MachineRecord, host: Identity) -> Plan:
         """A plan to which nothing is incompatible."""
         until, own = _FOREVER.timestamp(), self._host.own.uri
-        return AnyPlan(record.spec, self._host.ledger, (), own, host.uri, until, 1.0, 1.0, Contents())
+        budget = Budget(self._host.config.shared_window_bytes)
+        return AnyPlan(
+            record.spec, self._host.ledger, (), own, host.uri, until, 1.0, 1.0, Contents(), budget=budget
+        )
 
 
 class SimulatedUnderway(Underway):

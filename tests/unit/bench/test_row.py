@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,16 @@ from benchmarks.compare import DEFAULT, GUESTS, PEERS, SCENARIOS, arguments, row
 from tests.support import require
 from vmferry.bench.compare import MIN_LIMIT_S, Row
 from vmferry.bench.guest import Load, Wishes, real_files
+from vmferry.bench.moving import set_aside
 from vmferry.bench.network import opened
 from vmferry.bench.peer import VARIANTS
 from vmferry.bench.usage import Usage
 from vmferry.cli.bench import parse_options
 from vmferry.errors import InvalidArgumentError
+from vmferry.memory.regions import RamFile
 
 PAGE = 4096
+MIB = 1024 * 1024
 
 
 def test_files_begin_at_pages_and_libraries_come_first(tmp_path: Path) -> None:
@@ -83,11 +87,14 @@ def test_both_sides_of_a_peer_are_told_the_same() -> None:
 
 
 def test_the_selection_of_make_bench_names_what_there_is() -> None:
-    """Every row of the default and of everything can be made, and arguments narrow it."""
+    """Every guest, link and peer occurs by default, every row can be made, and arguments narrow it."""
     assert set(PEERS) == set(VARIANTS)
     every = selection(arguments(["--all"]))
     assert len(every) == len(SCENARIOS) * len(GUESTS)
     assert set(DEFAULT) != set(every)
+    assert {scenario for scenario, _, _ in DEFAULT} == set(SCENARIOS)
+    assert {guest for _, guest, _ in DEFAULT} == set(GUESTS)
+    assert {peer for _, _, peers in DEFAULT for peer in peers} == set(PEERS)
     for chosen in (*every, *DEFAULT):
         made = row(arguments([]), *chosen)
         made.wishes.check()
@@ -98,6 +105,18 @@ def test_the_selection_of_make_bench_names_what_there_is() -> None:
     made = row(asked, scenario, guest, peers)
     assert (made.link_mbit, made.wishes.rate_mib_per_s, made.peers, made.runs) == (100, 50, ("qemu-tls",), 2)
     assert selection(arguments(["--ours-only"]))[0][2] == ()
+
+
+def test_memory_is_set_aside_once() -> None:
+    """All of it is taken, and what nobody wrote is still known to hold nothing, however often it is set aside."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "ram"
+        with RamFile.create(path, 8 * MIB) as ram:
+            ram.write_pages([(3, 1)], memoryview(b"x" * PAGE))
+            for _ in range(2):
+                set_aside(path, 8 * MIB)
+                assert ram.allocated_bytes == 8 * MIB
+                assert list(ram.data_runs()) == [(3, 1)]
 
 
 def test_what_crosses_a_link_is_counted_and_nothing_is_left() -> None:

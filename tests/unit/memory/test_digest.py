@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
+from vmferry.bench.usage import own_memory_kib
 from vmferry.memory.digest import DIGEST_SIZE, ZERO_PAGE_DIGEST, PageTable, digest_pages
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
@@ -74,6 +79,45 @@ def test_differing_names_exactly_the_changed_pages(before: dict[int, int], after
     runs, buffer = buffer_of(after)
     changed = [page for page in sorted(after) if after[page] != before.get(page, 0)]
     assert list(table.differing(runs, digest_pages(buffer))) == [(page, 1) for page in changed]
+
+
+@given(st.lists(st.tuples(st.integers(0, 20_000), st.integers(1, 9000), st.integers(0, 2)), max_size=12))
+def test_a_table_in_parts_is_as_one_in_a_piece(notes: list[tuple[int, int, int]]) -> None:
+    """Whatever is noted over the borders of parts: the root is the digest of all digests, and each is found again."""
+    pages = 20_000 + 9000
+    table, whole = PageTable(pages), bytearray(ZERO_PAGE_DIGEST) * pages
+    for first, count, content in notes:
+        digests = (ZERO_PAGE_DIGEST if not content else bytes([content]) * DIGEST_SIZE) * count
+        table.note_digests([(first, count)], digests)
+        whole[first * DIGEST_SIZE : (first + count) * DIGEST_SIZE] = digests
+    assert table.root() == xxh3_128_digest(whole)
+    assert not list(table.differing([(0, pages)], bytes(whole)))
+    assert table.get(4096) == whole[4096 * DIGEST_SIZE : 4097 * DIGEST_SIZE]
+
+
+def test_a_table_costs_what_was_noted() -> None:
+    """A region of a TiB in which little is anything but zero; also where zeros are noted."""
+    before = own_memory_kib(os.getpid())
+    table = PageTable(2**28)
+    table.note_zero([(2**27, 1024)])
+    table.note_digests([(2**26, 1)], bytes(DIGEST_SIZE))
+    assert own_memory_kib(os.getpid()) - before < 16 * 1024
+    assert table.get(2**26) == bytes(DIGEST_SIZE)
+    assert table.get(2**26 + 1) == ZERO_PAGE_DIGEST
+
+
+def test_threads_note_pages_of_one_part() -> None:
+    """What one notes as the first in a part is not lost because another does so at the same time."""
+    for _ in range(50):
+        table, gate = PageTable(4096), threading.Barrier(4)
+
+        def note(number: int, table: PageTable = table, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            table.note_digests([(number, 1)], bytes([number + 1]) * DIGEST_SIZE)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(note, range(4)))
+        assert [table.get(number)[0] for number in range(4)] == [1, 2, 3, 4]
 
 
 def test_noting_zero_needs_no_bytes() -> None:

@@ -21,6 +21,7 @@ from vmferry.rpc.status import to_grpc_status
 from vmferry.transfer.frames import ChunkBuilder, Intake
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.receiving import Lane
+from vmferry.transfer.window import Window
 from vmferry.transfer.wire import Received, chunk_frame, decode_request
 from vmferry.v1 import handoff_pb2, handoff_pb2_grpc, transfer_pb2
 
@@ -119,9 +120,7 @@ async def two_ends(
                 migration_id=b"m" * 16,
                 transfer_token=b"t" * 32,
                 open_channel=lambda: grpc.aio.insecure_channel(f"127.0.0.1:{receiver.port}", options),
-                count=LANES,
-                window_bytes=LANES * 64 * 1024,
-                frame_bytes=16 * PAGE_SIZE,
+                window=Window(LANES, LANES * 64 * 1024, 16 * PAGE_SIZE),
                 stall_timeout_s=stall_timeout_s,
                 reconnect_timeout_s=reconnect_timeout_s,
                 on_event=lambda name, _facts: events.append(name),
