@@ -35,6 +35,7 @@ class Means(enum.StrEnum):
     """How a guest is slowed down."""
 
     CPU_LIMIT = "cpu.max"
+    """Or what is the same in a cgroup of version 1."""
     DUTY_CYCLE = "stop and cont"
 
 

@@ -184,6 +184,26 @@ async def test_a_group_of_its_own_is_limited_instead(tmp_path: Path) -> None:
         assert not (tmp_path / RECORD).exists()
 
 
+def test_a_group_of_version_1_is_limited_as_well(tmp_path: Path) -> None:
+    """Where processors are there: by the quota alone, in the period that it has, and undone from the record."""
+    process = tmp_path / "proc" / str(PID)
+    process.mkdir(parents=True)
+    (process / "cgroup").write_text("4:cpu,cpuacct:/web\n0::/\n")
+    folder = tmp_path / "cpu" / "web"
+    folder.mkdir(parents=True)
+    for name, text in (("cgroup.procs", PID), ("cpu.cfs_quota_us", -1), ("cpu.cfs_period_us", 100_000)):
+        (folder / name).write_text(f"{text}\n")
+    limit = CpuLimit.find(
+        PID, tmp_path, 1, mounted_at=(), v1_mounted_at=(tmp_path / "cpu",), processes=tmp_path / "proc"
+    )
+    assert limit is not None
+    limit.take(60)
+    assert (folder / "cpu.cfs_quota_us").read_text() == "40000"
+    assert (folder / "cpu.cfs_period_us").read_text() == "100000\n"
+    assert restore(tmp_path)
+    assert (folder / "cpu.cfs_quota_us").read_text() == "-1"
+
+
 def test_a_limit_that_was_left_is_restored_by_the_next(tmp_path: Path) -> None:
     """From the record alone; without one nothing is done, and a group that has gone is no reason to complain."""
     folder = group(tmp_path)
