@@ -82,17 +82,30 @@ async def throttled(world: World, guest: Guest, percent: int, **how: Any) -> str
     return migration_id
 
 
+async def sends_more(world: World, migration_id: str, more: int) -> None:
+    """Wait until a migration has sent so many more bytes."""
+    now = (await world.state(world.a, migration_id)).progress.wire_bytes
+    await world.reaches(
+        world.a, migration_id, lambda then: then.progress.wire_bytes >= now + more, "more was sent"
+    )
+
+
 class WireCounter:
     """How many bytes had gone over a link at which time."""
 
     def __init__(self, link: Proxy) -> None:
         self.samples: list[tuple[float, int]] = []
         self._link = link
+        self._earlier = self._total()
+        """What others have sent over it."""
         self._task = asyncio.create_task(self._count())
+
+    def _total(self) -> int:
+        return sum(one.up_bytes for one in self._link.links)
 
     async def _count(self) -> None:
         while True:
-            self.samples.append((time.monotonic(), sum(one.up_bytes for one in self._link.links)))
+            self.samples.append((time.monotonic(), self._total() - self._earlier))
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
@@ -100,14 +113,23 @@ class WireCounter:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    def beyond(self, bytes_per_s: float) -> float:
+    def beyond(self, bytes_per_s: float, *, since: float = 0.0) -> float:
         """The most bytes that at any moment had gone over since the beginning beyond what the rate allows.
 
         Since the beginning, and not in each window: this process, or a receiver, that was held up makes up for it.
+
+        Args:
+            bytes_per_s: the rate.
+            since: when it began to hold, if not with the first memory.
         """
-        begun_at, begun = [sample for sample in self.samples if sample[1] < _BEFORE_MEMORY_BYTES][-1]
-        since = [(at - begun_at, total - begun) for at, total in self.samples if at >= begun_at]
-        return max(sent - bytes_per_s * seconds for seconds, sent in since)
+        before = [
+            (at, total)
+            for at, total in self.samples
+            if (at < since if since else total < _BEFORE_MEMORY_BYTES)
+        ]
+        begun_at, begun = before[-1]
+        grown = [(at - begun_at, total - begun) for at, total in self.samples if at >= begun_at]
+        return max(sent - bytes_per_s * seconds for seconds, sent in grown)
 
 
 async def test_a_cap_holds_on_the_wire(world: World, link: Proxy) -> None:
@@ -123,6 +145,31 @@ async def test_a_cap_holds_on_the_wire(world: World, link: Proxy) -> None:
         await counter.stop()
     assert migration.progress.wire_bytes > 40 * MIB
     assert counter.beyond(CAP * TOLERANCE) <= MIB
+
+
+async def test_a_cap_that_is_changed_holds_from_then_on(world: World, link: Proxy) -> None:
+    """Lowered on the way, no more goes over the wire than the new one and 5 %; raised, far more."""
+    guest = await world.run(memory_mib=64, params={"resident-mib": "40"})
+    link.begin_migration()
+    counter = WireCounter(link)
+    try:
+        migration_id = await world.start(guest, world.a, world.b, address=link.address, max_bandwidth=CAP)
+        await sends_more(world, migration_id, 4 * MIB)
+        await update(world, migration_id, max_bandwidth=CAP // 4)
+        lowered = time.monotonic()
+        await sends_more(world, migration_id, 4 * MIB)
+        beyond = counter.beyond(CAP / 4 * TOLERANCE, since=lowered)
+        await update(world, migration_id, max_bandwidth=4 * CAP)
+        raised = time.monotonic()
+        await sends_more(world, migration_id, 16 * MIB)
+        quickly = 16 * MIB / (time.monotonic() - raised)
+        ended = await world.ended(world.a, migration_id)
+    finally:
+        await counter.stop()
+    assert beyond <= MIB
+    assert quickly > CAP / 4 * 2, "twice what went over before it was raised"
+    assert ended.outcome == pb.MIGRATION_OUTCOME_COMPLETED, ended
+    await guest.assert_clean(world.b)
 
 
 async def test_a_cap_is_lifted_on_the_way(world: World) -> None:
