@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -18,6 +19,9 @@ import pytest
 _DISTRIBUTED: Final = b"exec(eval(sys.stdin.readline()))"
 """What the command line of a process has that execnet has started."""
 _STATE: Final[dict[str, Any]] = {"process": 0, "of_several": False, "ending": False, "session": None}
+_TIDIED: Final = "tests-tidied"
+"""The name that a process takes when it has torn down its fixtures."""
+_PATIENCE_S: Final = 180.0
 _TOLD: Final = "told to end (SIGTERM)"
 
 
@@ -37,11 +41,26 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         signal.signal(signal.SIGTERM, _end)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    output = getattr(session.config, "workeroutput", None)
-    if _STATE["ending"] and output is not None:
+    if _STATE["ending"] and _STATE["of_several"]:
         # Said so, the first process ends the run; interrupted, it would start another process in this one's place.
+        output: dict[str, Any] = session.config.workeroutput  # type: ignore[attr-defined]
         output.update(exitstatus=int(pytest.ExitCode.OK), shouldstop=_TOLD)
+        Path("/proc/self/comm").write_text(_TIDIED, encoding="ascii")  # all fixtures are torn down
+
+
+def _wait_for(pids: list[int]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while any(_tidies_up(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _tidies_up(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(encoding="ascii").strip() != _TIDIED
+    except OSError:
+        return False
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -52,10 +71,11 @@ def _end(number: int, frame: FrameType | None) -> None:
         return
     _STATE["ending"] = True
     # With several processes, the first one only hands out tests, and its children are the ones that run them.
-    # It ends when one of them says that it has.
+    # They are waited for here: soon after the first of them has ended, it would kill the others.
     if running := [] if _STATE["of_several"] else _testing_children():
         for pid in running:
             os.kill(pid, signal.SIGTERM)
+        _wait_for(running)
         return
     if (
         _STATE["session"] is not None
