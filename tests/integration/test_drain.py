@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.integration.hosts import Guest, World, open_world
+from tests.integration.drains import client, drained, is_in, item_of, left_clean, owners, target
+from tests.integration.hosts import World, open_world
 from tests.integration.proxy import Proxy, open_proxy
-from tests.integration.services import Host, eventually_async
+from tests.integration.services import eventually_async
 from vmferry import failpoints
-from vmferry.client import SourceClient, Target, Tries, new_request_id
+from vmferry.client import new_request_id
 from vmferry.drain.record import DrainFile
 from vmferry.errors import ExitCode, HostDrainingError, TicketInvalidError
 from vmferry.v1 import drain_pb2 as dp
@@ -24,7 +24,6 @@ from vmferry.v1.drain_pb2 import DRAIN_STATE_DRAINED, DRAIN_STATE_NONE, DRAIN_ST
 MOVED = dp.DRAINED_MACHINE_STATE_MOVED
 STAYS = dp.DRAINED_MACHINE_STATE_STAYS
 BLOCKED = dp.DRAINED_MACHINE_STATE_BLOCKED
-WATCH_S = 60.0
 COMMAND = (sys.executable, "-m", "vmferry.cli.main")
 
 
@@ -45,53 +44,12 @@ async def link(world: World) -> AsyncIterator[Proxy]:
 
 @pytest.fixture
 async def clean(world: World) -> AsyncIterator[None]:
-    """No test leaves a host draining, or a machine behind."""
-    yield
-    for host in world.hosts.values():
-        async with client(world, host) as opened:
-            await opened.undrain()
-    left = await world.end_guests()
-    assert not left, left
-    assert all(service.running for service in world.services), "a service has ended"
+    """What a test found is there afterwards."""
+    async with left_clean(world):
+        yield
 
 
 pytestmark = pytest.mark.usefixtures("clean")
-
-
-def client(world: World, host: Host) -> contextlib.AbstractAsyncContextManager[SourceClient]:
-    """The scheduler's connection to a host."""
-    tls = world.tls_dir("controller")
-    return SourceClient.open(host.source.address, host.identity.uri, tls, tries=Tries(pause_s=0.05))
-
-
-def target(host: Host) -> Target:
-    return Target(host.identity.uri, host.dest.address)
-
-
-async def drained(
-    world: World, host: Host, condition: Callable[[dp.Drain], object], what: str, seconds: float = WATCH_S
-) -> dp.Drain:
-    """Watch a host's drain until a condition holds."""
-    seen = dp.Drain()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds), client(world, host) as opened:
-            async for seen in opened.watch_drain():
-                if condition(seen):
-                    return seen
-    pytest.fail(f"{what}: {seen}\n{host.source.log_text()[-3000:]}")
-
-
-def is_in(state: dp.DrainState.ValueType) -> Callable[[dp.Drain], object]:
-    return lambda seen: seen.state == state
-
-
-def item_of(drain: dp.Drain, guest: Guest) -> dp.DrainedMachine:
-    return next(item for item in drain.machines if item.machine_id == guest.id)
-
-
-async def owners(world: World, guest: Guest) -> list[str]:
-    """The hosts that may run a machine, by their journals."""
-    return [name for name, host in world.hosts.items() if host.ledger.rights(guest.id).permitted]
 
 
 async def test_a_host_is_emptied_over_two_others_and_takes_nobody_until_it_is_undone(world: World) -> None:

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from tests.integration.drains import client, drained, is_in, left_clean, owners, target
 from tests.integration.hosts import MIB, World, configured, open_world
 from tests.integration.services import eventually, eventually_async
-from tests.integration.test_drain import client, drained, is_in, owners, target
 from tests.integration.webclient import samples, scraped, value
 from vmferry.client import new_request_id
 from vmferry.errors import TraceNotFoundError
@@ -29,13 +29,9 @@ async def world() -> AsyncIterator[World]:
 
 @pytest.fixture
 async def clean(world: World) -> AsyncIterator[None]:
-    """No test leaves a host draining, or a machine behind."""
-    yield
-    for host in world.hosts.values():
-        async with client(world, host) as opened:
-            await opened.undrain()
-    left = await world.end_guests()
-    assert not left, left
+    """What a test found is there afterwards."""
+    async with left_clean(world):
+        yield
 
 
 pytestmark = pytest.mark.usefixtures("clean")
@@ -91,7 +87,9 @@ async def test_undone_while_the_destination_is_full_what_waits_is_taken_back(wor
     """Machines in the queue stay and can be ordered anew; twice is once; what fills the destination goes on."""
     c = world.hosts["c"]
     busy = [
-        await world.start(await world.run(c), c, world.b, max_bandwidth=MIB)
+        await world.start(
+            await world.run(c, 80, params={"resident-mib": "64"}), c, world.b, max_bandwidth=MIB
+        )
         for _ in range(c.config.max_outgoing)
     ]
     for migration_id in busy:

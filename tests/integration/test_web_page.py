@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.integration.browser import Tab, open_tab
+from tests.integration.drains import client, target
 from tests.integration.hosts import MIB, World, open_world
-from tests.integration.test_drain import client, target
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")
