@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ async def test_dashboard_and_alerts_are_answered(world: World, tmp_path: Path) -
         for panel in dashboard_expressions():
             expression = panel.replace("$__rate_interval", "5m").replace("$instance", ".*")
             answered = await ask(session, expression)
-            empty_when_well = WHILE_MOVING.search(expression) or expression.endswith("> 0")
-            assert answered or empty_when_well, f"no data: {expression}"
+            if not answered and not WHILE_MOVING.search(expression) and not expression.endswith("> 0"):
+                # What a host sees to last is read last: a guest's clock.
+                await eventually_async(
+                    partial(ask, session, expression), f"data for {expression}", seconds=60
+                )
         for expression in rule_expressions():
             assert await ask(session, expression) == [], expression

@@ -25,7 +25,8 @@ A, B, C = (Identity.parse(f"spiffe://test.example/vmhost/{name}") for name in "a
 MACHINE = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 OTHER = "1b4e28ba-2fa1-41d2-883f-0016d3cca428"
 LARGEST = Allowance(64 << 20, 2)
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) + timedelta(hours=12)
+"""Within the time of certificates that are issued when the tests run, however long after their collection that is."""
 
 
 @pytest.fixture(scope="module")
