@@ -66,7 +66,7 @@ def draw(found: list[dict[str, Any]], name: str, into: Path) -> Path:
     if logarithmic:
         axes.set_xscale("log")
     axes.set_xlabel(heading)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, frameon=False)
     canvas.tight_layout()
     path = into / f"{name}.png"
     canvas.savefig(path, dpi=90, metadata={"Software": None})
