@@ -55,6 +55,14 @@ def encoding_name(number: int, agreed: Collection[str]) -> str:
     return name
 
 
+_WORTH_IT: Final = 0.9
+
+
+def is_worth_it(encoded_bytes: int, data_bytes: int) -> bool:
+    """Whether data should travel encoded: otherwise decoding it would cost more than it spares."""
+    return encoded_bytes < data_bytes * _WORTH_IT
+
+
 def decode(encoding: str, data: Buffer, size: int) -> Buffer:
     """What ``data`` stands for, which must be ``size`` bytes.
 

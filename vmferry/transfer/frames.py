@@ -21,7 +21,7 @@ from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.negotiation.encodings import NONE
 from vmferry.transfer.compression import RAW, Effort, Method
-from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name
+from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name, is_worth_it
 from vmferry.transfer.wire import Buffer, ChunkFrame, encode_chunk
 from vmferry.v1 import transfer_pb2
 
@@ -31,8 +31,6 @@ MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
 _MOST_AT_ONCE = 16
 """Chunks that a thread builds in one go: whoever waits for it is not kept for long."""
-_WORTH_IT = 0.9
-"""A chunk that keeps more of its size than this travels as it is: decoding it would cost more than it spares."""
 
 
 def _scratch(size: int) -> memoryview:
@@ -150,7 +148,7 @@ class ChunkBuilder:
         was_read_at, began = time.thread_time(), time.monotonic()
         encoded = self._encode(method, data)
         encode_s, encode_wall_s = time.thread_time() - was_read_at, time.monotonic() - began
-        if encoded and len(encoded) < size * _WORTH_IT:
+        if encoded and is_worth_it(len(encoded), size):
             head.encoding, data = NUMBERS[method.encoding], encoded
         give_back: Callable[[], None] = partial(self._free.append, buffer)
         if data is not view:  # it lies elsewhere by now

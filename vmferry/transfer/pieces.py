@@ -13,13 +13,11 @@ from typing import Final
 from vmferry.errors import ChunkRejectedError
 from vmferry.negotiation.encodings import NONE
 from vmferry.transfer.compression import RAW, Effort, Method
-from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name
+from vmferry.transfer.encodings import NUMBERS, Encoder, decode, encoding_name, is_worth_it
 from vmferry.transfer.streams import MAX_PIECE_BYTES
 from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
-_WORTH_IT: Final = 0.9
-"""A piece that keeps more of its size than this travels as it is."""
 _LEAST_BYTES: Final = 256
 """Less is not worth a try."""
 
@@ -39,7 +37,7 @@ class PieceBuilder:
         encoded = self._encoder.encode(method.encoding, method.level, data)
         took_s, took_wall_s = time.thread_time() - started, time.monotonic() - began
         effort = Effort(method, len(data), len(encoded), 0.0, took_s, took_wall_s)
-        if len(encoded) >= len(data) * _WORTH_IT:
+        if not is_worth_it(len(encoded), len(data)):
             return PieceFrame(head, data, mark=False), effort
         head.encoding, head.decoded_bytes = NUMBERS[method.encoding], len(data)
         return PieceFrame(head, encoded, mark=False), effort
