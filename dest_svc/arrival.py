@@ -49,6 +49,8 @@ from vmferry.telemetry.tracing import phase
 _LOG: Final = get_logger(__name__)
 _JUST_S: Final = 600.0
 """How long ago a machine may have come whose clock is looked at again when the service starts."""
+_JUST_LOADED_S: Final = 1.0
+"""How long the word of a hypervisor that it has loaded its copy counts, if its process lives."""
 
 
 class Arrival:
@@ -322,7 +324,7 @@ class Arrival:
 
     async def go(self, attempt: Attempt, digest: bytes) -> None:
         """The source gave the right to run up; take it, if there is a copy to run."""
-        intact = await self.copy_waits()
+        intact = self._just_loaded() or await self.copy_waits()
         if not intact and isinstance(self.state.current, destination.Prepared):
             await self.lose_copy("the prepared copy died", MachineDeadError.reason)
         await self.apply(destination.GoAsked(attempt, digest, copy_intact=intact))
@@ -351,6 +353,11 @@ class Arrival:
             rights = await asyncio.to_thread(self._ledger.rights, self.machine_id)
             epoch = rights.epochs.granted if rights.owner else 0
             return await self.apply(replace(event, epoch=epoch, leaving=rights.leaving))
+
+    def _just_loaded(self) -> bool:
+        """Whether the hypervisor said a moment ago that the copy is complete; asking it anew lengthens the pause."""
+        machine = self.receiver.machine if self.receiver is not None else None
+        return machine is not None and machine.just_loaded(_JUST_LOADED_S)
 
     async def copy_waits(self) -> bool:
         """Whether the hypervisor has a complete copy, waiting or running."""

@@ -351,6 +351,9 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 # Answers a repetition and refuses the rest.
                 await arrival.apply(destination.Verified(attempt, digest))
                 return digest if arrival.answer(attempt).state is AttemptState.PREPARED else b""
+            files = BoardFiles(self._config.events_dir)
+            # Read while the hypervisor loads, stored when all is seen to be right.
+            board = files.arriving(attempt.machine_id, request.scheduled_events)
             try:
                 own = await receiver.seal_as(digest)
                 if request.guest_clock_ns:
@@ -359,7 +362,7 @@ class DestinationService(handoff_pb2_grpc.DestinationServiceServicer):
                 await arrival.lose_copy(error.message, error.reason)
                 raise
             reach("dest.verified")
-            BoardFiles(self._config.events_dir).take(attempt.machine_id, request.scheduled_events)
+            files.take(attempt.machine_id, board)
             await arrival.apply(destination.Verified(attempt, own))
             arrival.settle_records()
             return own

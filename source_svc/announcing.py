@@ -202,15 +202,28 @@ class Announcements:
         for announced in list(self._open.values()):
             announced.notice(self.board(announced.machine_id))
 
+    def started(self, machine_id: str, event_id: str, at_s: float) -> None:
+        """The machine's guest is about to be paused.
+
+        What it is shown of that is put down now, and not when it is handed on: that is in the pause.
+        """
+        self.change(machine_id, states.started(self.board(machine_id), event_id, at_s))
+        self._shown_last(machine_id)
+
     def hand_on(self, machine_id: str, event_id: str) -> bytes:
         """The board as the machine takes it along: there, the event that moved it is over."""
-        spec = next((spec for spec in self.residents if spec.uuid == machine_id), None)
-        if spec is not None:
-            self._leaving[machine_id] = self.view(spec).document
+        text = self._shown_last(machine_id)
+        if text is not None:
+            self._leaving[machine_id] = text
         board = self._with_asked(machine_id, self.board(machine_id))
         if board.find(event_id) is not None:
             board = states.ended(board, event_id, time.time(), why=ARRIVING)
         return records.to_text(board).encode()
+
+    def _shown_last(self, machine_id: str) -> bytes | None:
+        """The document of a machine that is here."""
+        spec = next((spec for spec in self.residents if spec.uuid == machine_id), None)
+        return None if spec is None else self.view(spec).document
 
     def end(self, machine_id: str, event_id: str, lasted_s: float | None, why: str) -> None:
         """An event is over, or given up."""
@@ -285,8 +298,7 @@ class Announced:
 
     def started(self) -> None:
         """The guest is about to be paused."""
-        board = self._announcements.board(self.machine_id)
-        self._announcements.change(self.machine_id, states.started(board, self.id, self._now_s()))
+        self._announcements.started(self.machine_id, self.id, self._now_s())
 
     def hand_on(self) -> bytes:
         """What the machine takes along to another host; from now on its guest is shown nothing new here."""

@@ -43,6 +43,9 @@ _LISTEN: Final = re.compile(
 )
 _MAX_PORT: Final = 65535
 _KEEP_ALIVE_S: Final = 75.0
+_BACKLOG: Final = 100
+_NEW_SOCKET: Final = ".new"
+"""No longer than any socket's own name; only one at a time is made."""
 _SILENT: Final = logging.getLogger(f"{__name__}.http")
 """For what aiohttp has to say of requests that are no HTTP: a guest must not fill its host's log."""
 _SILENT.setLevel(logging.CRITICAL + 1)
@@ -194,7 +197,7 @@ class MetadataService:
         for where in list(served.due):
             try:
                 with contextlib.ExitStack() as undo:
-                    one = undo.enter_context(contextlib.closing(_socket(where)))
+                    one = undo.enter_context(contextlib.closing(listening(where)))
                     served.servers.append(
                         await asyncio.get_running_loop().create_server(served.server, sock=one)
                     )
@@ -214,12 +217,12 @@ class MetadataService:
     async def _leave(self, machine_id: str) -> None:
         served = self._served.pop(machine_id)
         self._limits.pop(machine_id, None)
+        (self._config.guests_dir / f"{served.record.spec.name}.sock").unlink(missing_ok=True)
         if served.link is not None:
             await served.link.close()
         for server in served.servers:
             server.close()
         await served.server.shutdown(0)
-        (self._config.guests_dir / f"{served.record.spec.name}.sock").unlink(missing_ok=True)
 
     def _server(self, spec: MachineSpec, *, close: bool) -> web.Server:
         async def handle(request: BaseRequest) -> web.StreamResponse:
@@ -244,24 +247,35 @@ def _guest(spec: MachineSpec) -> tuple[str, str, str, bool]:
     return spec.name, spec.called, spec.availability_set, spec.metadata
 
 
-def _socket(where: Path | Listen) -> socket.socket:
-    """A socket to listen at; its owner alone may open one that is a file."""
+def listening(where: Path | Listen) -> socket.socket:
+    """A socket that listens; a file can be connected to from the moment it is there, by its owner alone."""
     if isinstance(where, Path):
-        if len(os.fsencode(where)) > MAX_SOCKET_PATH_BYTES:
-            raise OSError(f"{where} is too long for a socket")
-        where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        where.unlink(missing_ok=True)
-        one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    else:
-        one = socket.socket(socket.AF_INET6 if ":" in where.address else socket.AF_INET, socket.SOCK_STREAM)
+        return _listening_at(where)
+    one = socket.socket(socket.AF_INET6 if ":" in where.address else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        if isinstance(where, Path):
-            one.bind(str(where))
-            return one
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if where.interface:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, where.interface.encode() + b"\0")
         one.bind((where.address, where.port))
+        one.listen(_BACKLOG)
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def _listening_at(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise OSError(f"{path} is too long for a socket")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Between bind and listen whoever connects is refused, so nobody may know its name yet.
+    made = path.with_name(_NEW_SOCKET)
+    made.unlink(missing_ok=True)
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        one.bind(str(made))
+        one.listen(_BACKLOG)
+        made.replace(path)
     except BaseException:
         one.close()
         raise

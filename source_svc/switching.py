@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from source_svc.copying import Copy
 from source_svc.departure import Departure
-from source_svc.device_state import save_device_state
+from source_svc.device_state import check_device_state, save_device_state
 from source_svc.link import until_reached
 from source_svc.noticing import Notice
 from source_svc.peer import Destination
@@ -24,7 +24,7 @@ from vmferry.handoff import source
 from vmferry.handoff.states import Attempt, AttemptState
 from vmferry.machines.clock import told_ns
 from vmferry.machines.qmp import QmpMachine
-from vmferry.machines.spec import QEMU
+from vmferry.machines.spec import QEMU, MachineSpec
 from vmferry.telemetry.tracing import phase
 from vmferry.together import together
 from vmferry.transfer.seal import seal_digest
@@ -85,27 +85,29 @@ class Switch:
 
     async def _rest(self, copy: Copy) -> bytes:
         """Send what is left of the paused guest; returns its device state."""
+        all_come = asyncio.Event()
+        if self._machine.spec.kind != QEMU:
+            all_come.set()
         device_state: bytes
-        if self._machine.spec.kind == QEMU:
-            # Its devices may still write while they are being saved. To look for what was written costs more than
-            # to send it, so that is done once. Meanwhile the device state, which is small, is on its way.
-            device_state = await self._saved()
-            await together(copy.last_round(), copy.send_device_state(device_state))
-        else:
-            _, device_state = await together(copy.last_round(), self._saved_and_sent(copy))
+        _, device_state = await together(
+            self._last_round(copy, all_come), self._saved_and_sent(copy, all_come)
+        )
         if self._compare_bytes:
             async with phase("compare"):
                 await copy.compare_all()
         return device_state
 
-    async def _saved_and_sent(self, copy: Copy) -> bytes:
-        device_state = await self._saved()
-        await copy.send_device_state(device_state)
-        return device_state
+    async def _last_round(self, copy: Copy, all_come: asyncio.Event) -> None:
+        # QEMU's devices may still write while they are being saved, and have been once it has hung up. To look for
+        # what was written costs more than to send it, so that is done once. That QEMU says so, and whether what it
+        # sent is whole, is looked at meanwhile.
+        await all_come.wait()
+        await copy.last_round()
 
-    async def _saved(self) -> bytes:
-        device_state = await save_device_state(self._machine)
+    async def _saved_and_sent(self, copy: Copy, all_come: asyncio.Event) -> bytes:
+        device_state = await save_device_state(self._machine, all_come=all_come.set)
         self._guest_clock_ns = await told_ns(self._machine)
+        await copy.send_device_state(device_state)
         return device_state
 
     async def _seal(self, device_state: bytes, timeout_s: float) -> source.Heard:
@@ -120,12 +122,13 @@ class Switch:
     async def _sealed(
         self, ending: asyncio.Task[None], device_state: bytes, timeout_s: float
     ) -> source.Heard:
-        attempt, rounds = self._attempt, self._copy.round_number
+        attempt, rounds, spec = self._attempt, self._copy.round_number, self._machine.spec
+        await asyncio.sleep(0)  # the ends of the lanes go first: the destination waits for them
         digest = seal_digest(
             attempt,
             memory_root=await self._copy.root(),
             device_state=device_state,
-            spec_digest=self._machine.spec.digest(),
+            spec_digest=spec.digest(),
         )
         events = self._notice.hand_on()
         await self._departure.apply(source.Paused(digest))
@@ -141,9 +144,12 @@ class Switch:
             "Seal",
             timeout_s,
         )
-        # The destination waits for the end of its lanes before it answers: one round trip less in the pause.
+        # The destination waits for the end of its lanes before it answers: one round trip less in the pause. While it
+        # loads, there is time to look at what it was sent.
         heard: source.Heard
-        heard, _, _ = await together(seal, self._departure.settle_records(), _ended(ending))
+        heard, *_ = await together(
+            seal, self._departure.settle_records(), _ended(ending), _checked(device_state, spec)
+        )
         if heard.state is not AttemptState.PREPARED or heard.digest != digest:
             raise WrongPhaseError(
                 f"the destination is {heard.state.name.lower()}, not ready with what was sealed"
@@ -154,3 +160,8 @@ class Switch:
 
 async def _ended(ending: asyncio.Task[None]) -> None:
     await ending
+
+
+async def _checked(device_state: bytes, spec: MachineSpec) -> None:
+    if device_state:  # else it went with memory
+        await check_device_state(device_state, spec)

@@ -66,26 +66,36 @@ class BoardFiles:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(self.path(machine_id), records.to_text(board))
 
-    def take(self, machine_id: str, data: bytes) -> None:
-        """Keep the board that a machine brings from another host; one that makes no sense is left out."""
+    def arriving(self, machine_id: str, data: bytes) -> Board | None:
+        """What to keep if a machine comes that brings this board along; one that makes no sense is left out."""
         if not data:
-            return
+            return None
         try:
             if len(data) > records.MAX_BYTES:
                 raise ValueError(f"{len(data)} bytes are too many")  # noqa: TRY301 - as what cannot be read
-            arriving = records.from_text(data.decode())
+            board = records.from_text(data.decode())
             # What is over ended in the switch that is going on: by this host's clock, that is now.
             past = tuple(
                 dataclasses.replace(one, ended_s=time.time()) if one.why == ARRIVING else one
-                for one in arriving.ended
+                for one in board.ended
             )
-            arriving = dataclasses.replace(arriving, ended=past)
-            self.store(machine_id, merged(self.load(machine_id), arriving))
-        except (ValueError, OSError, VmferryError) as error:
-            # A migration does not fail because its guest may be told of an event twice.
-            _LOG.error(
-                "the events of a machine could not be taken over", machine=machine_id, detail=str(error)
-            )
+            return merged(self.load(machine_id), dataclasses.replace(board, ended=past))
+        except (ValueError, VmferryError) as error:
+            _lost(machine_id, error)
+            return None
+
+    def take(self, machine_id: str, board: Board | None) -> None:
+        """Keep such a board, now that the machine has come."""
+        try:
+            if board is not None:
+                self.store(machine_id, board)
+        except OSError as error:
+            _lost(machine_id, error)
+
+
+def _lost(machine_id: str, error: Exception) -> None:
+    # A migration does not fail because its guest may be told of an event twice.
+    _LOG.error("the events of a machine could not be taken over", machine=machine_id, detail=str(error))
 
 
 ARRIVING = "the machine moved"

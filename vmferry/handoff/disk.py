@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from vmferry.errors import JournalDamagedError
 
@@ -212,6 +213,11 @@ class _FileHandle(ctypes.Structure):
     )
 
 
+@functools.cache
+def _name_to_handle_at() -> Any:
+    return ctypes.CDLL(None, use_errno=True).name_to_handle_at
+
+
 def _handle(fd: int) -> str:
     """The file's handle, which holds its number and generation; empty where the file system has none.
 
@@ -221,7 +227,6 @@ def _handle(fd: int) -> str:
     call has returned.
     """
     handle, mount = _FileHandle(_MAX_HANDLE_BYTES, 0), ctypes.c_int()
-    call = ctypes.CDLL(None, use_errno=True).name_to_handle_at
-    if call(fd, b"", ctypes.byref(handle), ctypes.byref(mount), _AT_EMPTY_PATH) != 0:
+    if _name_to_handle_at()(fd, b"", ctypes.byref(handle), ctypes.byref(mount), _AT_EMPTY_PATH) != 0:
         return ""
     return f"handle {handle.handle_type} {bytes(handle.f_handle[: handle.handle_bytes]).hex()}"

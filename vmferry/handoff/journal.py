@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -58,8 +58,8 @@ def read(path: Path, label: bytes, *, settled: bool = False, known: int = 0, dis
 
     With ``settled`` everything returned is on disk. Its writer may be between write and sync, or have been killed
     there, or have failed to sync: then the kernel calls the page clean, tells nobody again, and a sync by another
-    process would prove nothing. So the last slot is written again as it is, unless so many slots are ``known`` to be
-    on disk; it may already have another one behind it.
+    process would prove nothing. So the last slot is written again as it is, and synced; it may already have another
+    one behind it. Where as many are ``known`` to be on disk, nothing is brought there, and no pause waits for it.
     """
     try:
         opened = disk.open(path, writable=settled)
@@ -69,11 +69,10 @@ def read(path: Path, label: bytes, *, settled: bool = False, known: int = 0, dis
         data = file.read()
         contents = _contents(data, path, label)
         slots = len(contents.hashes)
-        if settled:
+        if settled and slots > known:
             try:
-                if slots > known:
-                    last = (slots - 1) * SLOT_BYTES
-                    file.write(data[last : last + SLOT_BYTES], last)
+                last = (slots - 1) * SLOT_BYTES
+                file.write(data[last : last + SLOT_BYTES], last)
                 file.sync_data()
             except OSError as error:
                 return Contents(damage=f"{path.name} cannot be synced: {error}", sync_failed=True)
@@ -91,15 +90,17 @@ def salvage(path: Path, disk: Disk = DISK) -> tuple[bytes, ...] | None:
         return None
     with contextlib.closing(opened) as file:
         data = file.read()
-    return _read_slots(_slots(data)).payloads
+    return _read_slots(data).payloads
 
 
-def _slots(data: bytes) -> list[bytes]:
-    return [data[at : at + SLOT_BYTES].ljust(SLOT_BYTES, b"\0") for at in range(0, len(data), SLOT_BYTES)]
+def _slots(data: bytes, start: int = 0) -> Iterator[bytes]:
+    """The slots from a place on."""
+    for at in range(start, len(data), SLOT_BYTES):
+        yield data[at : at + SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
 
 
 def _contents(data: bytes, path: Path, label: bytes) -> Contents:
-    contents = _read_slots(_slots(data))
+    contents = _read_slots(data)
     if contents.payloads and contents.payloads[0] != label:
         return Contents(damage=f"{path.name} belongs to another machine, role or host")
     if not contents.payloads:
@@ -110,14 +111,17 @@ def _contents(data: bytes, path: Path, label: bytes) -> Contents:
     return replace(contents, payloads=contents.payloads[1:], torn_tail=torn)
 
 
-def _read_slots(slots: Sequence[bytes]) -> Contents:
+def _read_slots(data: bytes) -> Contents:
     payloads: list[bytes] = []
     hashes: list[bytes] = []
     torn_tail, damage = False, ""
-    for number, slot in enumerate(slots):
+    for number, slot in enumerate(_slots(data)):
         payload = _decode(slot, number, hashes[-1] if hashes else bytes(_HASH_BYTES))
         if payload is None:
-            rest = slots[number + 1 :]
+            at = number * SLOT_BYTES
+            if data[at:] == bytes(len(data) - at):
+                break  # as almost always, and fast: a guest's pause waits for it
+            rest = list(_slots(data, at + SLOT_BYTES))
             if any(_is_slot(later) for later in rest):
                 damage = f"slot {number} is bad, later ones are not"
             elif any(later != _EMPTY for later in rest):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmferry.machines.process import boot_id
 from vmferry.machines.qemu.spec import DiskSpec, QemuSpec
 from vmferry.v1.compatibility_pb2 import FileIdentity
 
@@ -53,11 +54,6 @@ def files_of(part: QemuSpec) -> list[HostFile]:
     """Every file that a description names."""
     disks = {f"{part.TABLE}disks[{number}].path": disk for number, disk in enumerate(part.disks)}
     return [HostFile(field, Path(path), disks.get(field)) for field, path in part.host_files().items()]
-
-
-def boot_id() -> str:
-    """The running kernel's identity."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def identify(field: str, real: Path) -> FileIdentity:

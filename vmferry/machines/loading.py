@@ -7,6 +7,7 @@ is raised. A connection that was opened beforehand carries one load.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -15,7 +16,7 @@ from vmferry.errors import MachineDeadError, MachineFailedError
 from vmferry.machines.migrating import Fail, MigrationControl
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import RunState
-from vmferry.machines.state_socket import connected, send_all, temporary
+from vmferry.machines.state_socket import MAX_STATE_BYTES, connected, send_all, temporary
 
 _COMMAND: Final = "migrate-incoming"
 _POLL_S: Final = 0.001
@@ -65,6 +66,7 @@ class Loading:
                 link, self._link = self._link or await self._waiting(), None
                 with link:  # until it is loaded, so that its end is never taken for a fault
                     await send_all(link, data)
+                    await _hung_up(link)
                     await self._until_loaded()
         except TimeoutError as error:
             raise self._late() from error
@@ -98,7 +100,10 @@ class Loading:
         path = self._paths.state_socket
         with temporary(path):
             await self._migration.receive(path)
-            return await connected(path)
+            link = await connected(path)
+        # As much as the host allows: a state that fits is handed over in one go.
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_STATE_BYTES)
+        return link
 
     async def _until_loaded(self) -> None:
         loop = asyncio.get_running_loop()
@@ -115,3 +120,13 @@ class Loading:
 
     def _late(self) -> MachineFailedError:
         return self._fail(_COMMAND, f"not loaded within {self._timeout_s:g} s")
+
+
+async def _hung_up(link: socket.socket) -> None:
+    """Wait until the hypervisor has hung up, which it does when it has loaded, or failed; but not for long.
+
+    To be woken by that is sooner than to ask again and again.
+    """
+    with contextlib.suppress(TimeoutError, OSError):
+        async with asyncio.timeout(_WATCH_S):
+            await asyncio.get_running_loop().sock_recv(link, 1)

@@ -7,6 +7,7 @@ all agree with the record; nothing is ever signalled or called alive on its numb
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
@@ -118,6 +119,7 @@ class ProcessIdentity:
         return True
 
 
+@functools.cache
 def boot_id() -> str:
     """What tells this boot of the host from every other."""
     return _BOOT_ID.read_text(encoding="ascii").strip()
@@ -125,7 +127,8 @@ def boot_id() -> str:
 
 def _read_stat(pid: int) -> list[str] | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - a guest's pause waits for it
+            found = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return text.rpartition(")")[2].split()
+    return found.rpartition(b")")[2].decode("ascii").split()

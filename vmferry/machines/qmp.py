@@ -11,8 +11,8 @@ next call connects again.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -101,6 +101,8 @@ class QmpMachine(Machine):
             self._migration, paths, self._run_state, self._failure, timeout_s=qmp_timeout_s
         )
         self._loaded: bytes | None = None
+        """What a machine that stands still was loaded with; kept until it runs."""
+        self._loaded_at = 0.0
         self._stands = False
         """It was just seen to stand still, by a command that was given here."""
         self.paths = paths
@@ -210,26 +212,35 @@ class QmpMachine(Machine):
             words = ", ".join(f"{driver}:{file}" for driver, file in sorted(opened - named))
             raise self._failure("query-named-block-nodes", f"it has opened what no disk names: {words}")
 
-    async def save_device_state(self) -> bytes:
-        """Everything of the paused machine that is not RAM, asked for anew by each call."""
+    async def save_device_state(self, *, all_come: Callable[[], None] = lambda: None) -> bytes:
+        """Everything of the paused machine that is not RAM, asked for anew by each call.
+
+        Args:
+            all_come: called when the hypervisor has hung up, before it is asked whether that was all: whatever
+                else, its devices are not being saved any more.
+        """
         async with self._lock:
             stands, self._stands = self._stands, False
             if not stands:  # the guest waits: what was just seen is not asked again
                 self._require(await self._run_state(), _STOPPED, "be saved")
-            return await self._save()
+            return await self._save(all_come)
 
     async def load_device_state(self, data: bytes) -> None:
         """Give a machine that waits for it the device state; the same bytes again change nothing."""
-        digest = hashlib.sha256(data).digest()
         async with self._lock:
             # One that waits at a connection was seen to wait, and does so until it is sent something, or dies.
             if not (self._loading.waits and self.process.alive()):
                 state = await self._run_state()
-                if state in _STOPPED and digest == self._loaded:
+                if state in _STOPPED and data == self._loaded:
                     return
                 self._require(state, frozenset({RunState.INMIGRATE}), "take device state")
             await self._loading.load(data)
-            self._loaded = digest
+            self._loaded, self._loaded_at = data, time.monotonic()
+
+    def just_loaded(self, within_s: float) -> bool:
+        """Whether it was loaded by this hold so short a time ago, was not told to run since, and lives."""
+        recent = self._loaded is not None and time.monotonic() - self._loaded_at < within_s
+        return recent and self.process.alive()
 
     async def get_ready_to_stream(self, *, slow_down: bool = False) -> None:
         """Do beforehand what the hypervisor's own migration stream needs."""
@@ -282,7 +293,7 @@ class QmpMachine(Machine):
         """Wait until the hypervisor has loaded a stream that it was given to its end, and is paused."""
         async with self._lock:
             await self._loading.end_of_stream()
-            self._loaded = b""
+            self._loaded, self._loaded_at = b"", time.monotonic()
 
     def stream_refused(self) -> MachineFailedError:
         """What to say of a hypervisor that hung up on its stream."""
@@ -384,11 +395,11 @@ class QmpMachine(Machine):
             raise self._failure(_STATUS, f"the hypervisor names a state that is not known here: {word!r}")
         return state, str(word)
 
-    async def _save(self) -> bytes:
+    async def _save(self, all_come: Callable[[], None]) -> bytes:
         await self._migration.prepare_device_state()
         async with receiving(self.paths.state_socket) as received:
             await self._migration.send(self.paths.state_socket)
-            await self._until_completed(received)
+            await self._until_completed(received, all_come)
             try:
                 data = received.result()
             except StateTooLargeError as error:
@@ -399,14 +410,18 @@ class QmpMachine(Machine):
             raise self._failure("migrate", "the hypervisor sent no device state")
         return data
 
-    async def _until_completed(self, received: asyncio.Task[bytes]) -> None:
+    async def _until_completed(self, received: asyncio.Task[bytes], all_come: Callable[[], None]) -> None:
         """Wait until the hypervisor says that all is sent, and all has come."""
+        hung_up = False
         try:
             async with asyncio.timeout(self._timeout_s):
                 while True:
                     await asyncio.wait((received,), timeout=_WATCH_S)
                     if received.done() and received.exception() is not None:
                         return
+                    if received.done() and not hung_up:
+                        hung_up = True
+                        all_come()
                     if await self._migration.completed("migrate") and received.done():
                         return
                     await asyncio.sleep(_POLL_S)

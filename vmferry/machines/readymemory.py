@@ -222,7 +222,7 @@ class ReadyMemory:
             length = min(_STEP_BYTES, file.size_bytes - file.taken_bytes)
             if self._available() - self._headroom_bytes < length:
                 raise InsufficientMemoryError("this host has no memory left beyond its headroom")
-            await asyncio.to_thread(ram.reserve, file.taken_bytes, length)
+            await asyncio.to_thread(ram.reserve_warm, file.taken_bytes, length)
             file.taken_bytes += length
             # Half of a processor is enough for what is not urgent.
             await asyncio.sleep(time.monotonic() - started)

@@ -13,7 +13,7 @@ from vmferry.handoff.choices import Choice, choices, open_attempt
 from vmferry.handoff.ledger import HostLedger, Role
 from vmferry.handoff.reading import Entry, Reading
 from vmferry.handoff.states import Attempt
-from vmferry.machines.fileidentity import boot_id
+from vmferry.machines.process import boot_id
 from vmferry.recovery.contact import Contact
 from vmferry.recovery.examination import Examiner, Known, as_message
 from vmferry.v1 import journal_pb2, recovery_pb2

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -153,6 +155,7 @@ class Machine:
         self.process = HypervisorProcess(guest)
         self._world = world
         self._holder = holder
+        self._loaded_at = -math.inf
 
     async def _operation(self, name: str) -> None:
         await asyncio.sleep(_OPERATION_S)
@@ -183,6 +186,7 @@ class Machine:
         """Let the guest run."""
         if permit.machine_id != self.spec.uuid:
             raise MachineNotOwnedError("the permit is for another machine")
+        self._loaded_at = -math.inf
         await self._operation("cont")
         if self.guest.state is RunState.RUNNING:
             return
@@ -196,10 +200,11 @@ class Machine:
     async def get_ready(self) -> None:
         """Nothing to do."""
 
-    async def save_device_state(self) -> bytes:
+    async def save_device_state(self, *, all_come: Callable[[], None] = lambda: None) -> bytes:
         """The device state of the paused guest."""
         await self._operation("save")
         self.guest.state = RunState.POSTMIGRATE
+        all_come()
         return b"devices"
 
     async def load_device_state(self, data: bytes) -> None:
@@ -208,7 +213,13 @@ class Machine:
         if self.guest.state is not RunState.INMIGRATE:
             raise WrongPhaseError(f"it is {self.guest.state}")
         self.guest.state = RunState.PAUSED
+        self._loaded_at = asyncio.get_running_loop().time()
         self._world.guest_changed(self.guest)
+
+    def just_loaded(self, within_s: float) -> bool:
+        """Whether this hold loaded it so short a time ago."""
+        recent = asyncio.get_running_loop().time() - self._loaded_at < within_s
+        return recent and self.guest.alive
 
     async def announce(self) -> None:
         """Nobody listens."""

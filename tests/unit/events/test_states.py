@@ -164,13 +164,13 @@ def test_what_a_machine_brings_is_taken_over(tmp_path: Path) -> None:
     )
     moved = states.scheduled(Board(9, "y"), replace(EVENT, id=OTHER, not_before_s=NOW))
     moved = states.ended(states.started(moved, OTHER, NOW), OTHER, NOW, why=ARRIVING)
-    files.take("m", records.to_text(moved).encode())
+    files.take("m", files.arriving("m", records.to_text(moved).encode()))
     found = files.load("m")
     assert (found.incarnation, found.shown) == (9, "y")
     assert [one.event.id for one in found.ended] == [ID, OTHER]
     assert found.ended[-1].ended_s > NOW
     for nonsense in (b"", b"{}", b"\xff", b"[" * 1000, b"x" * (records.MAX_BYTES + 1)):
-        files.take("m", nonsense)
+        files.take("m", files.arriving("m", nonsense))
         assert files.load("m") == found
 
 

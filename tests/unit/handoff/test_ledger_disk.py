@@ -27,8 +27,9 @@ def ledger(tmp_path: Path) -> HostLedger:
     """A host to which the machine came; that it runs here was promised, and may not be on disk."""
     made = HostLedger(tmp_path / "journals")
     with closing(made.open_destination(MACHINE)) as log:
-        for kind in (K.ACCEPTED, K.PREPARED, K.OWNED):
+        for kind in (K.ACCEPTED, K.PREPARED):
             log.append(Append(record(kind, HERE)))
+        log.append(Append(record(K.OWNED, HERE), durable=False))  # its writer was killed before it synced it
     return made
 
 
@@ -68,6 +69,15 @@ def test_a_permit_rests_on_what_is_on_disk(ledger: HostLedger, monkeypatch: pyte
     assert ledger.rights(MACHINE).standing is Standing.OWNED  # looking costs no sync
     with pytest.raises(JournalDamagedError):
         ledger.permit(MACHINE)
+
+
+def test_a_permit_waits_for_no_disk_that_has_all_of_it(ledger: HostLedger, synced: dict[str, bytes]) -> None:
+    """The register says how far a journal was synced; up to there nothing is, with a guest's pause waiting."""
+    with closing(ledger.open_destination(MACHINE)):
+        pass  # whoever opens it to append settles it
+    synced.clear()
+    ledger.permit(MACHINE)
+    assert synced == {}
 
 
 def test_a_machine_is_ended_by_a_right_that_is_on_disk(

@@ -195,7 +195,7 @@ def test_every_bit_of_a_small_journal_counts(record_property: Callable[[str, obj
         slots = [bytearray(first), bytearray(record_slot)]
         for bit in range(SLOT_BYTES * 8):
             slots[slot][bit // 8] ^= 1 << bit % 8
-            contents = journal._read_slots([bytes(slots[0]), bytes(slots[1])])
+            contents = journal._read_slots(bytes(slots[0]) + bytes(slots[1]))
             slots[slot][bit // 8] ^= 1 << bit % 8
             assert len(contents.payloads) == slot, bit
             assert contents.damage if slot == 0 else contents.torn_tail, bit

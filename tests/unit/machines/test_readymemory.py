@@ -19,6 +19,7 @@ from vmferry.errors import MachineExistsError
 from vmferry.machines.directory import MachineDirectory
 from vmferry.machines.readymemory import FOLDER, ReadyMemory, filling_files, ready_files
 from vmferry.machines.spec import new_spec
+from vmferry.memory.regions import RamFile
 
 MIB = 1024 * 1024
 PLENTY = 1 << 40
@@ -80,6 +81,10 @@ async def test_a_machine_finds_its_memory_ready(folder: Path) -> None:
         assert (ram.stat().st_size, allocated(ram)) == (16 * MIB, 16 * MIB)
         assert stat.S_IMODE(ram.stat().st_mode) == 0o600
         assert ram.stat().st_nlink == 1
+        with RamFile.open(ram, 16 * MIB) as file:
+            assert not file.data_runs(), (
+                "what nobody wrote is known to be zero, and need not be looked through"
+            )
         assert ram.read_bytes() == bytes(16 * MIB)
         ram.write_bytes(b"a secret of the first machine" * 1000)
         await until(lambda: ready_files(folder) == [16])

@@ -9,16 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from vmferry.errors import InvalidArgumentError, VmferryError, WrongPhaseError
 from vmferry.machines.microvm.machine import Announcement, Machine, RunState
 from vmferry.machines.microvm.migration import Migration, Status
 from vmferry.machines.microvm.version import VERSION
+from vmferry.machines.process import boot_id
 
 _CAPABILITY: Final = "x-ignore-shared"
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 Arguments = Mapping[str, Any]
 Answer = dict[str, Any] | list[Any]
@@ -120,7 +119,7 @@ class Commands:
 
     def _query_vcpu_times(self, _: Arguments) -> Answer:
         return {
-            "boot-id": _BOOT_ID.read_text(encoding="ascii").strip(),
+            "boot-id": boot_id(),
             "last-stop-monotonic-ns": self._machine.times.last_stop_ns,
             "last-start-monotonic-ns": self._machine.times.last_start_ns,
         }
