@@ -24,6 +24,7 @@ from vmferry.errors import (
     TooManyMigrationsError,
 )
 from vmferry.memory.digest import PageTable
+from vmferry.memory.nameless import open_nameless
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.security.identity import Identity
@@ -102,9 +103,9 @@ class Measurements:
         self, source: str, requests: AsyncIterator[ChunkFrame]
     ) -> handoff_pb2.MeasureResponse:
         taken, began = 0, 0.0
+        reservation: _Reservation | None = None
         async with contextlib.AsyncExitStack() as stack:
             intake: Intake | None = None
-            reservation: _Reservation | None = None
             async for request in requests:
                 if intake is None:
                     began = time.monotonic()
@@ -121,9 +122,10 @@ class Measurements:
             response = handoff_pb2.MeasureResponse(data_bytes=taken)
             if began:
                 response.elapsed.FromNanoseconds(int((time.monotonic() - began) * 1e9))
-            if reservation is not None:
-                response.reserve_bytes_per_second = reservation.rate
-            return response
+        # A step that was begun has ended by now, so that the shortest call measures one, too.
+        if reservation is not None:
+            response.reserve_bytes_per_second = reservation.rate
+        return response
 
     @contextlib.asynccontextmanager
     async def _reservation(self, source: str) -> AsyncIterator[_Reservation]:
@@ -180,7 +182,7 @@ def _take(intake: Intake, chunk: ChunkFrame) -> None:
 def _nameless(folder: Path, size_bytes: int) -> RamFile:
     """A memory file that the kernel removes when it is closed, even by a process's death."""
     try:
-        fd = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fd = open_nameless(folder)
     except OSError as error:
         raise InsufficientMemoryError(f"no file can be made in {folder}: {error.strerror}") from error
     os.ftruncate(fd, size_bytes)

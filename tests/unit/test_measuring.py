@@ -74,6 +74,13 @@ async def test_what_came_is_counted_and_timed(folder: Path) -> None:
     assert answer.reserve_bytes_per_second > 0
 
 
+async def test_the_shortest_call_tells_how_fast_memory_was_taken(folder: Path) -> None:
+    """It waits for the step that it began."""
+    for _ in range(50):
+        answer = await Measurements(folder).measure(host("a"), sent([chunk(1)]))
+        assert answer.reserve_bytes_per_second > 0
+
+
 async def test_a_call_without_pages_takes_nothing(folder: Path) -> None:
     """It is answered, which is what a source wants to know of the way there and back."""
     assert await Measurements(folder).measure(host("a"), sent([])) == handoff_pb2.MeasureResponse()

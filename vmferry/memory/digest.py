@@ -1,9 +1,10 @@
 """A digest of every page: what a page held when it was last sent or received.
 
-Promise: a :class:`PageTable` costs sixteen bytes for each page of those parts of a region in which something else
-than zero was ever noted, and next to nothing for the others, however large the region is; several threads may note
-pages, each its own. Two tables have the same root only if every page they noted had the same content. A page counts
-as zero only after its bytes were compared, never by its digest alone.
+Promise: a :class:`PageTable` needs sixteen bytes for each page of those parts of a region in which something else
+than zero was ever noted, and next to nothing for the others, however large the region is. With a shelf, no more than
+12 MiB of it are memory, enough for 3 GiB of the region; the rest is on the shelf as long as that has room. Several
+threads may note pages, each its own. Two tables have the same root only if every page they noted had the same
+content. A page counts as zero only after its bytes were compared, never by its digest alone.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from typing import Final
 from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.shelf import Shelf
 
 DIGEST_SIZE: Final = 16
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
 ZERO_PAGE_DIGEST: Final[bytes] = xxh3_128_digest(_ZERO_PAGE)
 _PART_BYTES: Final = 64 * 1024
 """What a table is made of; one such part is for 16 MiB of memory."""
+_KEPT_PARTS: Final = 192
+"""How many of them are kept in memory, where there is a shelf for the others."""
 _ALL_ZERO: Final = ZERO_PAGE_DIGEST * (_PART_BYTES // DIGEST_SIZE)
 
 
@@ -42,15 +46,35 @@ class PageSplit:
     """The pages of ``data_runs``; the caller's own buffer when no page was zero."""
 
 
+@dataclass(frozen=True)
+class _Shelved:
+    """A part of a table that is not in memory."""
+
+    shelf: Shelf
+    offset: int
+    size: int
+
+    def read(self, at: int, size: int) -> bytes:
+        """Up to so many bytes from a place in it on."""
+        return self.shelf.read(min(size, self.size - at), self.offset + at)
+
+    def write(self, at: int, digests: bytes) -> None:
+        """Put them into a place in it."""
+        self.shelf.write(digests, self.offset + at)
+
+
 class PageTable:
     """The digest of each page of one region; at first every page is noted as zero, as in a new RAM file."""
 
-    def __init__(self, page_count: int) -> None:
+    def __init__(self, page_count: int, shelf: Shelf | None = None) -> None:
         self.page_count = page_count
+        self._shelf = shelf
         whole, rest = divmod(page_count * DIGEST_SIZE, _PART_BYTES)
-        self._parts: list[bytes | bytearray] = [_ALL_ZERO] * whole
+        self._parts: list[bytes | bytearray | _Shelved] = [_ALL_ZERO] * whole
         if rest:
             self._parts.append(_ALL_ZERO[:rest])
+        self._kept = 0
+        """How many of them are in memory and can be written."""
         self._lock = threading.Lock()
         """Held while a part becomes one that can be written."""
 
@@ -70,7 +94,7 @@ class PageTable:
         """One digest over the digests of all pages."""
         digest = xxh3_128()
         for part in self._parts:
-            digest.update(part)
+            digest.update(part.read(0, part.size) if isinstance(part, _Shelved) else part)
         return digest.digest()
 
     def note_pages(self, runs: Iterable[tuple[int, int]], buffer: bytes | bytearray | memoryview) -> None:
@@ -140,14 +164,25 @@ class PageTable:
                 if part[at : at + len(piece)] == piece:
                     continue
                 part = self._writable(number)
-            part[at : at + len(piece)] = piece
+            if isinstance(part, _Shelved):
+                part.write(at, piece)
+            else:
+                part[at : at + len(piece)] = piece
 
-    def _writable(self, number: int) -> bytearray:
+    def _writable(self, number: int) -> bytearray | _Shelved:
         with self._lock:
             part = self._parts[number]
             if isinstance(part, bytes):
-                part = self._parts[number] = bytearray(part)
+                part = self._parts[number] = self._shelved(number, part) or bytearray(part)
+                self._kept += isinstance(part, bytearray)
             return part
+
+    def _shelved(self, number: int, part: bytes) -> _Shelved | None:
+        """A part outside of memory, if that has enough of them, and there is room."""
+        if self._shelf is None or self._kept < _KEPT_PARTS:
+            return None
+        offset = number * _PART_BYTES
+        return _Shelved(self._shelf, offset, len(part)) if self._shelf.put(part, offset) else None
 
     def _noted(self, page: int, count: int) -> bytes:
         """The digests of pages, one behind the other."""
@@ -155,7 +190,8 @@ class PageTable:
         found = []
         while position < end:
             number, at = divmod(position, _PART_BYTES)
-            found.append(bytes(self._parts[number][at : at + end - position]))
+            part, size = self._parts[number], end - position
+            found.append(part.read(at, size) if isinstance(part, _Shelved) else bytes(part[at : at + size]))
             position += len(found[-1])
         return b"".join(found)
 

@@ -338,6 +338,22 @@ class RamFile:
         with _out_of_memory(self.path):
             os.posix_fallocate(self._fd, offset, length)
 
+    def reserve_warm(self, offset: int, length: int) -> None:
+        """The same for a part that nobody has used yet, with memory that was touched a moment ago.
+
+        Where this host is a virtual machine itself, its memory comes into being when it is touched, and whoever does
+        that waits for it. So zeros are written, given back, and set aside again: the kernel hands out first what it
+        got back last. Kept as written, they would count as data, and have to be looked through when a machine leaves.
+
+        Raises:
+            InsufficientMemoryError: there is not that much.
+        """
+        if not self._huge_page_bytes:  # to set huge pages aside is to touch them
+            for at in range(offset, offset + length, _PIECE_BYTES):
+                self._write(memoryview(_ZEROS)[: min(_PIECE_BYTES, offset + length - at)], at)
+            self.punch(offset // PAGE_SIZE, length // PAGE_SIZE)
+        self.reserve(offset, length)
+
     def punch(self, first_page: int, count: int) -> None:
         """Make pages zero again and give their memory back."""
         for offset, length in self._spans([(first_page, count)], count * PAGE_SIZE):

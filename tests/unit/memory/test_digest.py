@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128, xxh3_128_digest
 
 from vmferry.bench.usage import own_memory_kib
 from vmferry.memory.digest import DIGEST_SIZE, ZERO_PAGE_DIGEST, PageTable, digest_pages
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.memory.shelf import Shelf
 
 PAGES = 40
 CONTENTS = st.dictionaries(
@@ -104,6 +106,81 @@ def test_a_table_costs_what_was_noted() -> None:
     assert own_memory_kib(os.getpid()) - before < 16 * 1024
     assert table.get(2**26) == bytes(DIGEST_SIZE)
     assert table.get(2**26 + 1) == ZERO_PAGE_DIGEST
+
+
+KEPT_PAGES = 192 * 4096
+"""Pages whose digests are kept in memory where there is a shelf for the others: those of 3 GiB."""
+
+
+def test_a_table_of_a_large_machine_takes_little_memory(tmp_path: Path) -> None:
+    """64 GiB that are full: all digests are found again, also those that changed, and the root is of all of them."""
+    before = own_memory_kib(os.getpid())
+    pages, step = 2**24, 4096
+    table, expected = PageTable(pages, Shelf(tmp_path)), xxh3_128()
+    for page in range(0, pages, step):
+        table.note_digests([(page, step)], page.to_bytes(DIGEST_SIZE) * step)
+    for page in range(0, pages, step):
+        changed = b"c" * DIGEST_SIZE
+        table.note_digests([(page + 7, 1)], changed)
+        expected.update(page.to_bytes(DIGEST_SIZE) * 7 + changed + page.to_bytes(DIGEST_SIZE) * (step - 8))
+    assert table.root() == expected.digest()
+    assert own_memory_kib(os.getpid()) - before < 32 * 1024
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(-9000, 9000), st.integers(1, 9000), st.integers(0, 2)), min_size=1, max_size=6
+    )
+)
+def test_a_table_that_is_partly_on_a_shelf_is_as_one_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, notes: list[tuple[int, int, int]]
+) -> None:
+    """Whatever is noted around the place where memory ends."""
+    pages = KEPT_PAGES + 20_000
+    table, other = PageTable(pages, Shelf(tmp_path_factory.getbasetemp())), PageTable(pages)
+    for first in range(0, KEPT_PAGES, 4096):  # as much as is kept in memory
+        for each in (table, other):
+            each.note_digests([(first, 1)], b"k" * DIGEST_SIZE)
+    for offset, count, content in notes:
+        digests = (ZERO_PAGE_DIGEST if not content else bytes([content]) * DIGEST_SIZE) * count
+        for each in (table, other):
+            each.note_digests([(KEPT_PAGES + offset, count)], digests)
+    assert table.root() == other.root()
+    for offset, count, _ in notes:
+        first = KEPT_PAGES + offset
+        assert [table.get(page) for page in (first, first + count - 1)] == [
+            other.get(page) for page in (first, first + count - 1)
+        ]
+        assert not list(table.differing([(first, 1)], other.get(first)))
+
+
+def test_a_shelf_without_room_costs_memory_and_nothing_else(tmp_path: Path) -> None:
+    """It says so once; all digests are there."""
+    told: list[OSError] = []
+    pages = KEPT_PAGES + 3 * 4096
+    table, other = PageTable(pages, Shelf(tmp_path / "missing", told.append)), PageTable(pages)
+    for page in range(0, pages, 4096):
+        for each in (table, other):
+            each.note_digests([(page, 1)], b"x" * DIGEST_SIZE)
+    assert [type(error) for error in told] == [FileNotFoundError]
+    assert table.root() == other.root()
+
+
+def test_threads_note_pages_of_one_part_on_a_shelf(tmp_path: Path) -> None:
+    """As in memory."""
+    for _ in range(20):
+        table, gate = PageTable(KEPT_PAGES + 4096, Shelf(tmp_path)), threading.Barrier(4)
+        for page in range(0, KEPT_PAGES, 4096):
+            table.note_digests([(page, 1)], b"k" * DIGEST_SIZE)
+
+        def note(number: int, table: PageTable = table, gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            table.note_digests([(KEPT_PAGES + number, 1)], bytes([number + 1]) * DIGEST_SIZE)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(note, range(4)))
+        assert [table.get(KEPT_PAGES + number)[0] for number in range(4)] == [1, 2, 3, 4]
 
 
 def test_threads_note_pages_of_one_part() -> None:

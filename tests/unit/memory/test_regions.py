@@ -188,6 +188,25 @@ def test_reserving_takes_memory_and_more_than_there_is_is_refused(
         ram.reserve(0, SIZE)
 
 
+def test_memory_is_touched_before_it_is_set_aside_and_still_known_to_be_zero(
+    ram: RamFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it was written to, and none of it counts as data; what lies beside it stays as it is."""
+    touched: list[tuple[int, int]] = []
+    write = os.pwrite
+
+    def noted(descriptor: int, data: memoryview, offset: int) -> int:
+        touched.append((offset, len(data)))
+        return write(descriptor, data, offset)
+
+    ram.write_pages([(0, 1)], memoryview(page_of(7)))
+    monkeypatch.setattr(regions.os, "pwrite", noted)
+    ram.reserve_warm(PAGE_SIZE, 4 * PAGE_SIZE)
+    assert (touched[0][0], sum(size for _, size in touched)) == (PAGE_SIZE, 4 * PAGE_SIZE)
+    assert ram.allocated_bytes == 5 * PAGE_SIZE
+    assert list(ram.data_runs()) == [(0, 1)]
+
+
 def test_a_created_file_is_new_private_and_all_holes(tmp_path: Path) -> None:
     """A RAM file is never an existing one, and only its owner may open it."""
     path = tmp_path / "ram"
