@@ -276,7 +276,7 @@ async def test_the_destination_remembers_a_ticket_that_the_source_has_forgotten(
     """A source that lost its memory of migrations knows none; the destination's journal knows the ticket."""
     guest, here, there = bystander.guest, bystander.here, bystander.there
     ticket = world.ticket(guest, here, there)
-    migration_id = await world.start(guest, here, there, ticket=ticket)
+    migration_id = await world.start(guest, here, there, ticket=ticket, max_bandwidth=262_144)
     await world.enters(here, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
     async with world.source(here) as stub:
         await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id))

@@ -54,7 +54,7 @@ def to_grpc_status(error: VmferryError) -> grpc.Status:
     return converted
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> VmferryError:
+def from_rpc_error(error: Any) -> VmferryError:
     """The error that the other side raised, or the one that tells best what the transport met."""
     info, bad_request = _details(error)
     known = catalogue().get(info.reason) if info.domain == DOMAIN else None
@@ -67,13 +67,12 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> VmferryError:
     return found
 
 
-def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorInfo, BadRequest]:
+def _details(error: Any) -> tuple[ErrorInfo, BadRequest]:
     info, bad_request = ErrorInfo(), BadRequest()
     # AioRpcError is a snapshot whose methods answer at once, so the synchronous reader serves it; its own module for
     # asyncio wants a live call. A peer whose details are malformed or contradict its status is taken at its status.
-    call: Any = error
     try:
-        status: Status | None = rpc_status.from_call(call)
+        status: Status | None = rpc_status.from_call(error)
         for detail in status.details if status else ():
             _ = detail.Unpack(info) or detail.Unpack(bad_request)
     except (ValueError, DecodeError):
@@ -81,7 +80,7 @@ def _details(error: grpc.aio.AioRpcError) -> tuple[ErrorInfo, BadRequest]:
     return info, bad_request
 
 
-def _from_bare_code(error: grpc.aio.AioRpcError, info: ErrorInfo) -> VmferryError:
+def _from_bare_code(error: Any, info: ErrorInfo) -> VmferryError:
     code, details = error.code(), error.details() or "no details"
     metadata = {"grpc_code": code.name} | ({"peer_reason": info.reason} if info.reason else {})
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -123,7 +122,7 @@ def translated() -> Iterator[None]:
     """Turn errors of a stream into the catalogue's; one of the transport means that it may be opened again."""
     try:
         yield
-    except grpc.aio.AioRpcError as error:
+    except grpc.RpcError as error:
         failure = from_rpc_error(error)
         if "grpc_code" in failure.metadata:
             # The transport speaks, not the other side: the stream broke, whatever the code.

@@ -76,6 +76,24 @@ async def _server_span(method: str, context: Context) -> AsyncIterator[None]:
         _set_status(span, _code_name(context.code()), context.details(), _SERVER_ERRORS.__contains__)
 
 
+def start_client_span(method: str) -> tuple[tuple[tuple[str, str], ...], Callable[[Any], None]]:
+    """A span for a call over a channel that is not asyncio's: what its metadata say, and what to call at its end."""
+    span, headers = _client_span(method)
+
+    def end(call: Any) -> None:
+        _end_client_span(span, call.code(), call.details())
+
+    return headers, end
+
+
+def _client_span(method: str) -> tuple[Span, tuple[tuple[str, str], ...]]:
+    """A span of a call that begins, and the metadata by which the other host continues its trace."""
+    span = _TRACER.start_span(_span_name(method), kind=SpanKind.CLIENT, attributes=_rpc_attributes(method))
+    headers: dict[str, str] = {}
+    _PROPAGATOR.inject(headers, context=trace.set_span_in_context(span))
+    return span, tuple(headers.items())
+
+
 def ClientTracingInterceptors() -> list[Any]:  # noqa: N802 - it stands where a class would, one for each arity
     """Interceptors for ``grpc.aio`` channels: a span for every call of our services that leaves here."""
     return [_UnaryUnary(), _UnaryStream(), _StreamUnary(), _StreamStream()]
@@ -109,10 +127,8 @@ async def _traced_call(continuation: Any, details: Any, request: Any) -> Any:
     method = details.method.decode() if isinstance(details.method, bytes) else details.method
     if not _is_traced(method):
         return await continuation(details, request)
-    span = _TRACER.start_span(_span_name(method), kind=SpanKind.CLIENT, attributes=_rpc_attributes(method))
-    headers: dict[str, str] = {}
-    _PROPAGATOR.inject(headers, context=trace.set_span_in_context(span))
-    metadata = grpc.aio.Metadata(*(details.metadata or ()), *headers.items())
+    span, headers = _client_span(method)
+    metadata = grpc.aio.Metadata(*(details.metadata or ()), *headers)
     try:
         call = await continuation(details._replace(metadata=metadata), request)
     except BaseException as error:
@@ -121,7 +137,7 @@ async def _traced_call(continuation: Any, details: Any, request: Any) -> Any:
         raise
     # The call itself goes back as it is: whoever reads and writes it by hand needs the real one. It reports its end
     # by itself, also when nobody reads it to the end.
-    call.add_done_callback(partial(_end_client_span, span))
+    call.add_done_callback(partial(_end_settled, span))
     return call
 
 
@@ -162,8 +178,11 @@ class _Requests:
             self._reader.cancel()
 
 
-def _end_client_span(span: Span, call: Any) -> None:
-    code, details = _settled(call.code()), _settled(call.details())
+def _end_settled(span: Span, call: Any) -> None:
+    _end_client_span(span, _settled(call.code()), _settled(call.details()))
+
+
+def _end_client_span(span: Span, code: object, details: str | None) -> None:
     _set_status(span, _code_name(code), details, lambda name: name != "OK")
     span.end()
 

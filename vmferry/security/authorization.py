@@ -9,6 +9,7 @@ table cannot say (that a caller is the very source of *this* attempt) is checked
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -25,6 +26,8 @@ REQUIRED_TLS: Final = "TLSv1.3"
 MAX_SHOWN_CHARS: Final = 200
 """How much of a method name that somebody made up comes back in an error."""
 
+_KEPT: Final = 64
+"""Certificates of callers that are not taken apart again for each call."""
 _OPERATORS: Final = frozenset({Kind.CONTROLLER, Kind.ADMIN})
 _ADMINS: Final = frozenset({Kind.ADMIN})
 _HOSTS: Final = frozenset({Kind.VMHOST})
@@ -105,7 +108,7 @@ def caller_from_auth_context(auth: Mapping[str, Iterable[bytes]]) -> Identity:
     Raises:
         UnauthenticatedError: there is none, or the certificate and what gRPC read from it do not agree.
     """
-    identity = identity_from_certificate(_one(auth, "x509_pem_cert"))
+    identity = _identity(_one(auth, "x509_pem_cert"))
     for name in ("peer_spiffe_id", "peer_uri"):
         if _one(auth, name) != identity.uri.encode():
             raise UnauthenticatedError(
@@ -116,13 +119,25 @@ def caller_from_auth_context(auth: Mapping[str, Iterable[bytes]]) -> Identity:
 
 def caller_key_sha256(auth: Mapping[str, Iterable[bytes]]) -> bytes:
     """SHA-256 of the public key that the caller's certificate holds."""
-    return public_key_sha256(load_certificate(_one(auth, "x509_pem_cert")))
+    return _key_sha256(_one(auth, "x509_pem_cert"))
 
 
 def tls_version_from_auth_context(auth: Mapping[str, Iterable[bytes]]) -> str:
     """The version of TLS of a connection, such as ``TLSv1.3``; empty if it has none."""
     versions = list(auth.get("ssl_tls_version", ()))
     return versions[0].decode("ascii", "replace") if len(versions) == 1 else ""
+
+
+# What a certificate says never changes, and a guest's pause waits for calls. That it is trusted and in its time is
+# for the TLS layer to say, which did so when the connection was made.
+@lru_cache(maxsize=_KEPT)
+def _identity(certificate: bytes) -> Identity:
+    return identity_from_certificate(certificate)
+
+
+@lru_cache(maxsize=_KEPT)
+def _key_sha256(certificate: bytes) -> bytes:
+    return public_key_sha256(load_certificate(certificate))
 
 
 def _one(auth: Mapping[str, Iterable[bytes]], name: str) -> bytes:

@@ -26,6 +26,7 @@ __all__ = [
     "TlsMaterial",
     "is_identity_mismatch",
     "open_channel",
+    "open_lane_channel",
     "server_credentials",
 ]
 
@@ -106,6 +107,24 @@ def open_channel(
     Raises:
         PeerIdentityError: ``expected`` is no host of the own trust domain, so nobody there can be it.
     """
+    credentials, chosen = _connecting(expected, material, options)
+    return grpc.aio.secure_channel(address, credentials, options=chosen, interceptors=list(interceptors))
+
+
+def open_lane_channel(address: str, expected: Identity, material: TlsMaterial) -> grpc.Channel:
+    """The same for whoever calls it from threads, and not from an event loop.
+
+    Raises:
+        PeerIdentityError: as above.
+    """
+    credentials, chosen = _connecting(expected, material)
+    return grpc.secure_channel(address, credentials, options=chosen)
+
+
+def _connecting(
+    expected: Identity, material: TlsMaterial, options: Sequence[tuple[str, Any]] = ()
+) -> tuple[grpc.ChannelCredentials, list[tuple[str, Any]]]:
+    """What a channel is made with."""
     if expected.kind is not Kind.VMHOST or expected.trust_domain != material.identity.trust_domain:
         raise PeerIdentityError(
             f"{expected} is not a host of the trust domain {material.identity.trust_domain}",
@@ -125,9 +144,7 @@ def open_channel(
         # Whoever answers for DNS must not configure the channel.
         "grpc.service_config_disable_resolution": 1,
     }
-    return grpc.aio.secure_channel(
-        address, credentials, options=list(chosen.items()), interceptors=list(interceptors)
-    )
+    return credentials, list(chosen.items())
 
 
 def is_identity_mismatch(error: grpc.RpcError) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 SCRIPT = """
 import resource, sys
@@ -39,3 +43,22 @@ def test_a_buffer_that_was_freed_is_used_again(faults: dict[str, int]) -> None:
     """Ten windows of messages cost fewer page faults than the pages of a single message; by default, far more."""
     assert faults["kept"] < (2 << 20) // 4096
     assert faults["default"] > 10 * faults["kept"]
+
+
+@pytest.mark.skipif(
+    not HUGE.exists() or "[never]" in HUGE.read_text(), reason="this kernel has no huge pages to give"
+)
+def test_buffers_are_asked_for_in_huge_pages() -> None:
+    """The part of the heap that a service's windows fit into has the advice; nothing is touched for that."""
+    script = "from vmferry.rpc.allocator import keep_buffers; keep_buffers(); print(open('/proc/self/smaps').read())"
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    heaps = [part for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", told) if "[heap]" in part]
+    advised = [heap for heap in heaps if re.search(r"VmFlags:.* hg", heap)]
+    assert sum(_kib(heap, "Size") for heap in advised) >= 96 * 1024
+    assert sum(_kib(heap, "Rss") for heap in advised) < 8 * 1024
+
+
+def _kib(part: str, field: str) -> int:
+    found = re.search(rf"^{field}: +(\d+) kB", part, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
