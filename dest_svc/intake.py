@@ -1,12 +1,14 @@
 """What becomes of the frames that an attempt's lanes bring: guest memory, and the device state beside it.
 
-Promise: a frame is checked before it counts, and :meth:`DirectMemory.take` returns only when it is in memory.
+Promise: a frame is checked before it counts, and is in memory when :meth:`DirectMemory.take` is done with it. The
+event loop itself puts in only what it has done in a moment: pages as they are, in memory that is taken already.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import os
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 from vmferry.errors import ChunkRejectedError, StreamBrokenError
@@ -14,16 +16,21 @@ from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
+from vmferry.memory.runs import PAGE_SIZE
 from vmferry.negotiation.encodings import NONE
 from vmferry.telemetry.tracing import phase
 from vmferry.together import together
-from vmferry.transfer.frames import Intake
+from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, Intake, data_pages
 from vmferry.transfer.wire import ChunkFrame, PieceFrame, Received
 from vmferry.v1 import transfer_pb2
 
 MAX_DEVICE_STATE_BYTES: Final = 64 * 1024 * 1024
 MAX_DEVICE_STATE_PIECES: Final = 1024
 """Bounds what crumbs would cost beyond their bytes."""
+_LITTLE_PAGES: Final = 32
+"""Waking a thread for less takes longer than putting it in."""
+_FEW_PROCESSORS: Final = 2
+"""The loop and gRPC's own threads keep so many busy: a thread would only take turns with them."""
 
 
 class DeviceStateBuffer:
@@ -92,29 +99,76 @@ def take_frame(intake: Intake, device_state: DeviceStateBuffer, request: Receive
     return 0
 
 
+def pages_at_once(processors: int) -> int:
+    """Up to how many pages the loop puts in by itself, where the service may use so many processors.
+
+    A thread has to be woken and wakes the loop in turn, and both want Python's lock all the time. That is worth it
+    where both really run at a time, as the loop has to serve all that arrives here.
+    """
+    return MAX_PAGES_PER_CHUNK if processors <= _FEW_PROCESSORS else _LITTLE_PAGES
+
+
 class DirectMemory:
     """Memory that is written here, and the device state that goes beside it."""
 
-    def __init__(self, machine: QmpMachine, ram: RamFile, encodings: Collection[str] = (NONE,)) -> None:
+    def __init__(
+        self,
+        machine: QmpMachine,
+        ram: RamFile,
+        table: PageTable,
+        encodings: Collection[str] = (NONE,),
+        *,
+        taken_bytes: Callable[[], int] = lambda: 0,
+        at_once: int | None = None,
+    ) -> None:
+        """Write into ``ram``.
+
+        Args:
+            machine: whose memory it is.
+            ram: its file.
+            table: of its pages.
+            encodings: that chunks may have.
+            taken_bytes: how much of the file, from its beginning, surely has memory.
+            at_once: up to how many pages the loop puts in by itself; by default as suits this computer.
+        """
         self._machine = machine
-        self._intake = Intake(ram, PageTable(machine.ram.page_count), encodings)
+        self._intake = Intake(ram, table, encodings)
         self._device_state = DeviceStateBuffer()
+        self._taken_bytes = taken_bytes
+        self._at_once = pages_at_once(len(os.sched_getaffinity(0))) if at_once is None else at_once
 
     async def open(self) -> None:
         """Do beforehand what loading needs."""
         await self._machine.get_ready_to_load()
 
-    async def take(self, request: Received) -> int:
-        """Check one frame and write it; a piece of the device state, which is only kept, needs no thread for that."""
-        if not isinstance(request, ChunkFrame):
-            return take_frame(self._intake, self._device_state, request)
-        return await asyncio.to_thread(take_frame, self._intake, self._device_state, request)
+    def take(self, request: Received) -> int | Awaitable[int]:
+        """Check one frame and put it where it belongs, at once if that is done in a moment, else in a thread."""
+        if isinstance(request, ChunkFrame) and not self._is_quick(request):
+            return asyncio.to_thread(take_frame, self._intake, self._device_state, request)
+        return take_frame(self._intake, self._device_state, request)
+
+    def _is_quick(self, chunk: ChunkFrame) -> bool:
+        """Whether the loop may put a chunk in by itself; nothing that it says has been checked yet."""
+        head = chunk.head
+        if chunk.mark or head.encoding != transfer_pb2.ENCODING_NONE:
+            return False
+        if len(head.runs) + len(head.zero_runs) > self._at_once:
+            return False
+        if data_pages(chunk) + sum(run.page_count for run in head.zero_runs) > self._at_once:
+            return False
+        # Elsewhere the kernel may have to find memory first, which may take any time.
+        taken_pages = self._taken_bytes() // PAGE_SIZE
+        return all(
+            run.first_page + run.page_count <= taken_pages
+            for runs in (head.runs, head.zero_runs)
+            for run in runs
+        )
 
     async def seal(self) -> tuple[bytes, bytes]:
         """Load the device state; returns the digest of memory, and the device state."""
         device_state = self._device_state.whole()
-        # Hashing needs a core and no memory of the hypervisor's, so both go on at once.
-        root, _ = await together(asyncio.to_thread(self._intake.table.root), self._load(device_state))
+        # Hashing needs a core and no memory of the hypervisor's, so both go on at once; loading begins first.
+        _, root = await together(self._load(device_state), asyncio.to_thread(self._intake.table.root))
         return root, device_state
 
     async def close(self) -> None:

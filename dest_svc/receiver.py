@@ -42,6 +42,7 @@ from vmferry.telemetry.tracing import phase
 from vmferry.transfer.receiving import Lane, Response
 from vmferry.transfer.seal import seal_digest
 from vmferry.transfer.streams import MAX_PIECE_BYTES
+from vmferry.transfer.tables import page_table
 from vmferry.transfer.wire import Received
 from vmferry.v1 import transfer_pb2
 
@@ -86,6 +87,7 @@ class Receiver:
         """How long its source may be gone, beyond the time in which nothing needs to happen."""
         self.machine: QmpMachine | None = None
         self._directory = directory
+        self._state_dir = config.state_dir
         self._lanes = [Lane(config.window_bytes // lanes) for _ in range(lanes)]
         self._path = path
         # An older source names none, and sends pages as they are.
@@ -144,7 +146,10 @@ class Receiver:
         if self._path == STREAM:
             return StreamedMemory(machine, self._encodings, window_bytes=self._window_bytes)
         assert self._ram is not None, "only shared memory can be written from outside"
-        return DirectMemory(machine, self._ram, self._encodings)
+        table = page_table(machine.ram.page_count, self._state_dir)
+        return DirectMemory(
+            machine, self._ram, table, self._encodings, taken_bytes=lambda: self._reserved_bytes
+        )
 
     async def _reserve(self, ram: RamFile) -> None:
         for offset in range(self._reserved_bytes, self.memory_bytes, _RESERVE_STEP_BYTES):

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from source_svc.compressing import Compression
@@ -17,12 +18,12 @@ from source_svc.decisions import hopeless, show_decision
 from source_svc.link import LinkReport
 from source_svc.migrations import Migration
 from source_svc.peer import Destination
+from source_svc.reading import PageSupply, Round
 from source_svc.terms import Terms
 from vmferry.errors import HashMismatchError, VmferryError
 from vmferry.failpoints import reach
 from vmferry.machines.qmp import QmpMachine
 from vmferry.machines.throttle import Throttle
-from vmferry.memory.digest import PageTable
 from vmferry.memory.probe import TrackerFinding, choose_tracker
 from vmferry.memory.regions import RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
@@ -42,11 +43,10 @@ from vmferry.transfer.convergence import (
 from vmferry.transfer.frames import Batches, ChunkBuilder
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
+from vmferry.transfer.tables import page_table
 from vmferry.transfer.traffic import Traffic
 from vmferry.transfer.window import Window
 
-_READERS: Final = 2
-"""Chunks that are read and hashed at a time."""
 _REPORT_S: Final = 0.1
 _REMEMBERED_ROUNDS: Final = 1000
 BROKEN_SHARE: Final = 0.25
@@ -67,6 +67,8 @@ class CopySettings:
     """Kind of the tracker that the compatibility report chose."""
     trackers: Sequence[TrackerFinding]
     """What was found out about trackers when the service started."""
+    state_dir: Path
+    """Where the digests of a large machine's pages may lie."""
     methods: Sequence[Method] = (RAW,)
     """How chunks may be compressed."""
     link_bytes_per_s: float = 0.0
@@ -91,7 +93,7 @@ class Copy:
         region = machine.ram
         self._ram = RamFile.open(region.path, region.size_bytes)
         try:
-            self._table = PageTable(region.page_count)
+            self._table = page_table(region.page_count, settings.state_dir)
             self._tracker = choose_tracker(
                 find_mapping(machine.pid, region),
                 self._ram,
@@ -106,15 +108,15 @@ class Copy:
         self._lanes: Lanes | None = None
         self._compression = Compression(
             settings.methods,
-            readers=_READERS,
+            readers=settings.window.lanes,
             traffic=lambda: self._lanes.traffic if self._lanes is not None else Traffic(),
             link_bytes_per_s=settings.link_bytes_per_s,
         )
-        self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(_READERS)]
+        self._builders = [ChunkBuilder(self._ram, self._table) for _ in range(settings.window.lanes)]
         self._link: LinkReport | None = None
         self._started = time.monotonic()
         self._reported = 0.0
-        self._round_left = 0
+        self._supply: PageSupply | None = None
         self._first = PageRuns()
 
     @property
@@ -129,7 +131,7 @@ class Copy:
             LaneSettings(
                 migration_id=migration_id,
                 transfer_token=transfer_token,
-                open_channel=self._destination.new_channel,
+                open_channel=self._destination.new_lane_channel,
                 window=settings.window,
                 stall_timeout_s=settings.stall_timeout_s,
                 reconnect_timeout_s=settings.reconnect_timeout_s,
@@ -293,32 +295,27 @@ class Copy:
         return report, broken_s < BROKEN_SHARE * seconds
 
     async def _send(self, runs: PageRuns, *, compare_only: bool = False) -> None:
-        """Read, hash and hand over all pages of ``runs``."""
-        self._round_left = runs.page_count
-        pacer = self._settings.terms.pacer
+        """Have all pages of ``runs`` read, hashed and handed over by the lanes."""
+        pacer, lanes = self._settings.terms.pacer, self._open_lanes
         batches = Batches(runs, lambda: pacer.largest_frame(self._settings.window.frame_bytes) // PAGE_SIZE)
         self._compression.start()
-
-        async def read(builder: ChunkBuilder) -> None:
-            while some := await asyncio.to_thread(
-                builder.build_some,
-                batches,
-                round_number=self.round_number,
-                method=self._compression.next(),
-                zeros=self.round_number > 1,  # the destination's memory is new and therefore zero
-                compare_only=compare_only,
-            ):
-                for built in some:
-                    self._round_left -= built.pages
-                    ready_at = time.monotonic()
-                    if built.empty:
-                        self._open_lanes.traffic.zero_pages += built.zero_pages
-                    else:
-                        await self._open_lanes.send(built)
-                    self._compression.add(built.effort, blocked_s=time.monotonic() - ready_at)
+        self._supply = supply = PageSupply(
+            Round(self.round_number, batches, compare_only),
+            self._builders,
+            self._compression,
+            lanes.traffic,
+            page_count=runs.page_count,
+        )
+        carrying = asyncio.create_task(lanes.carry(supply))
+        try:
+            while not carrying.done():
+                await asyncio.wait({carrying}, timeout=_REPORT_S)
                 await self._report()
-
-        await together(*map(read, self._builders))
+            await carrying
+        finally:
+            supply.stop()
+            carrying.cancel()
+            await asyncio.gather(carrying, return_exceptions=True)
 
     async def _report(self, *, force: bool = False) -> None:
         """Bring the resource up to date, a few times a second."""
@@ -333,7 +330,7 @@ class Copy:
         progress.sent_bytes = traffic.data_bytes
         progress.wire_bytes = traffic.wire_bytes
         progress.zero_pages = traffic.zero_pages
-        progress.remaining_bytes = self._round_left * PAGE_SIZE
+        progress.remaining_bytes = (self._supply.left if self._supply else 0) * PAGE_SIZE
         if self.round_number == 1:
             progress.bytes_per_second = traffic.data_bytes / max(now - self._started, 1e-6)
             if progress.bytes_per_second > 0:

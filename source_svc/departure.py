@@ -297,9 +297,10 @@ class Departure:
                 if isinstance(self.state, source.Quiet):
                     return []
                 await story.hears(heard)
-                return await self.apply(
-                    replace(heard, memory_intact=await self.memory_intact(), tail_certain=self.tail_certain)
-                )
+                # Once the guest runs there, nothing hangs on its memory here, and that guest needs the processor.
+                arrived = heard.state is AttemptState.RUNNING and isinstance(self.state, source.HandedOff)
+                intact = not arrived and await self.memory_intact()
+                return await self.apply(replace(heard, memory_intact=intact, tail_certain=self.tail_certain))
         except JournalDamagedError:
             raise  # this host's own: nothing may follow in this process
         except VmferryError as error:

@@ -275,6 +275,7 @@ class Outgoing(Followed):
             granted(order.reconnect_timeout_s, begun),
             tracker,
             self._plan.trackers,
+            self._config.state_dir,
             methods(self._encodings, order.compression),
             self.migration.message.prediction.link_bytes_per_second,
         )

@@ -27,7 +27,7 @@ from vmferry.rpc.status import from_rpc_error
 from vmferry.rpc.tracing import ClientTracingInterceptors
 from vmferry.security.identity import Identity
 from vmferry.security.renewal import CurrentMaterial
-from vmferry.security.tls import is_identity_mismatch, open_channel
+from vmferry.security.tls import is_identity_mismatch, open_channel, open_lane_channel
 from vmferry.v1 import clock_pb2, clock_pb2_grpc, compatibility_pb2, handoff_pb2, handoff_pb2_grpc
 
 Answer = TypeVar("Answer")
@@ -65,6 +65,10 @@ class Destination:
         return open_channel(
             self.address, self.expected, self._material.get(), interceptors=ClientTracingInterceptors()
         )
+
+    def new_lane_channel(self) -> grpc.Channel:
+        """The same for a lane, which works in threads of its own; any thread may ask for it."""
+        return open_lane_channel(self.address, self.expected, self._material.get())
 
     async def close(self) -> None:
         """Close the control connection."""

@@ -81,7 +81,7 @@ class StreamedCopy:
         self._machine = machine
         self._migration = migration
         self._settings = settings
-        self._new_channel = destination.new_channel
+        self._new_channel = destination.new_lane_channel
         self._source = StreamSource(machine.paths.stream_socket)
         self._digest = StreamDigest()
         self._lanes: Lanes | None = None

@@ -93,12 +93,17 @@ class Experience:
 
     read_s_per_byte: float = 0.4e-9
     """Seconds of a core to read and hash a byte."""
-    share: float = 1.0
-    """What part of a core one gets who could use a whole one: the rest is used by others."""
     _left: float = 0.0
     """What zstd-1 leaves of a byte, by chunks of all methods: what is known of the contents; 0 if nothing is."""
     _seen: dict[Method, _Sums] = field(default_factory=dict)
     _last: Method | None = None
+    _worked_s: float = 0.0
+    _took_s: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """What part of a core one gets who could use a whole one: the rest is used by others."""
+        return min(1.0, self._worked_s / self._took_s) if self._took_s else 1.0
 
     def add(self, effort: Effort) -> None:
         """Note what was done with a chunk."""
@@ -114,8 +119,8 @@ class Experience:
             known = self._left or left
             self._left = _CONTENTS_FORGETTING * known + (1 - _CONTENTS_FORGETTING) * left
             # Only of this: reading and hashing also wait for Python's lock, which more processors would not help.
-            share = min(1.0, effort.encode_s / max(effort.encode_wall_s, 1e-9))
-            self.share = _SHARE_FORGETTING * self.share + (1 - _SHARE_FORGETTING) * share
+            self._worked_s = _SHARE_FORGETTING * self._worked_s + effort.encode_s
+            self._took_s = _SHARE_FORGETTING * self._took_s + max(effort.encode_wall_s, 1e-9)
 
     def ratio(self, method: Method) -> float:
         """How many times smaller a method makes these contents."""
@@ -151,6 +156,13 @@ _CONTENDED_FALL_S: Final = 1.0
 _CONTENDED: Final = 0.8
 """The share of a core that one gets of it, below which processors are scarce."""
 _LEAST_BUSY_S: Final = 0.004
+_LEAST_CARRIED_BYTES: Final = 512 * 1024
+_CLOCK_S: Final = 0.008
+"""Kernels measure in ticks of up to 4 ms, each lane for itself: a short burst may have taken so much longer."""
+_FULL: Final = 0.8
+"""The share of the time that connections carry something if nothing but the way limits."""
+_BELIEF_S: Final = 0.05
+"""How long connections have to have carried something until what the kernel says of it is believed."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +176,31 @@ class Passed:
     """How much of it something was on its way."""
     blocked: float
     """Share of it that readers waited for lanes to take a chunk."""
+    carried_bytes: float = 0.0
+    """What the other kernel acknowledged in it; 0 if that is not known."""
+    carrying_s: float = 0.0
+    """How much of it the connections carried something that the other kernel had room for."""
 
 
 class Link:
-    """How fast the lanes are, by what went over them while something was on its way."""
+    """How fast the lanes are, by what went over them while something was on its way.
+
+    Kernels tell the way between the hosts from what is done at its ends. Where they do not say, it has to be guessed
+    from what was acknowledged by the destination, which also waits for processors.
+    """
 
     def __init__(self, bytes_per_s: float = 0.0) -> None:
         """Start with what a short measurement found, if there was one."""
-        self.bytes_per_s = bytes_per_s or _FIRST_GUESS_BYTES_PER_S
+        self._way = bytes_per_s or _FIRST_GUESS_BYTES_PER_S
+        self._limit = math.inf
+        """What lanes took when that was less than the way has room for: they, or the destination, are held back."""
+        self.full = False
+        """Whether the kernel said, when it was asked last, that nothing but the way limited."""
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What the lanes would take."""
+        return min(self._way, self._limit)
 
     def add(self, passed: Passed, share: float) -> None:
         """Note a stretch of time.
@@ -180,20 +209,49 @@ class Link:
             passed: what happened in it.
             share: what part of a core one gets who could use a whole one.
         """
+        told = passed.carried_bytes >= _LEAST_CARRIED_BYTES
+        self.full = told and passed.blocked >= _BLOCKED and passed.carrying_s >= _FULL * passed.seconds
+        if told:
+            self._hear(passed)
+            self._note_limit(passed, share)
+        elif passed.busy_s >= _LEAST_BUSY_S:
+            self._guess(passed, share)
+
+    def _hear(self, passed: Passed) -> None:
+        carrying_s = min(passed.seconds, passed.carrying_s + _CLOCK_S)
+        rate = passed.carried_bytes / carrying_s
+        self._way = _nearer(self._way, rate, carrying_s / _BELIEF_S)
+
+    def _note_limit(self, passed: Passed, share: float) -> None:
+        if passed.carrying_s >= _FULL * passed.seconds:
+            self._limit = math.inf  # it is the way that limits
+            return
         if passed.busy_s < _LEAST_BUSY_S:
             return
+        rate = passed.wire_bytes / passed.busy_s
+        if passed.blocked >= _BLOCKED:
+            falling_s = _FALL_S if share >= _CONTENDED else _CONTENDED_FALL_S
+            slower = rate < self.bytes_per_s
+            self._limit = _nearer(self.bytes_per_s, rate, passed.seconds / (falling_s if slower else _RISE_S))
+        elif self._limit < self._way:
+            self._limit *= 1 + _GROWTH_PER_S * passed.wire_bytes / self.bytes_per_s
+        else:
+            self._limit = math.inf
+
+    def _guess(self, passed: Passed, share: float) -> None:
         # While nothing is on its way, because pages are zero or not read yet, nothing is learnt about the link.
         rate = passed.wire_bytes / passed.busy_s
-        if rate >= self.bytes_per_s:
-            self._approach(rate, passed.seconds / _RISE_S)
+        if rate >= self._way:
+            self._way = _nearer(self._way, rate, passed.seconds / _RISE_S)
         elif passed.blocked >= _BLOCKED:
-            self._approach(rate, passed.seconds / (_FALL_S if share >= _CONTENDED else _CONTENDED_FALL_S))
+            falling_s = _FALL_S if share >= _CONTENDED else _CONTENDED_FALL_S
+            self._way = _nearer(self._way, rate, passed.seconds / falling_s)
         else:
-            used = passed.wire_bytes / passed.seconds / self.bytes_per_s
-            self.bytes_per_s *= 1 + _GROWTH_PER_S * passed.seconds * used
+            self._way *= 1 + _GROWTH_PER_S * passed.wire_bytes / self._way
 
-    def _approach(self, rate: float, times: float) -> None:
-        self.bytes_per_s = rate + (self.bytes_per_s - rate) * math.exp(-times)
+
+def _nearer(believed: float, rate: float, times: float) -> float:
+    return rate + (believed - rate) * math.exp(-times)
 
 
 @dataclass(frozen=True)
@@ -207,6 +265,8 @@ class Situation:
     """Cores that the service gets if it wants them."""
     send_s_per_byte: float = 0.7e-9
     """Seconds of a core to send a byte, encryption and all."""
+    handle_s_per_byte: float = 0.0
+    """Seconds of a core for all else that is done for a byte of page contents, whatever it is made of."""
 
 
 def methods(agreed: Iterable[str], wish: str = AUTO) -> tuple[Method, ...]:
@@ -219,9 +279,10 @@ def rate(method: Method, experience: Experience, situation: Situation) -> float:
     """Bytes of page contents per second that would arrive."""
     ratio = experience.ratio(method)
     make_s = experience.read_s_per_byte + experience.encode_s_per_byte(method)
+    all_s = make_s + situation.handle_s_per_byte + situation.send_s_per_byte / ratio
     return min(
         situation.readers / make_s,
-        max(situation.cores, 0.1) / (make_s + situation.send_s_per_byte / ratio),
+        max(situation.cores, 0.1) / all_s,
         situation.link_bytes_per_s * ratio,
     )
 
@@ -229,6 +290,7 @@ def rate(method: Method, experience: Experience, situation: Situation) -> float:
 _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
+_MOST_AT_FIRST: Final = METHODS.index(Method(ZSTD, 1))
 _SURE: Final = 0.85
 """What part of the processor time that seems to be there a method counts on that takes more than the present one."""
 
@@ -257,6 +319,12 @@ def choose(
     if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
         return current
     return method
+
+
+def first(allowed: Sequence[Method], experience: Experience, situation: Situation) -> Method:
+    """The method to begin with, before anything was seen: one that costs little where it turns out to be wrong."""
+    cautious = [method for method in allowed if METHODS.index(method) <= _MOST_AT_FIRST] or allowed[:1]
+    return choose(cautious, experience, situation, cautious[-1])
 
 
 def expected_rate(allowed: Sequence[Method], experience: Experience, situation: Situation) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +30,8 @@ Run = tuple[int, int]
 _THREAD = threading.local()
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
-_MOST_AT_ONCE = 16
-"""Chunks that a thread builds in one go: whoever waits for it is not kept for long."""
+_LARGE_ROUND_PAGES = 32 * 1024
+_PLACES = 4
 
 
 def _scratch(size: int) -> memoryview:
@@ -68,16 +69,28 @@ class BuiltChunk:
 
 
 class Batches:
-    """The pages of a round, as many at a time as one chunk takes; several threads may ask."""
+    """The pages of a round, as many at a time as one chunk takes; several threads may ask.
+
+    Pages of a large round come from several places in turn: memory that is zero lies together, and while all looked
+    through it, the lanes would have nothing to carry.
+    """
 
     def __init__(self, runs: PageRuns, max_pages: Callable[[], int]) -> None:
-        self._batches = runs.batches(max_pages)
+        pages = runs.page_count
+        places = _PLACES if pages >= _LARGE_ROUND_PAGES else 1
+        parts = map(PageRuns, runs.batches(-(-pages // places))) if places > 1 else [runs]
+        self._places = deque(part.batches(max_pages) for part in parts)
         self._lock = threading.Lock()
 
     def next(self) -> Sequence[Run]:
         """The pages of the next chunk; none if there are no more."""
         with self._lock:
-            return next(self._batches, ())
+            while self._places:
+                place = self._places.popleft()
+                if batch := next(place, ()):
+                    self._places.append(place)
+                    return batch
+            return ()
 
 
 class ChunkBuilder:
@@ -91,28 +104,6 @@ class ChunkBuilder:
         self._table = table
         self._encoder = Encoder()
         self._free: list[bytearray] = []
-
-    def build_some(
-        self,
-        batches: Batches,
-        *,
-        round_number: int,
-        method: Method = RAW,
-        zeros: bool = True,
-        compare_only: bool = False,
-    ) -> list[BuiltChunk]:
-        """Build chunks up to the first one that says something; none if there are no more pages.
-
-        Where memory is zero one call does the work of many, each of which would have to wake a thread.
-        """
-        built: list[BuiltChunk] = []
-        while (not built or built[-1].empty) and len(built) < _MOST_AT_ONCE and (runs := batches.next()):
-            built.append(
-                self.build(
-                    runs, round_number=round_number, method=method, zeros=zeros, compare_only=compare_only
-                )
-            )
-        return built
 
     def build(
         self,

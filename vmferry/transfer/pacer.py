@@ -1,13 +1,14 @@
 """The one gate that all frames of a migration go through, whichever lane they take, new ones and repeated ones.
 
-Promise: frames pass in the order in which they came, none earlier than :mod:`vmferry.transfer.pacing` allows; a rate
-that is changed applies to those that wait already.
+Promise: frames pass one after the other, none earlier than :mod:`vmferry.transfer.pacing` allows; a rate that is
+changed applies to those that wait already. Lanes wait in their own threads; any thread may change the rate.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import threading
+import time
+from collections.abc import Callable
 
 from vmferry.transfer.pacing import TokenBucket, largest_frame
 
@@ -17,8 +18,9 @@ class Pacer:
 
     def __init__(self, bytes_per_second: float | None = None) -> None:
         self._bucket = TokenBucket(bytes_per_second)
-        self._turn = asyncio.Lock()
-        self._changed = asyncio.Event()
+        self._turn = threading.Lock()
+        """Held by the frame that is the next to pass."""
+        self._changed = threading.Condition()
 
     @property
     def bytes_per_second(self) -> float | None:
@@ -27,23 +29,25 @@ class Pacer:
 
     def change(self, bytes_per_second: float | None) -> None:
         """Apply another rate from now on."""
-        if bytes_per_second != self._bucket.bytes_per_second:
-            self._bucket.change(bytes_per_second, asyncio.get_running_loop().time())
-            self._changed.set()
+        with self._changed:
+            if bytes_per_second != self._bucket.bytes_per_second:
+                self._bucket.change(bytes_per_second, time.monotonic())
+                self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Have those that wait look whether they still have to."""
+        with self._changed:
+            self._changed.notify_all()
 
     def largest_frame(self, frame_bytes: int) -> int:
         """How large the next frame may be made, of at most so many bytes."""
         return largest_frame(self.bytes_per_second, frame_bytes)
 
-    async def admit(self, frame_bytes: int) -> None:
-        """Return when a frame of so many bytes may go out."""
+    def admit(self, frame_bytes: int, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Return when a frame of so many bytes may go out, or whoever sends it has given up."""
         if self._bucket.bytes_per_second is None and not self._turn.locked():
             return
-        loop = asyncio.get_running_loop()
-        async with self._turn:
-            while (wait_s := self._bucket.wait_s(loop.time())) > 0:
-                self._changed.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(wait_s):
-                        await self._changed.wait()
-            self._bucket.spend(frame_bytes, loop.time())
+        with self._turn, self._changed:
+            while not given_up() and (wait_s := self._bucket.wait_s(time.monotonic())) > 0:
+                self._changed.wait(wait_s)
+            self._bucket.spend(frame_bytes, time.monotonic())

@@ -15,6 +15,7 @@ class Traffic:
     """Of these, what is known to have arrived."""
     data_bytes: int = 0
     zero_pages: int = 0
+    """Found; whoever reads pages counts them."""
     reconnects: int = 0
     """How often a lane was reopened."""
     repeated_bytes: int = 0
@@ -33,5 +34,6 @@ class Traffic:
         self._busy_since = None
 
     def busy_s(self, now: float) -> float:
-        """How long so far something was on its way."""
-        return self._busy_s + (now - self._busy_since if self._busy_since is not None else 0.0)
+        """How long so far something was on its way; any thread may ask."""
+        since = self._busy_since
+        return self._busy_s + (now - since if since is not None else 0.0)

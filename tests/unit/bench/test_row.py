@@ -20,7 +20,7 @@ from vmferry.bench.network import opened
 from vmferry.bench.peer import VARIANTS
 from vmferry.bench.usage import Usage
 from vmferry.cli.bench import parse_options
-from vmferry.errors import InvalidArgumentError
+from vmferry.errors import InsufficientMemoryError, InvalidArgumentError
 from vmferry.memory.regions import RamFile
 
 PAGE = 4096
@@ -54,6 +54,25 @@ def test_what_cannot_be_is_refused(wrong: Row, field: str) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         wrong.check()
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "peers", "one_way"),
+    [(4 * 1024, (), False), (4 * 1024 - 1, (), True), (2 * 1024, (), True), (4 * 1024, ("qemu-tls",), True)],
+)
+def test_a_guest_that_does_not_fit_often_enough_is_moved_one_way(
+    free_mib: int, peers: tuple[str, ...], one_way: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is then kept ready at the host that it goes to alone; a computer without even that is told so."""
+    for module in ("vmferry.bench.compare", "vmferry.cli.demo_hosts"):
+        monkeypatch.setattr(f"{module}.shared_memory_bytes", lambda: free_mib * MIB)
+    row = Row(Wishes(memory_mib=1024, resident_mib=64), peers=peers)
+    row.check()
+    assert row.one_way is one_way
+    assert not Row(row.wishes, peers, preallocated=False).one_way
+    with pytest.raises(InsufficientMemoryError) as refused:
+        Row(Wishes(memory_mib=free_mib // (2 + len(peers) * 2) + 1, resident_mib=64), peers=peers).check()
+    assert refused.value.field == "--memory-mib"
 
 
 def test_a_migration_is_given_up_by_what_the_link_needs() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmferry.negotiation.encodings import AUTO, ENCODINGS, LZ4, NONE, ZSTD
@@ -18,6 +18,7 @@ from vmferry.transfer.compression import (
     Situation,
     choose,
     expected_rate,
+    first,
     methods,
     rate,
 )
@@ -54,6 +55,14 @@ def full(rate: float, seconds: float = 0.1) -> Passed:
 def idle(rate: float, used: float, seconds: float = 0.1) -> Passed:
     """Readers made less than the lanes would have taken; ``rate`` is that of the lanes while they had something."""
     return Passed(seconds, rate * used * seconds, busy_s=used * seconds, blocked=0.0)
+
+
+def told(
+    rate: float, busy: float, *, blocked: float = 0.0, wire: float = 0.0, seconds: float = 0.1
+) -> Passed:
+    """The kernel says that connections carried so much, for part of the time."""
+    carried = rate * busy * seconds
+    return Passed(seconds, wire * seconds or carried, seconds, blocked, carried, busy * seconds)
 
 
 @pytest.mark.parametrize(
@@ -112,14 +121,19 @@ def test_only_what_was_agreed_is_allowed(
     current=st.sampled_from(METHODS),
     slower=st.floats(0.2, 10.0),
 )
+@example(link=776619605.0, ratio=4.0, cores=1.0, current=RAW, slower=0.25)
 def test_a_choice_is_never_much_worse_than_the_best(
     link: float, ratio: float, cores: float, current: Method, slower: float
 ) -> None:
-    """Whatever was measured, and whatever was used before."""
+    """Whatever was measured, and whatever was used before.
+
+    Compressing has to bring a fifth more than raw pages, also with 15 % less of the processor than there seems to be:
+    so what is left may be better by that much.
+    """
     known, now = experience(ratio, slower=slower), situation(link, cores=cores)
     chosen = choose(METHODS, known, now, current)
     best = max(rate(method, known, now) for method in METHODS)
-    assert rate(chosen, known, now) * 1.3 >= best * 0.999
+    assert rate(chosen, known, now) * 1.2 / 0.85 >= best * 0.999
 
 
 @given(link=st.floats(1e5, 1e10), ratio=st.floats(1.0, 50.0), current=st.sampled_from(METHODS))
@@ -224,6 +238,65 @@ def test_a_link_that_might_have_become_faster_is_tried_now_and_then() -> None:
         link.add(Passed(0.5, GBIT / 4, busy_s=0.5, blocked=0.0), 1.0)
         seconds += 0.5
     assert 3.0 < seconds < 120.0
+
+
+@pytest.mark.parametrize("guess", [0.0, 20e6, 2e9])
+@pytest.mark.parametrize(("way", "busy"), [(GBIT, 1.0), (GBIT, 0.75), (LOOPBACK, 0.25), (MBIT_100, 1.0)])
+def test_what_the_kernel_says_of_the_link_is_believed(way: float, busy: float, guess: float) -> None:
+    """Within half a second, whatever was measured before, and however busy readers and processors are."""
+    link = Link(guess)
+    for _ in range(5):
+        link.add(told(way, busy), 0.4)
+    assert 0.7 * way <= link.bytes_per_s <= 1.2 * way
+
+
+def test_a_busy_processor_is_not_taken_for_a_slow_link() -> None:
+    """Compressed chunks that leave a fast link idle most of the time: raw pages, soon."""
+    link, known = Link(), experience(2.7, slower=1.5)
+    for _ in range(3):
+        link.add(told(LOOPBACK, 0.1), 0.5)
+    assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.0), ZSTD_1) == RAW
+
+
+def test_bursts_are_no_faster_link() -> None:
+    """What is acknowledged in one look and not in the next changes nothing, as the kernel counts every byte."""
+    link = Link()
+    for look in range(20):
+        link.add(told(GBIT, 1.0, wire=GBIT * (1.4 if look % 2 else 0.6)), 0.5)
+        assert link.bytes_per_s == pytest.approx(GBIT, rel=0.1)
+
+
+def test_lanes_that_are_held_back_are_as_slow_as_they_are() -> None:
+    """A cap, or a destination that is busy: the way between the hosts is idle, and readers wait all the same."""
+    link = Link(LOOPBACK)
+    held = told(LOOPBACK, 0.1, blocked=0.9, wire=GBIT / 4)
+    for _ in range(10):
+        link.add(held, 1.0)
+    assert link.bytes_per_s == pytest.approx(GBIT / 4, rel=0.1)
+    assert not link.full
+    link.add(told(LOOPBACK, 0.1, wire=GBIT / 8), 1.0)
+    assert link.bytes_per_s < GBIT / 3  # and only bit by bit believed to have become faster
+    for _ in range(3):
+        link.add(told(GBIT, 1.0, blocked=0.9), 1.0)
+    assert link.full
+
+
+@pytest.mark.parametrize(
+    ("link", "allowed", "expected"),
+    [
+        (125e6, METHODS, ZSTD_1),
+        (1e6, METHODS, ZSTD_1),
+        (2e9, METHODS, RAW),
+        (2e9, methods(ENCODINGS, ZSTD), ZSTD_1),
+        (1e6, methods(ENCODINGS, NONE), RAW),
+        (1e6, (ZSTD_6,), ZSTD_6),
+    ],
+)
+def test_the_first_chunks_are_made_with_little_effort(
+    link: float, allowed: tuple[Method, ...], expected: Method
+) -> None:
+    """Nothing stronger than zstd-1, however slow the link was measured to be: that may have been the processor."""
+    assert first(allowed, Experience(), situation(link)) == expected
 
 
 RATIOS = {RAW: 0.0, QUICK_LZ4: 0.55, ZSTD_1: 1.0, ZSTD_3: 1.22, ZSTD_6: 1.33}

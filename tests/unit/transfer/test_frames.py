@@ -95,23 +95,6 @@ def test_zero_pages_travel_without_data(source: RamFile) -> None:
     assert (built.data_bytes, built.zero_pages) == (2 * PAGE_SIZE, 2)
 
 
-def test_chunks_that_say_nothing_are_built_on_the_way_to_one_that_does(source: RamFile) -> None:
-    """Each page is in one chunk, in order; a new receiver is told nothing of zeros, and one call passes them by."""
-    fill(source, {20: 1, 21: 2, 60: 3})
-    builder, batches = ChunkBuilder(source, PageTable(PAGES)), Batches(PageRuns.whole(PAGES), lambda: 4)
-    calls = []
-    while some := builder.build_some(batches, round_number=1, zeros=False):
-        calls.append([built.pages for built in some])
-        assert all(built.empty for built in some[:-1])
-    # At most so many at once; then the two with something in them, and what is left.
-    assert calls == [[4] * 6, [4] * 10]
-    source.punch(20, 2)
-    batches = Batches(PageRuns.whole(PAGES), lambda: 2)
-    assert [len(builder.build_some(batches, round_number=1, zeros=False)) for _ in range(4)] == [16, 15, 1, 0]
-    batches = Batches(PageRuns.whole(PAGES), lambda: 4)
-    assert not any(builder.build_some(batches, round_number=2)[0].empty for _ in range(PAGES // 4))
-
-
 def test_threads_share_the_pages_of_a_round() -> None:
     """Whoever asks at the same time gets other pages, and together they get all of them."""
     batches = Batches(PageRuns.whole(20_000), lambda: 1)
@@ -119,6 +102,18 @@ def test_threads_share_the_pages_of_a_round() -> None:
         taken = [pool.submit(lambda: list(iter(batches.next, ()))) for _ in range(4)]
     pages = [run for one in taken for runs in one.result() for run in runs]
     assert sorted(pages) == [(page, 1) for page in range(20_000)]
+
+
+def test_a_large_round_is_taken_from_several_places_in_turn() -> None:
+    """So that zero memory, which lies together, is never all there is to look at; and each page once."""
+    runs = PageRuns([(7, 30_000), (40_000, 40_000)])
+    batches = Batches(runs, lambda: 512)
+    taken = list(iter(batches.next, ()))
+    firsts = [batch[0][0] for batch in taken[:4]]
+    assert firsts == sorted(firsts)
+    assert firsts[-1] > 60_000
+    assert PageRuns(sorted(run for batch in taken for run in batch)) == runs
+    assert sum(count for batch in taken for _, count in batch) == runs.page_count
 
 
 def test_the_digest_is_that_of_memory_not_of_the_message(source: RamFile, intake: Intake) -> None:

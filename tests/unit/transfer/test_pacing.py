@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -101,25 +102,39 @@ def test_frames_for_a_rate_are_whole_pages_and_short(rate: int) -> None:
     assert size <= rate * 0.02
 
 
-async def test_a_change_wakes_who_waits() -> None:
-    """A frame that would have to wait for minutes goes out as soon as the rate is lifted."""
+def waiting(pacer: Pacer, given_up: Callable[[], bool] = lambda: False) -> threading.Thread:
+    """A lane that waits for its turn."""
+    thread = threading.Thread(target=pacer.admit, args=(CHUNK, given_up), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_change_wakes_who_waits() -> None:
+    """Frames that would have to wait for minutes go out as soon as the rate is lifted."""
     pacer = Pacer(LEAST_BYTES_PER_S)
-    await pacer.admit(100 * CHUNK)
-    waiting = asyncio.create_task(pacer.admit(CHUNK))
-    behind = asyncio.create_task(pacer.admit(CHUNK))
-    done, _ = await asyncio.wait({waiting}, timeout=0.05)
-    assert not done
+    pacer.admit(100 * CHUNK)
+    first, behind = waiting(pacer), waiting(pacer)
+    first.join(0.05)
+    assert first.is_alive()
     pacer.change(None)
-    await asyncio.wait_for(asyncio.gather(waiting, behind), 60)
+    first.join(60)
+    behind.join(60)
+    assert not first.is_alive()
+    assert not behind.is_alive()
 
 
-async def test_who_gives_up_waiting_stops_nobody() -> None:
+def test_who_gives_up_waiting_stops_nobody() -> None:
     """A lane that breaks while its frame waits leaves the turn to the next."""
-    pacer = Pacer(10 * CHUNK)
-    await pacer.admit(CHUNK)
-    broken = asyncio.create_task(pacer.admit(CHUNK))
-    following = asyncio.create_task(pacer.admit(CHUNK))
-    await asyncio.sleep(0)
-    broken.cancel()
-    await asyncio.wait_for(following, 60)
-    assert broken.cancelled()
+    pacer = Pacer(LEAST_BYTES_PER_S)
+    pacer.admit(100 * CHUNK)
+    broken, over = threading.Event(), threading.Event()
+    lanes = [waiting(pacer, broken.is_set), waiting(pacer, over.is_set)]
+    broken.set()
+    pacer.wake()
+    lanes[0].join(60)
+    assert not lanes[0].is_alive() or lanes[1].is_alive()
+    over.set()
+    pacer.wake()
+    for lane in lanes:
+        lane.join(60)
+        assert not lane.is_alive()
