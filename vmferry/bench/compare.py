@@ -30,7 +30,7 @@ from vmferry.bench.ours import Ours
 from vmferry.bench.peer import VARIANTS, Peer
 from vmferry.bench.ticks import Line, Signs
 from vmferry.bench.usage import Usage
-from vmferry.cli.demo_hosts import require_memory, two_hosts
+from vmferry.cli.demo_hosts import require_memory, shared_memory_bytes, two_hosts
 from vmferry.errors import InvalidArgumentError, VmferryError
 from vmferry.machines.qemu.probe import probe_binary
 from vmferry.machines.qemu.spec import QemuSpec
@@ -81,9 +81,19 @@ class Row:
             raise InvalidArgumentError(
                 f"there is no {min(unknown)}, only {', '.join(VARIANTS)}", field="--against"
             )
-        # Both movers have a guest of their own, and while one is moved its memory is there twice, of ours always.
-        kept = 2 * len(self.peers[:1]) + 4 if self.preallocated else 3
-        require_memory(kept * self.wishes.memory_mib * _MIB, 0)
+        require_memory(self._needed_bytes(there_and_back=not self.one_way), 0)
+
+    @property
+    def one_way(self) -> bool:
+        """Whether our guest begins anew on the first host each time, for want of memory to keep ready at both."""
+        return self.preallocated and self._needed_bytes(there_and_back=True) > shared_memory_bytes()
+
+    def _needed_bytes(self, *, there_and_back: bool) -> int:
+        # Both movers have a guest of their own, and while one is moved its memory is there twice.
+        kept = 2 * len(self.peers[:1]) + 2 if self.preallocated else 3
+        # A host fills what it keeps ready again as soon as it was taken.
+        kept += 2 if self.preallocated and there_and_back else 0
+        return kept * self.wishes.memory_mib * _MIB
 
     @property
     def patience_s(self) -> float:
@@ -125,16 +135,18 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
 @contextlib.asynccontextmanager
 async def _movers(row: Row, link: Network) -> AsyncIterator[dict[str, Mover]]:
     """Ours, and the peer if there is one."""
+    one_way = row.one_way  # now: what the hosts will keep ready is not there for anybody any more
     async with contextlib.AsyncExitStack() as stack:
-        ready = (row.wishes.memory_mib,) if row.preallocated else ()
+        ready = {"ready_memory_mib": (row.wishes.memory_mib,) if row.preallocated else ()}
+        first = {"a": {"ready_memory_mib": ()}} if one_way else {}
         world = await stack.enter_async_context(
-            two_hosts(None, places=link.places, settings={"ready_memory_mib": ready})
+            two_hosts(None, places=link.places, settings=ready, own_settings=first)
         )
         spec = await asyncio.to_thread(make_spec, row.wishes, world.images, row.accelerator)
         options = MigrationOptions()
         options.downtime_limit.FromMilliseconds(row.downtime_limit_ms)
         options.MergeFrom(row.options)
-        movers: dict[str, Mover] = {OURS: Ours(row.wishes, spec, world, options)}
+        movers: dict[str, Mover] = {OURS: Ours(row.wishes, spec, world, options, one_way=one_way)}
         if row.peers:
             movers["peer"] = await stack.enter_async_context(_peer(row, spec, link))
         yield movers
@@ -182,7 +194,7 @@ async def _crossing(mover: Mover, who: str, link: Network, limit_s: float) -> Cr
             right = await mover.check(seen.before)
         except VmferryError:
             right = False
-    if right is False or not await _alive(mover):
+    if right is False or mover.one_way or not await _alive(mover):
         await _boot(mover)
     else:
         await mover.pause()

@@ -54,6 +54,9 @@ class Moved:
 class Mover(abc.ABC):
     """A running guest that can be moved to the other host, and from there back."""
 
+    one_way = False
+    """It is not moved back: it begins anew where it was."""
+
     def __init__(self, wishes: Wishes) -> None:
         self.wishes = wishes
 

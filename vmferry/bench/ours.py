@@ -35,9 +35,16 @@ class Ours(Mover):
     """The guest of two hosts; it is on the first of them."""
 
     def __init__(
-        self, wishes: Wishes, spec: MachineSpec, world: TwoHosts, options: pb.MigrationOptions
+        self,
+        wishes: Wishes,
+        spec: MachineSpec,
+        world: TwoHosts,
+        options: pb.MigrationOptions,
+        *,
+        one_way: bool = False,
     ) -> None:
         super().__init__(wishes)
+        self.one_way = one_way
         self._spec = spec
         self._world = world
         self._options = options

@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import cycle, islice
@@ -33,7 +34,7 @@ from vmferry.rpc.allocator import keep_buffers  # noqa: E402
 from vmferry.rpc.daemon import SWITCH_INTERVAL_S  # noqa: E402
 from vmferry.rpc.handlers import read_requests_with  # noqa: E402
 from vmferry.security.identity import Identity  # noqa: E402
-from vmferry.security.tls import SERVER_OPTIONS, TlsFiles, open_channel, server_credentials  # noqa: E402
+from vmferry.security.tls import SERVER_OPTIONS, TlsFiles, open_lane_channel, server_credentials  # noqa: E402
 from vmferry.transfer.compression import RAW, Effort  # noqa: E402
 from vmferry.transfer.frames import BuiltChunk  # noqa: E402
 from vmferry.transfer.lanes import Lanes, LaneSettings  # noqa: E402
@@ -65,7 +66,7 @@ class Sink(handoff_pb2_grpc.DestinationServiceServicer):
             yield response
 
 
-async def _forget(_request: Received) -> int:
+def _forget(_request: Received) -> int:
     return 0
 
 
@@ -90,7 +91,9 @@ async def _source(arguments: argparse.Namespace) -> dict[str, Any]:
         LaneSettings(
             migration_id=os.urandom(16),
             transfer_token=b"",
-            open_channel=lambda: open_channel(arguments.address, Identity.parse(arguments.peer), material),
+            open_channel=lambda: open_lane_channel(
+                arguments.address, Identity.parse(arguments.peer), material
+            ),
             window=Window(arguments.lanes, arguments.window * arguments.lanes, arguments.chunk),
             stall_timeout_s=_PATIENCE_S,
             reconnect_timeout_s=_PATIENCE_S,
@@ -101,8 +104,7 @@ async def _source(arguments: argparse.Namespace) -> dict[str, Any]:
         await sending.open()
         # In one way only: a migration's lanes are fresh, too, when memory begins to flow.
         started, used = time.monotonic(), time.process_time()
-        for built in chunks.some(arguments.mib * MIB):
-            await sending.send(built)
+        await sending.carry(chunks.supply(arguments.mib * MIB))
         await sending.drain()
         seconds, cpu_s = time.monotonic() - started, time.process_time() - used
         await sending.finish()
@@ -120,8 +122,11 @@ class _Chunks:
         self._pages = chunk_bytes // PAGE_SIZE
         self._made = [(piece, xxh3_128_digest(piece)) for piece in pieces]
 
-    def some(self, size_bytes: int) -> Iterator[BuiltChunk]:
+    def supply(self, size_bytes: int) -> _Supply:
         """So many bytes of them, over and over; the last one as large as the others."""
+        return _Supply(self._some(size_bytes))
+
+    def _some(self, size_bytes: int) -> Iterator[BuiltChunk]:
         pages = self._pages
         count = -(-size_bytes // (pages * PAGE_SIZE))
         for number, (data, digest) in enumerate(islice(cycle(self._made), count)):
@@ -133,6 +138,20 @@ class _Chunks:
             )
             effort = Effort(RAW, len(data), 0, 0.0, 0.0, 0.0)
             yield BuiltChunk(ChunkFrame(head, data, mark=False), pages, 0, len(data), effort, _nothing)
+
+
+class _Supply:
+    """Hands chunks to lanes."""
+
+    def __init__(self, chunks: Iterator[BuiltChunk]) -> None:
+        self._chunks = chunks
+        self._lock = threading.Lock()
+
+    def next(self, waited_s: float) -> BuiltChunk | None:
+        """The next one."""
+        del waited_s  # how they are made does not depend on it
+        with self._lock:
+            return next(self._chunks, None)
 
 
 def _nothing() -> None:

@@ -209,6 +209,7 @@ async def two_hosts(
     ports: Mapping[str, Ports] = ANY_PORTS,
     places: Mapping[str, Place] = ALL_HERE,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    own_settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     option: str = "--keep",
 ) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
@@ -218,10 +219,12 @@ async def two_hosts(
         ports: where each host's services listen; any free port by default.
         places: where in the network the hosts are.
         settings: what else both hosts are configured to.
+        own_settings: the same, of one host, by its name.
         option: what the caller names the folder by.
     """
     with _folders(keep, option) as (files, run, ram):
-        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places, settings))
+        chosen = {name: {**settings, **own_settings.get(name, {})} for name in ("a", "b")}
+        a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places, chosen))
         world = TwoHosts(
             a, b, admin_tls=files / "tls" / "operator", trace_dir=files / "traces", images=run / "images"
         )
@@ -243,13 +246,18 @@ def show_logs(world: TwoHosts) -> None:
             say(f"--- the last lines of {service.name} ---\n{tail}")
 
 
+def shared_memory_bytes() -> int:
+    """What this computer has for guests."""
+    return shutil.disk_usage(_SHARED_MEMORY).free
+
+
 def require_memory(machine_bytes: int, resident_bytes: int) -> None:
     """Refuse what this computer's shared memory cannot hold, before a guest meets the end of it.
 
     Raises:
         InsufficientMemoryError: with what there is.
     """
-    free = shutil.disk_usage(_SHARED_MEMORY).free
+    free = shared_memory_bytes()
     # The destination takes all of its memory beforehand, and both hosts are this computer.
     needed = machine_bytes + resident_bytes
     if needed > free:
@@ -295,13 +303,13 @@ def _prepare(
     ram: Path,
     ports: Mapping[str, Ports],
     places: Mapping[str, Place],
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
 ) -> list[DemoHost]:
     authority = files / "tls" / "authority"
     init_authority(authority, TRUST_DOMAIN)
     issue(authority, Identity(TRUST_DOMAIN, Kind.ADMIN, "operator"), files / "tls" / "operator")
     hosts = []
-    for name in ("a", "b"):
+    for name in settings:
         identity = Identity(TRUST_DOMAIN, Kind.VMHOST, name)
         issue(authority, identity, files / "tls" / name)
         config = HostConfig(
@@ -313,7 +321,7 @@ def _prepare(
             source_listen=f"{places[name].listen}:{ports[name].source}",
             dest_listen=f"{places[name].listen}:{ports[name].dest}",
             image_roots=(run / "images",),
-            **settings,
+            **settings[name],
         )
         config = ports[name].with_pages(config)
         for folder in (config.state_dir, config.run_dir, config.ram_dir):
