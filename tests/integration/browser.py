@@ -138,7 +138,7 @@ async def open_tab() -> AsyncIterator[Tab]:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
             start_new_session=True,
-            env=os.environ | {"HOME": profile},
+            env=os.environ | {"HOME": profile, "TMPDIR": profile},
         )
         try:
             where = Path(profile) / "DevToolsActivePort"

@@ -199,6 +199,47 @@ async def test_device_state_goes_from_one_process_to_another(
     assert await source.save_device_state() != state
 
 
+async def test_the_end_of_saving_is_told_before_the_hypervisor_is_asked(
+    start: Start, host: MachineDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks for what the devices wrote need not wait for that answer; it is told once for each save."""
+    machine = await start(host)
+    happened = list[str]()
+    completed = machine._migration.completed
+
+    async def ask(command: str) -> bool:
+        happened.append("asked")
+        return await completed(command)
+
+    monkeypatch.setattr(machine._migration, "completed", ask)
+    await machine.save_device_state(all_come=lambda: happened.append("all come"))
+    assert happened[0] == "all come"
+    assert happened.count("all come") == 1
+    assert "asked" in happened
+
+
+async def test_a_copy_is_just_loaded_until_it_runs_or_dies(
+    hosts: Callable[[], MachineDirectory], start: Start
+) -> None:
+    """The hypervisor's word that its copy is complete counts for a moment, and only while its process lives."""
+    source = await start(hosts())
+    state = await source.save_device_state()
+    target = await start(hosts(), source.spec, incoming=True)
+    assert not target.just_loaded(60)
+    await target.load_device_state(state)
+    assert target.just_loaded(60)
+    assert not target.just_loaded(0)
+    await target.cont(permit_for(target.spec.uuid))
+    assert not target.just_loaded(60)
+
+    another = await start(hosts(), source.spec, incoming=True)
+    await another.load_device_state(state)
+    assert another.just_loaded(60)
+    os.kill(another.pid, signal.SIGKILL)
+    assert await another.process.wait_ended(10)
+    assert not another.just_loaded(60)
+
+
 async def test_device_state_that_is_none_is_refused_in_the_words_of_the_hypervisor(
     host: MachineDirectory, start: Start
 ) -> None:

@@ -36,7 +36,13 @@ def huge() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-async def world(images: Path, huge: Path) -> AsyncIterator[World]:
+def room(huge: Path) -> int:
+    """What is free there before any guest; later, whatever just ended may not have given everything back yet."""
+    return available_bytes(huge)
+
+
+@pytest.fixture(scope="module")
+async def world(images: Path, huge: Path, room: int) -> AsyncIterator[World]:
     """Hosts a and b, which have huge pages too."""
     async with open_world(image_roots=(images,), downtime_limit_ms=1000, huge_dir=huge) as opened:
         yield opened
@@ -47,6 +53,20 @@ def qemu_spec(images: Path, writes: int = 4, files: int = 8, **part: Any) -> Mac
     spec = linux_spec(images, writes=writes, files=files, memory_mib=GUEST_MIB)
     assert spec.qemu is not None
     return replace(spec, qemu=replace(spec.qemu, **part))
+
+
+async def huge_pages_free(huge: Path, wanted: int) -> None:
+    """Wait until exactly so many bytes in huge pages are free: none are left behind, and none are missing."""
+    seen: list[int] = []
+
+    def as_wanted() -> bool:
+        seen[:] = [available_bytes(huge)]
+        return seen == [wanted]
+
+    try:
+        await eventually(as_wanted, "huge pages are free again")
+    finally:
+        assert seen == [wanted], "bytes that are free, and those that ought to be"
 
 
 @pytest.mark.parametrize("backing", ["hugetlbfs", "memfd"])
@@ -66,12 +86,14 @@ async def test_a_guest_crosses_with_every_kind_of_memory(world: World, images: P
     assert here.holdings() == there.holdings() == []
 
 
-async def test_huge_pages_that_are_not_there_are_refused(world: World, images: Path, huge: Path) -> None:
+async def test_huge_pages_that_are_not_there_are_refused(
+    world: World, images: Path, huge: Path, room: int
+) -> None:
     """Before a start, by what is missing; and a destination that was emptied meanwhile gives everything back."""
-    room = available_bytes(huge)
+    await huge_pages_free(huge, room)
     guest = await boot(world, qemu_spec(images, memory_backing="hugetlbfs"))
     assert path_page_bytes(world.a.record(guest.id).paths.ram) > 0
-    assert available_bytes(huge) == room - GUEST_MIB * MIB
+    await huge_pages_free(huge, room - GUEST_MIB * MIB)
     other = replace(
         qemu_spec(images, memory_backing="hugetlbfs"), memory_mib=room // MIB, name=f"{guest.spec.name}-other"
     )
@@ -95,12 +117,12 @@ async def test_huge_pages_that_are_not_there_are_refused(world: World, images: P
 
 @pytest.mark.parametrize("backing", ["hugetlbfs", "memfd"])
 async def test_a_crossing_that_is_cancelled_leaves_no_memory(
-    world: World, images: Path, huge: Path, link: Proxy, backing: str
+    world: World, images: Path, huge: Path, room: int, link: Proxy, backing: str
 ) -> None:
     """The waiting copy goes with all it took, nothing is tracked any more, and the next crossing completes."""
-    room = available_bytes(huge)
+    await huge_pages_free(huge, room)
     guest = await boot(world, qemu_spec(images, memory_backing=backing))
-    before = available_bytes(huge)
+    held = GUEST_MIB * MIB if backing == "hugetlbfs" else 0
     link.up_bytes_per_s = SLOW
     migration_id = await world.start(guest, world.a, world.b, address=link.address)
     await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
@@ -109,11 +131,11 @@ async def test_a_crossing_that_is_cancelled_leaves_no_memory(
         await stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id), timeout=DEADLINE_S)
     assert (await world.ended(world.a, migration_id)).outcome == pb.MIGRATION_OUTCOME_CANCELLED
     await world.assert_stays(guest, world.a, world.b)
-    await eventually(lambda: available_bytes(huge) == before, "the huge pages are free again")
+    await huge_pages_free(huge, room - held)
     link.up_bytes_per_s = None
     await world.assert_crosses(guest, world.a, world.b)
     await end_machine(guest.id, world.b.config)
-    await eventually(lambda: available_bytes(huge) == room, "all huge pages are free again")
+    await huge_pages_free(huge, room)
 
 
 async def test_private_memory_travels_in_the_stream(world: World, images: Path) -> None:
