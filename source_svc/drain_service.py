@@ -18,11 +18,12 @@ from source_svc.draining import Draining
 from source_svc.drainstate import DrainBook
 from source_svc.inside import Inside
 from source_svc.orders import read_destination, read_order
-from vmferry.errors import InvalidArgumentError, TicketInvalidError
+from vmferry.errors import InvalidArgumentError, TicketInvalidError, VmferryError
 from vmferry.rpc.daemon import Host
 from vmferry.rpc.interceptors import current_caller
 from vmferry.security.warrants import VerifiedWarrant, open_warrant
 from vmferry.telemetry.logs import get_logger
+from vmferry.together import to_the_end
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1 import drain_pb2_grpc
 
@@ -64,18 +65,8 @@ class DrainService(drain_pb2_grpc.DrainServiceServicer):
     ) -> dp.DrainHostResponse:
         """Take no newcomers, and move every machine away."""
         _check_request_id(request.request_id)
-        async with self._one_at_a_time:
-            if not self._book.knows(request.request_id):
-                warrant = self._read(request)
-                afresh = not self._book.record.draining
-                await self._book.begin(request, warrant, current_caller())
-                _LOG.warning(
-                    "this host is being emptied",
-                    caller=current_caller().uri,
-                    destinations=[one.host for one in request.destinations],
-                )
-                self._draining.renew(afresh=afresh)
-            return dp.DrainHostResponse(drain=self._book.snapshot())
+        await to_the_end(self._drain(request))
+        return dp.DrainHostResponse(drain=self._book.snapshot())
 
     async def UndrainHost(  # noqa: N802 - named by the contract
         self,
@@ -83,12 +74,37 @@ class DrainService(drain_pb2_grpc.DrainServiceServicer):
         context: Context,  # noqa: ARG002 - gRPC's
     ) -> dp.UndrainHostResponse:
         """Take newcomers again, and begin nothing more."""
+        await to_the_end(self._undrain())
+        return dp.UndrainHostResponse(drain=self._book.snapshot())
+
+    async def _drain(self, request: dp.DrainHostRequest) -> None:
         async with self._one_at_a_time:
-            if self._book.record.draining:
+            if self._book.knows(request.request_id):
+                return
+            warrant = self._read(request)
+            afresh = not self._book.record.draining
+            await self._book.begin(request, warrant, current_caller())
+            _LOG.warning(
+                "this host is being emptied",
+                caller=current_caller().uri,
+                destinations=[one.host for one in request.destinations],
+            )
+            self._draining.renew(afresh=afresh)
+
+    async def _undrain(self) -> None:
+        async with self._one_at_a_time:
+            if not self._book.record.draining:
+                return
+            # First, so that what it is about to say of the drain is not said behind this.
+            await self._draining.halt()
+            try:
                 await self._book.undo(current_caller())
-                _LOG.warning("this host is not being emptied any more", caller=current_caller().uri)
-                await self._draining.undo()
-            return dp.UndrainHostResponse(drain=self._book.snapshot())
+            except VmferryError:
+                if self._book.damaged is None:
+                    self._draining.go_on()
+                raise
+            _LOG.warning("this host is not being emptied any more", caller=current_caller().uri)
+            await self._draining.take_back()
 
     async def GetDrain(  # noqa: N802 - named by the contract
         self,

@@ -74,11 +74,6 @@ class Draining:
         self._task: asyncio.Task[None] | None = None
         self._followers: dict[str, asyncio.Task[None]] = {}
 
-    @property
-    def busy(self) -> bool:
-        """Whether migrations that the drain began are under way."""
-        return bool(self._followers)
-
     def resume(self) -> None:
         """Go on with what is on disk; called once, when the service can start migrations."""
         for item in self._book.drain.machines:
@@ -89,7 +84,7 @@ class Draining:
             ):
                 self._now.held.add(item.machine_id)
         if self._book.record.draining:
-            self._go_on()
+            self.go_on()
 
     def renew(self, *, afresh: bool) -> None:
         """Go on with a request that is on disk now; whatever rested is tried again.
@@ -101,11 +96,17 @@ class Draining:
         self._now = _Memory(predicted_s=known.predicted_s, placed=known.placed, measured=known.measured)
         if afresh:
             self._now.predicted_s, self._now.measured = {}, False
-        self._go_on()
+        self.go_on()
 
-    async def undo(self) -> None:
-        """Begin nothing more, and take back what only waits; called when that is on disk."""
-        await self._end_task()
+    async def halt(self) -> None:
+        """Look and begin no more until told to go on; what was being written down is on disk."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def take_back(self) -> None:
+        """Take back what only waits; called when it is on disk that the host need not be empty any more."""
         for item in list(self._book.drain.machines):
             if item.state != dp.DRAINED_MACHINE_STATE_MOVING:
                 continue
@@ -115,19 +116,14 @@ class Draining:
 
     async def stop(self) -> None:
         """The service stops; its next start goes on."""
-        await self._end_task()
+        await self.halt()
         followers = list(self._followers.values())
         for task in followers:
             task.cancel()
         await asyncio.gather(*followers, return_exceptions=True)
 
-    async def _end_task(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Look again at once, and from then on."""
         self._wake.set()
         if self._task is None or self._task.done():
             # Not within the call that asked for it: every migration has a trace of its own, however long this takes.
@@ -146,8 +142,10 @@ class Draining:
                 await self._book.hold_up(error)
             except Exception as error:  # noqa: BLE001 - a drain that died would look like one that waits
                 _LOG.critical("the drain met an unexpected error, and tries again", exc_info=error)
+            # Not wait_for: before Python 3.12 it may take a cancellation for the event that came at the same time.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
 
     async def _step(self) -> float:
         """Look, ask, decide, begin; how long nothing needs to be done then."""
@@ -311,7 +309,7 @@ class Draining:
             async with asyncio.timeout(limit_s):
                 for done, machine_id in enumerate(smallest_first):
                     self._book.drain.activity = activity.measuring(done, len(where), limit_s)
-                    await to_the_end(self._book.save())
+                    await self._book.save()
                     await self._ask(machine_id, where[machine_id], predict=True)
         for index, one in enumerate(machines):
             cost_s = self._now.predicted_s.get(one.id)

@@ -7,7 +7,7 @@ DRAINED once no machine is left, and not before.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from typing import Final
 
 from source_svc.drain_figures import EMPTIED, UNDONE, drain_ended
@@ -20,6 +20,7 @@ from vmferry.security.identity import Identity
 from vmferry.security.warrants import VerifiedWarrant
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import current_trace_id, current_traceparent
+from vmferry.together import to_the_end
 from vmferry.v1 import drain_pb2 as dp
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
@@ -70,64 +71,104 @@ class DrainBook:
         return request_id in self.record.request_ids
 
     async def begin(self, request: dp.DrainHostRequest, warrant: VerifiedWarrant, caller: Identity) -> None:
-        """Write down that this host is to be empty; what is known of its machines is kept while it is."""
-        drain = self.drain
-        if not self.record.draining or self.damaged is not None:
-            revision = drain.revision
-            moving = [one for one in drain.machines if one.state == dp.DRAINED_MACHINE_STATE_MOVING]
-            drain.CopyFrom(dp.Drain(machines=moving, revision=revision, trace_id=current_trace_id()))
-            drain.create_time.GetCurrentTime()
-            self.record.traceparent, self.record.counted = current_traceparent(), False
-        self.damaged = None
-        self.record.draining = True
-        self.record.warrant = request.warrant
-        self.record.options.CopyFrom(request.options)
-        self.record.request_ids.append(request.request_id)
-        del self.record.request_ids[:-_REMEMBERED]
-        del drain.destinations[:]
-        drain.destinations.extend(request.destinations)
-        for field in ("end_time", "problem"):
-            drain.ClearField(field)
-        drain.host, drain.caller, drain.request_id = self._own.uri, caller.uri, request.request_id
-        drain.warrant_expire_time.FromDatetime(warrant.expires)
-        drain.state = dp.DRAIN_STATE_DRAINING
+        """Write down that this host is to be empty; what is known of its machines is kept while it is.
+
+        Raises:
+            ConfigError: the disk does not take it; nothing has changed.
+        """
+        afresh = not self.record.draining or self.damaged is not None
+        trace_id, traceparent = current_trace_id(), current_traceparent()
+
+        def change(record: dp.DrainRecord) -> None:
+            drain = record.drain
+            if afresh:
+                moving = [one for one in drain.machines if one.state == dp.DRAINED_MACHINE_STATE_MOVING]
+                drain.CopyFrom(dp.Drain(machines=moving, revision=drain.revision, trace_id=trace_id))
+                drain.create_time.GetCurrentTime()
+                record.traceparent, record.counted = traceparent, False
+            record.draining = True
+            record.warrant = request.warrant
+            record.options.CopyFrom(request.options)
+            record.request_ids.append(request.request_id)
+            del record.request_ids[:-_REMEMBERED]
+            del drain.destinations[:]
+            drain.destinations.extend(request.destinations)
+            for field in ("end_time", "problem"):
+                drain.ClearField(field)
+            drain.host, drain.caller, drain.request_id = self._own.uri, caller.uri, request.request_id
+            drain.warrant_expire_time.FromDatetime(warrant.expires)
+            drain.state = dp.DRAIN_STATE_DRAINING
+
+        await to_the_end(self._change(change))
         self.warranted = frozenset(warrant.machines)
-        await self.save()
 
     async def undo(self, caller: Identity) -> None:
-        """Write down that this host need not be empty any more."""
-        self.damaged = None
-        self.record.draining = False
-        self.record.warrant = b""
-        drain = self.drain
-        drain.host, drain.caller = self._own.uri, caller.uri
-        drain.state = dp.DRAIN_STATE_NONE
-        drain.ClearField("problem")
-        drain.end_time.GetCurrentTime()
-        drain.ClearField("activity")
-        for item in drain.machines:
-            item.ClearField("turn")
-            if item.state == dp.DRAINED_MACHINE_STATE_WAITING:
-                item.state = dp.DRAINED_MACHINE_STATE_STAYS
-        if drain.HasField("create_time"):
+        """Write down that this host need not be empty any more.
+
+        Raises:
+            ConfigError: the disk does not take it; nothing has changed.
+        """
+
+        def change(record: dp.DrainRecord) -> None:
+            record.draining = False
+            record.warrant = b""
+            drain = record.drain
+            drain.host, drain.caller = self._own.uri, caller.uri
+            drain.state = dp.DRAIN_STATE_NONE
+            for field in ("problem", "activity"):
+                drain.ClearField(field)
+            drain.end_time.GetCurrentTime()
+            for item in drain.machines:
+                item.ClearField("turn")
+                if item.state == dp.DRAINED_MACHINE_STATE_WAITING:
+                    item.state = dp.DRAINED_MACHINE_STATE_STAYS
+
+        await to_the_end(self._change(change))
+        if self.drain.HasField("create_time"):
             drain_ended(self.record, UNDONE)
-        await self.save()
 
     async def save(self) -> None:
-        """Put it on disk and tell watchers, if anything is different.
+        """Put it on disk and tell watchers, if anything is different; that is done even if the caller is cancelled.
 
         Raises:
             ConfigError: the disk does not take it; watchers are told nothing.
         """
+        await to_the_end(self._save())
+
+    async def _save(self) -> None:
         async with self._saving:
-            self._say_about_newcomers()
+            self._say_about_newcomers(self.record)
             if self._same():
                 return
             self.drain.revision += 1
             record = dp.DrainRecord()
             record.CopyFrom(self.record)
-            await asyncio.to_thread(self.file.write, record)
-            self._shown = record.drain
+            await self._write(record)
+        await self._tell()
+
+    async def _change(self, change: Callable[[dp.DrainRecord], None]) -> None:
+        """Change the record once the disk has taken the change; what came about meanwhile is kept."""
+        async with self._saving:
+            record = dp.DrainRecord()
+            record.CopyFrom(self.record)
+            change(record)
+            record.drain.revision += 1
+            damaged, self.damaged = self.damaged, None  # what cannot be read is replaced
+            self._say_about_newcomers(record)
+            try:
+                await self._write(record)
+            except VmferryError:
+                self.damaged = damaged
+                raise
+            change(self.record)
+            self.drain.revision = record.drain.revision
+        await self._tell()
+
+    async def _write(self, record: dp.DrainRecord) -> None:
+        await asyncio.to_thread(self.file.write, record)
+        self._shown = record.drain
+
+    async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
@@ -271,12 +312,11 @@ class DrainBook:
             drain.state = dp.DRAIN_STATE_STUCK if stuck else dp.DRAIN_STATE_DRAINING
         await self.save()
 
-    def _say_about_newcomers(self) -> None:
-        drain = self.drain
-        by_settings = self._config.draining
-        drain.takes_newcomers = not (by_settings or self.record.draining or self.damaged)
+    def _say_about_newcomers(self, record: dp.DrainRecord) -> None:
+        drain, by_settings = record.drain, self._config.draining
+        drain.takes_newcomers = not (by_settings or record.draining or self.damaged)
         drain.newcomers_note = (
-            "its configuration says draining = true" if by_settings and not self.record.draining else ""
+            "its configuration says draining = true" if by_settings and not record.draining else ""
         )
 
     def _load(self) -> dp.DrainRecord:
@@ -296,7 +336,7 @@ class DrainBook:
         return record
 
     def _copy(self) -> dp.Drain:
-        self._say_about_newcomers()
+        self._say_about_newcomers(self.record)
         copy = dp.Drain()
         copy.CopyFrom(self.record.drain)
         return copy
