@@ -1,7 +1,7 @@
 """What becomes of the frames that an attempt's lanes bring: guest memory, and the device state beside it.
 
 Promise: a frame is checked before it counts, and is in memory when :meth:`DirectMemory.take` is done with it. The
-event loop itself puts in only what it has done in a moment: pages as they are, in memory that is taken already.
+event loop itself puts in only what it has done in a moment, in memory that is taken already.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def pages_at_once(processors: int) -> int:
     """Up to how many pages the loop puts in by itself, where the service may use so many processors.
 
     A thread has to be woken and wakes the loop in turn, and both want Python's lock all the time. That is worth it
-    where both really run at a time, as the loop has to serve all that arrives here.
+    where both really run at a time, as the loop has to serve all that arrives here. A chunk of the most pages takes
+    the loop a few milliseconds.
     """
     return MAX_PAGES_PER_CHUNK if processors <= _FEW_PROCESSORS else _LITTLE_PAGES
 
@@ -150,7 +151,9 @@ class DirectMemory:
     def _is_quick(self, chunk: ChunkFrame) -> bool:
         """Whether the loop may put a chunk in by itself; nothing that it says has been checked yet."""
         head = chunk.head
-        if chunk.mark or head.encoding != transfer_pb2.ENCODING_NONE:
+        if chunk.mark:
+            return False
+        if head.encoding != transfer_pb2.ENCODING_NONE and self._at_once < MAX_PAGES_PER_CHUNK:
             return False
         if len(head.runs) + len(head.zero_runs) > self._at_once:
             return False

@@ -36,9 +36,11 @@ from vmferry.memory.backings import HUGETLBFS, TMPFS
 from vmferry.memory.regions import RamFile
 from vmferry.negotiation.encodings import NONE
 from vmferry.negotiation.path import STREAM
+from vmferry.rpc.allocator import touch_buffers
 from vmferry.telemetry import logs, tracing
 from vmferry.telemetry.logs import get_logger
 from vmferry.telemetry.tracing import phase
+from vmferry.together import together
 from vmferry.transfer.receiving import Lane, Response
 from vmferry.transfer.seal import seal_digest
 from vmferry.transfer.streams import MAX_PIECE_BYTES
@@ -92,6 +94,8 @@ class Receiver:
         self._path = path
         # An older source names none, and sends pages as they are.
         self._encodings = frozenset(encodings or (NONE,))
+        self._buffer_bytes = min(2 * config.window_bytes, spec.memory_bytes)
+        """What is in flight at most, as it comes and as it is put together."""
         # A lane may always have one frame on its way, even where the window is smaller.
         self._window_bytes = max(config.window_bytes, lanes * MAX_PIECE_BYTES)
         self._ram: RamFile | None = None
@@ -121,17 +125,20 @@ class Receiver:
     async def prepare(self) -> None:
         """Make the memory file, start the hypervisor on it, waiting, and begin to take the memory."""
         async with phase("prepare"):
-            self.machine = await start_machine(
-                self.spec, self._directory, incoming=True, make_memory=self._make_memory
-            )
-            reach("dest.copy-started")
-            await self.machine.check_images()
-            if self.spec.shared_memory:
-                region = self.machine.ram
-                self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
-                self._reservation = asyncio.create_task(self._reserve(self._ram))
-            self._memory = self._way(self.machine)
-            await self._memory.open()
+            await together(self._start(), asyncio.to_thread(touch_buffers, self._buffer_bytes))
+
+    async def _start(self) -> None:
+        self.machine = await start_machine(
+            self.spec, self._directory, incoming=True, make_memory=self._make_memory
+        )
+        reach("dest.copy-started")
+        await self.machine.check_images()
+        if self.spec.shared_memory:
+            region = self.machine.ram
+            self._ram = RamFile.open(region.path, region.size_bytes, writable=True)
+            self._reservation = asyncio.create_task(self._reserve(self._ram))
+        self._memory = self._way(self.machine)
+        await self._memory.open()
 
     def _make_memory(self, spec: MachineSpec, path: Path) -> None:
         """Find the machine's memory ready, as far as that is kept here; make the rest, and room for it."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from xxhash import xxh3_128_digest
@@ -32,14 +33,18 @@ def ram(tmp_path: Path) -> Iterator[RamFile]:
 
 @pytest.fixture
 def memory(ram: RamFile) -> DirectMemory:
-    machine = SimpleNamespace(ram=SimpleNamespace(page_count=PAGES))
+    return into(ram, at_once=AT_ONCE)
+
+
+def into(ram: RamFile, *, at_once: int) -> DirectMemory:
+    machine: Any = SimpleNamespace(ram=SimpleNamespace(page_count=PAGES))
     return DirectMemory(
         machine,
         ram,
         PageTable(PAGES),
         (NONE, LZ4),
         taken_bytes=lambda: TAKEN * PAGE_SIZE,
-        at_once=AT_ONCE,
+        at_once=at_once,
     )
 
 
@@ -92,6 +97,18 @@ async def test_what_may_take_longer_is_left_to_a_thread(
     assert await work == 0
     first, size = frame.head.runs[0].first_page * PAGE_SIZE, frame.head.runs[0].page_count * PAGE_SIZE
     assert ram.path.read_bytes()[first : first + size] != bytes(size)
+
+
+def test_where_there_are_few_processors_compressed_pages_are_put_in_at_once(ram: RamFile) -> None:
+    """A thread would only take turns with the loop; a chunk that is not what was sent touches no memory."""
+    memory = into(ram, at_once=pages_at_once(2))
+    forged = chunk((0, 2), lz4=True)
+    forged.head.data_hash = bytes(16)
+    with pytest.raises(HashMismatchError):
+        memory.take(forged)
+    assert ram.path.read_bytes() == bytes(PAGES * PAGE_SIZE)
+    assert memory.take(chunk((0, 2), lz4=True)) == 0
+    assert ram.path.read_bytes()[: 2 * PAGE_SIZE].strip(b"\0")
 
 
 async def test_a_comparison_is_left_to_a_thread(memory: DirectMemory) -> None:

@@ -50,12 +50,23 @@ def test_a_buffer_that_was_freed_is_used_again(faults: dict[str, int]) -> None:
 )
 def test_buffers_are_asked_for_in_huge_pages() -> None:
     """The part of the heap that a service's windows fit into has the advice; nothing is touched for that."""
-    script = "from vmferry.rpc.allocator import keep_buffers; keep_buffers(); print(open('/proc/self/smaps').read())"
+    advised = r"VmFlags:.* hg"
+    assert _heap_kib("keep_buffers()", "Size", advised) >= 96 * 1024
+    assert _heap_kib("keep_buffers()", "Rss", advised) < 8 * 1024
+
+
+def test_buffers_can_be_touched_before_they_are_needed() -> None:
+    """As much of them as is asked for is there then, and no more."""
+    before, after = (_heap_kib(f"keep_buffers(); touch_buffers({size})", "Rss") for size in (0, 64 << 20))
+    assert 60 * 1024 < after - before < 70 * 1024
+
+
+def _heap_kib(statement: str, field: str, having: str = "") -> int:
+    """What the kernel says of the parts of a new process's heap that look so, when it has executed a statement."""
+    script = f"from vmferry.rpc.allocator import *; {statement}; print(open('/proc/self/smaps').read())"
     told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    heaps = [part for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", told) if "[heap]" in part]
-    advised = [heap for heap in heaps if re.search(r"VmFlags:.* hg", heap)]
-    assert sum(_kib(heap, "Size") for heap in advised) >= 96 * 1024
-    assert sum(_kib(heap, "Rss") for heap in advised) < 8 * 1024
+    parts = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", told)
+    return sum(_kib(part, field) for part in parts if "[heap]" in part and re.search(having, part))
 
 
 def _kib(part: str, field: str) -> int:

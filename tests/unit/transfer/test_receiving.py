@@ -24,9 +24,9 @@ class Connection:
         while True:
             yield await self._requests.get()
 
-    def send(self, sequence: int) -> None:
-        """Send a frame that says nothing but its number."""
-        self._requests.put_nowait(chunk_frame(transfer_pb2.Chunk(sequence=sequence)))
+    def send(self, sequence: int, data: bytes = b"") -> None:
+        """Send a frame that says nothing but its number, with so many bytes."""
+        self._requests.put_nowait(chunk_frame(transfer_pb2.Chunk(sequence=sequence, data=data)))
 
     async def hear(self) -> Response:
         """The next response."""
@@ -91,6 +91,20 @@ async def test_what_is_done_at_once_needs_no_turn_of_the_loop() -> None:
     asyncio.get_running_loop().call_soon(turns.append, 1)
     assert [(await connection.hear()).ack.acknowledged for _ in range(2)] == [1, 2]
     assert not turns
+
+
+async def test_the_loop_has_its_turn_after_a_large_frame() -> None:
+    """However many have come already, whoever else waits for the loop does not wait for all of them."""
+    connection = Connection(Lane(1 << 24), Taker(at_once=True))
+    await connection.hear()
+    turns: list[int] = []
+    for sequence in (1, 2, 3):
+        connection.send(sequence, bytes(1 << 20))
+        asyncio.get_running_loop().call_soon(turns.append, sequence)
+    assert (await connection.hear()).ack.acknowledged == 1
+    assert not turns
+    assert (await connection.hear()).ack.acknowledged == 2
+    assert turns
 
 
 @pytest.mark.parametrize("at_once", [True, False])
