@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Sequence
 from typing import Final
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from source_svc.drain_figures import EMPTIED, UNDONE, drain_ended
 from vmferry.config import HostConfig
 from vmferry.drain.activity import turns
@@ -78,13 +80,14 @@ class DrainBook:
         """
         afresh = not self.record.draining or self.damaged is not None
         trace_id, traceparent = current_trace_id(), current_traceparent()
+        now = _now()
 
         def change(record: dp.DrainRecord) -> None:
             drain = record.drain
             if afresh:
                 moving = [one for one in drain.machines if one.state == dp.DRAINED_MACHINE_STATE_MOVING]
                 drain.CopyFrom(dp.Drain(machines=moving, revision=drain.revision, trace_id=trace_id))
-                drain.create_time.GetCurrentTime()
+                drain.create_time.CopyFrom(now)
                 record.traceparent, record.counted = traceparent, False
             record.draining = True
             record.warrant = request.warrant
@@ -108,6 +111,7 @@ class DrainBook:
         Raises:
             ConfigError: the disk does not take it; nothing has changed.
         """
+        now = _now()
 
         def change(record: dp.DrainRecord) -> None:
             record.draining = False
@@ -117,7 +121,7 @@ class DrainBook:
             drain.state = dp.DRAIN_STATE_NONE
             for field in ("problem", "activity"):
                 drain.ClearField(field)
-            drain.end_time.GetCurrentTime()
+            drain.end_time.CopyFrom(now)
             for item in drain.machines:
                 item.ClearField("turn")
                 if item.state == dp.DRAINED_MACHINE_STATE_WAITING:
@@ -147,7 +151,10 @@ class DrainBook:
         await self._tell()
 
     async def _change(self, change: Callable[[dp.DrainRecord], None]) -> None:
-        """Change the record once the disk has taken the change; what came about meanwhile is kept."""
+        """Change the record once the disk has taken the change, which must be the same both times.
+
+        What came about while it was written is kept.
+        """
         async with self._saving:
             record = dp.DrainRecord()
             record.CopyFrom(self.record)
@@ -161,6 +168,7 @@ class DrainBook:
                 self.damaged = damaged
                 raise
             change(self.record)
+            self._say_about_newcomers(self.record)
             self.drain.revision = record.drain.revision
         await self._tell()
 
@@ -357,6 +365,12 @@ def obstacle(
         tried=tried,
     )
     found.time.GetCurrentTime()
+    return found
+
+
+def _now() -> Timestamp:
+    found = Timestamp()
+    found.GetCurrentTime()
     return found
 
 

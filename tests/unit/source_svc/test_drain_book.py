@@ -109,6 +109,16 @@ async def test_a_drain_goes_on_until_its_undoing_is_on_disk(book: DrainBook, tmp
     assert not DrainFile(tmp_path).draining
 
 
+async def test_what_was_told_of_a_drain_is_what_is_kept(book: DrainBook) -> None:
+    """Its times too: nothing is different a moment later, so nothing is written again."""
+    await begin(book, request())
+    await book.save()
+    assert book.snapshot().revision == 1
+    await book.undo(CALLER)
+    await book.save()
+    assert book.snapshot().revision == 2
+
+
 async def test_what_came_about_while_a_change_was_written_is_kept(
     book: DrainBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
