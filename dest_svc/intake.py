@@ -136,11 +136,17 @@ class DirectMemory:
         self._intake = Intake(ram, table, encodings)
         self._device_state = DeviceStateBuffer()
         self._taken_bytes = taken_bytes
+        self._preparing: asyncio.Task[None] | None = None
         self._at_once = pages_at_once(len(os.sched_getaffinity(0))) if at_once is None else at_once
 
     async def open(self) -> None:
         """Do beforehand what loading needs."""
-        await self._machine.get_ready_to_load()
+        self._preparing = await self._machine.get_ready_to_load()
+
+    @property
+    def ready(self) -> bool:
+        """Whether all of that is done; to load before would keep the guest waiting longer."""
+        return self._preparing is None or self._preparing.done()
 
     def take(self, request: Received) -> int | Awaitable[int]:
         """Check one frame and put it where it belongs, at once if that is done in a moment, else in a thread."""

@@ -213,6 +213,8 @@ class Receiver:
             problems.append(f"memory: {self._reserved_bytes} of {self.memory_bytes} bytes taken so far")
         elif (error := self._reservation.exception()) is not None:
             raise error
+        if isinstance(self._memory, DirectMemory) and not self._memory.ready:
+            problems.append("hypervisor: it is still taking the memory to load with")
         if self.machine is None or not await self.machine.alive():
             raise MachineDeadError(f"the waiting copy of {self.spec.name} has died")
         return problems

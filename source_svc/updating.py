@@ -122,7 +122,8 @@ class Updating:
                 reach("update.started")
                 await checks.compare(old, self._new)
                 await old.get_ready()
-                await self._new.get_ready_to_load()
+                if (preparing := await self._new.get_ready_to_load()) is not None:
+                    await asyncio.wait([preparing])
             async with phase("pause", max_pause_s=max_pause_s):
                 await self._switch(old, self._new, max_pause_s, watcher)
         except JournalDamagedError:

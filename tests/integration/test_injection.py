@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import vmferry
+from tests.integration.ownmemory import heap, untouched_pages
 from tests.support import require, wait_until
 from vmferry.errors import MachineDeadError, TrackerUnavailableError
 from vmferry.memory.digest import PageTable
@@ -23,7 +24,7 @@ from vmferry.memory.inject import inject_write_tracking
 from vmferry.memory.ptrace import Tracee
 from vmferry.memory.regions import RamFile, Region, find_mapping
 from vmferry.memory.runs import PAGE_SIZE
-from vmferry.memory.surgeon import open_userfault_in
+from vmferry.memory.surgeon import open_userfault_in, touch_own_memory
 from vmferry.memory.trackers import SoftDirtyTracker
 
 PACKAGES = str(Path(vmferry.__file__).parents[1])
@@ -107,6 +108,25 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, header) == 0
 """
 
+
+# Has a piece of firmware's size and a larger one, in a range that nobody may use otherwise, and room in its heap.
+HOLDS_MEMORY = """
+libc.mmap.restype = ctypes.c_void_p
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+whole = libc.mmap(None, ctypes.c_size_t(400 * 4096), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, ctypes.c_long(0))
+small, large = whole + 4096, whole + 150 * 4096
+for address, pages in (small, 100), (large, 200):
+    assert not libc.mprotect(address, pages * 4096, mmap.PROT_READ | mmap.PROT_WRITE)
+    ctypes.memmove(address, b"held", 4)
+libc.mallopt(-2, 1 << 20)
+libc.malloc(100_000)
+print(small, large, flush=True)
+def still_held():
+    line = read_line()
+    assert ctypes.string_at(small, 100 * 4096) == b"held" + bytes(100 * 4096 - 4)
+    return line
+answers(still_held)
+"""
 
 HARMLESS_FILTER = KILL_ON_USERFAULTFD.replace("0x80000000", "0x7FFF0000")
 
@@ -308,6 +328,34 @@ def test_memory_that_another_userfaultfd_holds_is_refused_and_nothing_stays(
     assert target.ping() == "pong"
 
 
+def test_own_memory_is_taken_and_holds_what_it_held(start: Callable[..., Target]) -> None:
+    """Heap and small pieces have all their pages, larger pieces and shared memory have none more than before."""
+    target = start(HOLDS_MEMORY)
+    small, large = map(int, target.line().split())
+    shared = untouched_pages(target.pid, target.address, SIZE)
+    assert untouched_pages(target.pid, small, 100 * PAGE_SIZE) == 99
+    assert untouched_pages(target.pid, *heap(target.pid)) > 200
+    before = target.descriptors(), target.mappings()
+    touch_own_memory(target.pid)
+    assert (target.descriptors(), target.mappings()) == before
+    assert untouched_pages(target.pid, small, 100 * PAGE_SIZE) == 0
+    assert untouched_pages(target.pid, *heap(target.pid)) == 0
+    assert untouched_pages(target.pid, large, 200 * PAGE_SIZE) == 199
+    assert untouched_pages(target.pid, target.address, SIZE) == shared
+    assert target.ping() == "pong"
+    touch_own_memory(target.pid)
+    assert target.ping() == "pong"
+
+
+def test_own_memory_of_a_dead_process_cannot_be_taken(start: Callable[..., Target]) -> None:
+    """It is said to be dead, as with every operation."""
+    target = start(WAITING["read"])
+    with target.process:
+        target.process.kill()
+    with pytest.raises(MachineDeadError):
+        touch_own_memory(target.pid)
+
+
 def test_a_target_that_is_traced_already_is_refused(start: Callable[..., Target]) -> None:
     """The message names the tracer, and the target is not disturbed."""
     target = start(WAITING["read"])
@@ -318,6 +366,8 @@ def test_a_target_that_is_traced_already_is_refused(start: Callable[..., Target]
     assert tracer.line() == "tracing"
     with pytest.raises(TrackerUnavailableError, match=f"already traced by process {tracer.pid}"):
         inject_write_tracking(target.pid, target.address, SIZE)
+    with pytest.raises(TrackerUnavailableError, match=f"already traced by process {tracer.pid}"):
+        touch_own_memory(target.pid)
     assert target.ping() == "pong"
 
 

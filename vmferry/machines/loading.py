@@ -1,7 +1,7 @@
 """The other side of a migration: a hypervisor that waits, and loads what it is sent.
 
 Promise: a load is over when the hypervisor says that its guest stands still with all that was sent; what it says else
-is raised. A connection that was opened beforehand carries one load.
+is raised. A connection that was opened beforehand carries one load, and the hypervisor has taken the memory for it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from vmferry.errors import MachineDeadError, MachineFailedError
+from vmferry.errors import MachineDeadError, MachineFailedError, VmferryError
 from vmferry.machines.migrating import Fail, MigrationControl
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import RunState
 from vmferry.machines.state_socket import MAX_STATE_BYTES, connected, send_all, temporary
+from vmferry.memory.surgeon import touch_own_memory
+from vmferry.telemetry.logs import get_logger
+from vmferry.together import to_the_end
 
+_LOG: Final = get_logger(__name__)
 _COMMAND: Final = "migrate-incoming"
 _POLL_S: Final = 0.001
 _WATCH_S: Final = 0.05
 """The guest stands still meanwhile, so only a load that takes longer is asked whether it failed."""
+_SETTLES_S: Final = 0.2
+"""QEMU gives back what lies unused in its heap within 60 ms of doing something: before that it would be in vain."""
 _LOADED: Final = frozenset({RunState.PAUSED, RunState.PRELAUNCH})
 
 
@@ -43,24 +49,32 @@ class Loading:
         self._fail = fail
         self._timeout_s = timeout_s
         self._link: socket.socket | None = None
+        self._taking: asyncio.Task[None] | None = None
+        """Has the hypervisor take memory of its own; once."""
 
     @property
     def waits(self) -> bool:
         """The hypervisor waits at an open connection, which nothing was sent over yet."""
         return self._link is not None
 
-    async def open(self) -> None:
-        """Have the hypervisor wait at an open connection: loading is sending then."""
-        if self._link is not None or await self._run_state() is not RunState.INMIGRATE:
-            return
-        try:
-            self._link = await self._waiting()
-        except OSError as error:
-            raise self._unreachable(error) from error
+    async def open(self, pid: int) -> asyncio.Task[None]:
+        """Have the hypervisor, process ``pid``, wait at an open connection: loading is sending then.
+
+        Returns what ends when it has taken its memory, too. A load before that does not wait for it to begin.
+        """
+        if self._link is None and await self._run_state() is RunState.INMIGRATE:
+            try:
+                self._link = await self._waiting()
+            except OSError as error:
+                raise self._unreachable(error) from error
+        if self._taking is None:
+            self._taking = asyncio.create_task(_take_memory(pid))
+        return self._taking
 
     async def load(self, data: bytes) -> None:
         """Load a device state."""
         await self._migration.prepare_device_state()
+        await self._let_alone()
         try:
             async with asyncio.timeout(self._timeout_s):
                 link, self._link = self._link or await self._waiting(), None
@@ -90,11 +104,18 @@ class Loading:
         words = f"the process ended while loading; its log ends with:\n{self._paths.log_tail()}"
         return self._fail(_COMMAND, words)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close a connection that was opened and not used; more than once does no harm."""
+        await self._let_alone()
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    async def _let_alone(self) -> None:
+        """Have nobody do anything to the hypervisor's process from here on."""
+        if self._taking is not None:
+            self._taking.cancel()
+            await asyncio.wait([self._taking])
 
     async def _waiting(self) -> socket.socket:
         path = self._paths.state_socket
@@ -120,6 +141,15 @@ class Loading:
 
     def _late(self) -> MachineFailedError:
         return self._fail(_COMMAND, f"not loaded within {self._timeout_s:g} s")
+
+
+async def _take_memory(pid: int) -> None:
+    """Have it take the memory that it needs for loading, which else comes page by page while its guest waits."""
+    await asyncio.sleep(_SETTLES_S)
+    try:
+        await to_the_end(asyncio.to_thread(touch_own_memory, pid))
+    except (VmferryError, OSError) as error:  # that it has died is said by whoever asks it something
+        _LOG.info("the hypervisor's own memory is not taken beforehand", detail=str(error))
 
 
 async def _hung_up(link: socket.socket) -> None:

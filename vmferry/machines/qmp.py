@@ -188,13 +188,14 @@ class QmpMachine(Machine):
             await self._migration.end()
             await self._migration.prepare_device_state()
 
-    async def get_ready_to_load(self) -> None:
-        """The same, and have a QEMU that waits for device state listen for it: loading is sending then."""
+    async def get_ready_to_load(self) -> asyncio.Task[None] | None:
+        """The same, and have a QEMU that waits for device state listen for it: loading is sending then.
+
+        Returns what ends when it is quite ready; none is due for a micro-VM, which does not wait for long.
+        """
         await self.get_ready()
         async with self._lock:
-            # A micro-VM does not wait for long.
-            if self._spec.kind == QEMU:
-                await self._loading.open()
+            return await self._loading.open(self.pid) if self._spec.kind == QEMU else None
 
     async def check_images(self) -> None:
         """Refuse a hypervisor that opened other images than its description names.
@@ -375,7 +376,7 @@ class QmpMachine(Machine):
     async def close(self) -> None:
         """Let go of the machine, which lives on."""
         async with self._lock:
-            self._loading.close()
+            await self._loading.close()
             await self._monitor.close()
 
     async def _run_state(self) -> RunState:

@@ -12,7 +12,7 @@ service.
                                  pidfd_getfd: a copy of fd
                                  close(fd) in the machine ────────▶
                                  restore, detach ─────────────────▶ goes on
-                  ◀── SCM_RIGHTS: answer, descriptor
+                  ◀── SCM_RIGHTS: answer, descriptor (if there is one)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from vmferry.errors import InternalError, MachineDeadError, TrackerUnavailableError, VmferryError
 from vmferry.memory.filters import harmlessly_filtered
@@ -38,10 +39,20 @@ from vmferry.memory.ptrace import Tracee
 from vmferry.memory.userfault import OPEN_FLAGS, SYS_USERFAULTFD
 
 _SYS_CLOSE: Final = 3
+_SYS_MADVISE: Final = 28
 _SYS_PIDFD_GETFD: Final = 438
 _ANSWER_TIMEOUT_SECONDS: Final = 30.0
 _MAX_ANSWER: Final = 65536
 _THREAD_TRIES: Final = 100
+_MADV_POPULATE_WRITE: Final = 23
+"""Since Linux 5.14."""
+_SMALL_BYTES: Final = 512 * 1024
+"""Firmware and tables are smaller, and what is set aside for whatever may come is larger."""
+_OWN_MEMORY: Final = re.compile(
+    r"^([0-9a-f]+)-([0-9a-f]+) rw-p 0+ 00:00 0 *(\[heap\])?$", re.ASCII | re.MULTILINE
+)
+
+_Result = TypeVar("_Result")
 
 _BOOT: Final = "import sys; sys.path.insert(0, sys.argv[1]); from vmferry.memory.surgeon import main; main()"
 
@@ -59,6 +70,24 @@ def operate(operation: str, pid: int, *numbers: int) -> int:
         MachineDeadError: the process is gone.
         TrackerUnavailableError: it cannot be done; the message says why.
     """
+    (descriptor,) = _asked(operation, pid, *numbers)
+    return descriptor
+
+
+def touch_own_memory(pid: int) -> None:
+    """Have a process take memory now that it has asked the kernel for, and would take when it touches it first.
+
+    That is its heap, and pieces up to 512 KiB without a name; nothing of its guest's. What they hold stays as it is.
+
+    Raises:
+        MachineDeadError: the process is gone.
+        TrackerUnavailableError: it cannot be done; the message says why.
+    """
+    _asked("touch", pid)
+
+
+def _asked(operation: str, pid: int, *numbers: int) -> list[int]:
+    """Have a surgeon do something; returns the descriptors that came of it."""
     package_parent = str(Path(__file__).resolve().parents[2])
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -81,11 +110,10 @@ def operate(operation: str, pid: int, *numbers: int) -> int:
                 raise TrackerUnavailableError(f"operating on process {pid} took too long", pid=pid) from exc
             assert process.stderr is not None
             complaint = process.stderr.read().decode(errors="replace")
-    if descriptors:
-        return descriptors[0]
     if not answer:
         raise InternalError(f"the operation on process {pid} broke down: {complaint}", pid=pid)
-    refusal = json.loads(answer)
+    if not (refusal := json.loads(answer)):
+        return descriptors
     kind = MachineDeadError if refusal["reason"] == MachineDeadError.reason else TrackerUnavailableError
     raise kind(refusal["message"], remedy=refusal["remedy"], **refusal["metadata"])
 
@@ -106,19 +134,43 @@ def main() -> None:
             }
             channel.sendall(json.dumps(refusal).encode())
         else:
-            socket.send_fds(channel, [b"{}"], [result])
+            socket.send_fds(channel, [b"{}"], [] if result is None else [result])
 
 
 def open_userfault_in(pid: int) -> int:
     """Create a userfaultfd of another process's address space; only the copy returned here stays open."""
     with _pidfd(pid) as pidfd:
-        for _ in range(_THREAD_TRIES):
-            thread = _threads(pid)[0]
-            try:
-                with _attached(pid, thread) as tracee:
-                    return _take_userfault(tracee, pid, pidfd)
-            except ProcessLookupError:
-                continue  # that thread ended meanwhile
+        return _in_a_thread(pid, lambda tracee: _take_userfault(tracee, pid, pidfd))
+
+
+def take_own_memory(pid: int) -> None:
+    """Have one thread of a process take what the process has not touched of its heap and of small pieces."""
+
+    def take(tracee: Tracee) -> None:
+        for start, length in _own_memory(pid):
+            # A piece that another thread has given back meanwhile needs nothing any more.
+            tracee.call(_SYS_MADVISE, start, length, _MADV_POPULATE_WRITE)
+
+    with _pidfd(pid):
+        _in_a_thread(pid, take)
+
+
+def _own_memory(pid: int) -> list[tuple[int, int]]:
+    """Address and length of a process's heap, and of its other private memory that lies in small pieces."""
+    text = Path(f"/proc/{pid}/maps").read_text("utf-8", "surrogateescape")
+    found = [(int(match[1], 16), int(match[2], 16), match[3]) for match in _OWN_MEMORY.finditer(text)]
+    return [(start, end - start) for start, end, heap in found if heap or end - start <= _SMALL_BYTES]
+
+
+def _in_a_thread(pid: int, work: Callable[[Tracee], _Result]) -> _Result:
+    """Do something in one thread of a process, which stands still meanwhile."""
+    for _ in range(_THREAD_TRIES):
+        thread = _threads(pid)[0]
+        try:
+            with _attached(pid, thread) as tracee:
+                return work(tracee)
+        except ProcessLookupError:
+            continue  # that thread ended meanwhile
     raise TrackerUnavailableError(f"process {pid}: its threads end as soon as they are chosen", pid=pid)
 
 
@@ -244,7 +296,8 @@ def _pidfd(pid: int) -> Iterator[int]:
         os.close(fd)
 
 
-_OPERATIONS: Final[dict[str, Callable[..., int]]] = {
+_OPERATIONS: Final[dict[str, Callable[..., int | None]]] = {
     "userfault": open_userfault_in,
     "soft-dirty": take_soft_dirty,
+    "touch": take_own_memory,
 }

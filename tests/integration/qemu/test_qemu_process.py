@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import vmferry
 from dest_svc.admission import refusals
+from tests.integration.ownmemory import heap, untouched_pages
 from tests.integration.qemu.conftest import QEMU
 from tests.integration.services import eventually_async, processes_with
 from tests.support import require
@@ -176,6 +182,83 @@ async def test_device_state_is_told_apart_and_loads(machine: QmpMachine, directo
         await there.announce()
     finally:
         await stop_machine(there, twin)
+
+
+async def test_a_machine_that_waits_has_taken_the_memory_to_load_with(
+    machine: QmpMachine, directory: MachineDirectory
+) -> None:
+    """It has all of its heap beforehand, and loads."""
+    data = await machine.save_device_state()
+    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
+    there = await start_machine(machine.spec, twin, incoming=True)
+    try:
+        assert untouched_pages(there.pid, *heap(there.pid)) > 0
+        await quite_ready_to_load(there)
+        assert untouched_pages(there.pid, *heap(there.pid)) == 0
+        await there.load_device_state(data)
+        assert await there.run_state() is RunState.PRELAUNCH
+    finally:
+        await stop_machine(there, twin)
+
+
+async def test_a_machine_that_may_not_be_touched_loads_all_the_same(
+    machine: QmpMachine, directory: MachineDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A debugger at the waiting process costs its guest time, and nothing else."""
+    data = await machine.save_device_state()
+    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
+    there = await start_machine(machine.spec, twin, incoming=True)
+    try:
+        with debugged(there.pid), caplog.at_level("INFO", logger="vmferry.machines.loading"):
+            await quite_ready_to_load(there)
+            assert "is already traced by process" in caplog.text
+            await there.load_device_state(data)
+            assert await there.run_state() is RunState.PRELAUNCH
+    finally:
+        await stop_machine(there, twin)
+
+
+async def test_a_load_does_not_wait_for_memory_to_be_taken(
+    machine: QmpMachine, directory: MachineDirectory
+) -> None:
+    """Whoever is quicker loads, and nobody comes near the process any more."""
+    data = await machine.save_device_state()
+    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
+    there = await start_machine(machine.spec, twin, incoming=True)
+    try:
+        preparing = await there.get_ready_to_load()
+        await there.load_device_state(data)
+        assert preparing is not None
+        assert preparing.cancelled()
+        assert await there.run_state() is RunState.PRELAUNCH
+    finally:
+        await stop_machine(there, twin)
+
+
+async def quite_ready_to_load(machine: QmpMachine) -> None:
+    """Have a machine that waits get ready, to the end of it."""
+    preparing = await machine.get_ready_to_load()
+    assert preparing is not None
+    await preparing
+
+
+@contextmanager
+def debugged(pid: int) -> Iterator[None]:
+    """Have another process trace one, which runs on."""
+    text = f"from vmferry.memory.ptrace import Tracee; Tracee({pid}, {pid}); print('traces', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(vmferry.__file__).parents[1])},
+        start_new_session=True,
+    ) as tracer:
+        try:
+            assert tracer.stdout is not None
+            assert tracer.stdout.readline() == b"traces\n"
+            yield
+        finally:
+            tracer.kill()
 
 
 @pytest.mark.parametrize("taken_bytes", [0, 1, 100_000])

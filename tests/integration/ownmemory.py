@@ -1,0 +1,28 @@
+"""What a process has asked the kernel for and not touched, looked at from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+PAGE_SIZE: Final = 4096
+_ENTRY_SIZE: Final = 8
+_PRESENT_OR_SWAPPED: Final = 1 << 63 | 1 << 62
+
+
+def untouched_pages(pid: int, address: int, length: int) -> int:
+    """How many pages of a range the kernel has not found memory for yet."""
+    with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
+        pagemap.seek(address // PAGE_SIZE * _ENTRY_SIZE)
+        entries = pagemap.read(length // PAGE_SIZE * _ENTRY_SIZE)
+    numbers = memoryview(entries).cast("Q")
+    return sum(not number & _PRESENT_OR_SWAPPED for number in numbers)
+
+
+def heap(pid: int) -> tuple[int, int]:
+    """Address and length of the heap."""
+    for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.endswith("[heap]"):
+            start, end = (int(part, 16) for part in line.split()[0].split("-"))
+            return start, end - start
+    raise AssertionError(f"process {pid} has no heap")
