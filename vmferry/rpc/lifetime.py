@@ -63,8 +63,10 @@ class Lifetime:
             left_s = deadline - asyncio.get_running_loop().time()
             if not running or left_s <= 0 or self._hurry.is_set():
                 return
+            # Not wait_for, which before Python 3.12 may lose a cancellation.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), min(left_s, _LOOK_S))
+                async with asyncio.timeout(min(left_s, _LOOK_S)):
+                    await self._hurry.wait()
 
     def _asked_to_stop(self) -> None:
         if self._stop.is_set():

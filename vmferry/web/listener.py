@@ -47,12 +47,13 @@ async def serve_http(site: Site, target: str) -> AsyncIterator[str]:
 
 
 def _listen(target: str, setting: str) -> tuple[socket.socket, Path | None]:
-    """A bound socket, and where it is if it is a unix socket."""
+    """A socket that takes connections already, and where it is if it is a unix socket."""
     if target.startswith(UNIX):
         path = socket_path(target, setting)
         listener = socket.socket(socket.AF_UNIX)
         with private_files(), _naming(listener, target, setting):
             listener.bind(str(path))
+            listener.listen(_BACKLOG)
         return listener, path
     host, _, port = loopback(target, setting).rpartition(":")
     literal = host.removeprefix("[").removesuffix("]")
@@ -60,6 +61,7 @@ def _listen(target: str, setting: str) -> tuple[socket.socket, Path | None]:
     with _naming(listener, target, setting):
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((literal, int(port)))
+        listener.listen(_BACKLOG)
     return listener, None
 
 
