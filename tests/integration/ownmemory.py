@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-PAGE_SIZE: Final = 4096
-_ENTRY_SIZE: Final = 8
+from vmferry.memory.pagemap import read_entries
+
 _PRESENT_OR_SWAPPED: Final = 1 << 63 | 1 << 62
 
 
 def untouched_pages(pid: int, address: int, length: int) -> int:
     """How many pages of a range the kernel has not found memory for yet."""
     with Path(f"/proc/{pid}/pagemap").open("rb", buffering=0) as pagemap:
-        pagemap.seek(address // PAGE_SIZE * _ENTRY_SIZE)
-        entries = pagemap.read(length // PAGE_SIZE * _ENTRY_SIZE)
-    numbers = memoryview(entries).cast("Q")
-    return sum(not number & _PRESENT_OR_SWAPPED for number in numbers)
+        entries = memoryview(read_entries(pagemap.fileno(), address, length)).cast("Q")
+    return sum(not entry & _PRESENT_OR_SWAPPED for entry in entries)
 
 
 def heap(pid: int) -> tuple[int, int]:

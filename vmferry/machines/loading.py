@@ -57,17 +57,18 @@ class Loading:
         """The hypervisor waits at an open connection, which nothing was sent over yet."""
         return self._link is not None
 
-    async def open(self, pid: int) -> asyncio.Task[None]:
+    async def open(self, pid: int) -> asyncio.Task[None] | None:
         """Have the hypervisor, process ``pid``, wait at an open connection: loading is sending then.
 
-        Returns what ends when it has taken its memory, too. A load before that does not wait for it to begin.
+        Returns what ends when it has taken its memory, too; None if it does not wait for a load. A load before that
+        does not wait for it to begin.
         """
         if self._link is None and await self._run_state() is RunState.INMIGRATE:
             try:
                 self._link = await self._waiting()
             except OSError as error:
                 raise self._unreachable(error) from error
-        if self._taking is None:
+        if self._taking is None and self._link is not None:
             self._taking = asyncio.create_task(_take_memory(pid))
         return self._taking
 

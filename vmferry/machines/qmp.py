@@ -191,7 +191,7 @@ class QmpMachine(Machine):
     async def get_ready_to_load(self) -> asyncio.Task[None] | None:
         """The same, and have a QEMU that waits for device state listen for it: loading is sending then.
 
-        Returns what ends when it is quite ready; none is due for a micro-VM, which does not wait for long.
+        Returns what ends when it is quite ready; None for a micro-VM, which does not wait for long.
         """
         await self.get_ready()
         async with self._lock:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,17 +171,13 @@ async def test_device_state_is_told_apart_and_loads(machine: QmpMachine, directo
     assert named["cpu", 0] >= 12
     assert all(len(section.data) > 20 for section in state.sections)
 
-    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
-    there = await start_machine(machine.spec, twin, incoming=True)
-    try:
+    async with waiting_twin(machine, directory) as there:
         assert await there.run_state() is RunState.INMIGRATE
         with pytest.raises(WrongPhaseError):
             await there.save_device_state()
         await there.load_device_state(data)
         assert await there.run_state() is RunState.PRELAUNCH  # as it was: it has executed nothing
         await there.announce()
-    finally:
-        await stop_machine(there, twin)
 
 
 async def test_a_machine_that_waits_has_taken_the_memory_to_load_with(
@@ -189,16 +185,12 @@ async def test_a_machine_that_waits_has_taken_the_memory_to_load_with(
 ) -> None:
     """It has all of its heap beforehand, and loads."""
     data = await machine.save_device_state()
-    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
-    there = await start_machine(machine.spec, twin, incoming=True)
-    try:
+    async with waiting_twin(machine, directory) as there:
         assert untouched_pages(there.pid, *heap(there.pid)) > 0
         await quite_ready_to_load(there)
         assert untouched_pages(there.pid, *heap(there.pid)) == 0
         await there.load_device_state(data)
         assert await there.run_state() is RunState.PRELAUNCH
-    finally:
-        await stop_machine(there, twin)
 
 
 async def test_a_machine_that_may_not_be_touched_loads_all_the_same(
@@ -206,16 +198,12 @@ async def test_a_machine_that_may_not_be_touched_loads_all_the_same(
 ) -> None:
     """A debugger at the waiting process costs its guest time, and nothing else."""
     data = await machine.save_device_state()
-    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
-    there = await start_machine(machine.spec, twin, incoming=True)
-    try:
+    async with waiting_twin(machine, directory) as there:
         with debugged(there.pid), caplog.at_level("INFO", logger="vmferry.machines.loading"):
             await quite_ready_to_load(there)
             assert "is already traced by process" in caplog.text
             await there.load_device_state(data)
             assert await there.run_state() is RunState.PRELAUNCH
-    finally:
-        await stop_machine(there, twin)
 
 
 async def test_a_load_does_not_wait_for_memory_to_be_taken(
@@ -223,14 +211,26 @@ async def test_a_load_does_not_wait_for_memory_to_be_taken(
 ) -> None:
     """Whoever is quicker loads, and nobody comes near the process any more."""
     data = await machine.save_device_state()
-    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
-    there = await start_machine(machine.spec, twin, incoming=True)
-    try:
+    async with waiting_twin(machine, directory) as there:
         preparing = await there.get_ready_to_load()
         await there.load_device_state(data)
         assert preparing is not None
         assert preparing.cancelled()
         assert await there.run_state() is RunState.PRELAUNCH
+        # To another hold of it, it is a machine that does not wait any more: its guest may run.
+        await there.close()
+        other = QmpMachine(there.spec, there.paths, there.process)
+        assert await other.get_ready_to_load() is None
+        await other.close()
+
+
+@asynccontextmanager
+async def waiting_twin(machine: QmpMachine, directory: MachineDirectory) -> AsyncIterator[QmpMachine]:
+    """A process of the same description on another host, as it were, that waits for the machine's device state."""
+    twin = MachineDirectory(directory.root.with_name("twin"), directory.ram_root.with_name("twin"))
+    there = await start_machine(machine.spec, twin, incoming=True)
+    try:
+        yield there
     finally:
         await stop_machine(there, twin)
 
