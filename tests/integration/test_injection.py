@@ -24,7 +24,8 @@ from vmferry.memory.inject import inject_write_tracking
 from vmferry.memory.ptrace import Tracee
 from vmferry.memory.regions import RamFile, Region, find_mapping
 from vmferry.memory.runs import PAGE_SIZE
-from vmferry.memory.surgeon import open_userfault_in, touch_own_memory
+from vmferry.memory.surgeon import open_userfault_in
+from vmferry.memory.surgery import touch_own_memory
 from vmferry.memory.trackers import SoftDirtyTracker
 
 PACKAGES = str(Path(vmferry.__file__).parents[1])

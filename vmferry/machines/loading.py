@@ -17,7 +17,7 @@ from vmferry.machines.migrating import Fail, MigrationControl
 from vmferry.machines.paths import MachinePaths
 from vmferry.machines.port import RunState
 from vmferry.machines.state_socket import MAX_STATE_BYTES, connected, send_all, temporary
-from vmferry.memory.surgeon import touch_own_memory
+from vmferry.memory.surgery import touch_own_memory
 from vmferry.telemetry.logs import get_logger
 from vmferry.together import to_the_end
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from vmferry.memory.surgeon import operate
+from vmferry.memory.surgery import operate
 from vmferry.memory.userfault import register_writes
 
 

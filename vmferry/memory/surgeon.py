@@ -1,4 +1,4 @@
-"""Operations inside a machine's process, done by a short-lived process of its own.
+"""Operations inside a machine's process, done by processes that do one operation each.
 
 Promise: whatever becomes of the service, an operation that was begun is finished or has changed nothing; it
 leaves neither a descriptor nor a changed register in the machine. ``ptrace`` says why this is no thread of the
@@ -6,13 +6,16 @@ service.
 
 ::
 
-    service                      surgeon                            machine
-    operate(request) ── argv ──▶ attach, stop one thread ─────────▶ (0.3 ms)
-                                 userfaultfd() in the machine ────▶ fd
-                                 pidfd_getfd: a copy of fd
-                                 close(fd) in the machine ────────▶
-                                 restore, detach ─────────────────▶ goes on
-                  ◀── SCM_RIGHTS: answer, descriptor (if there is one)
+    service                 standing by        surgeon                  machine
+    asked(operation) ─────▶ fork ────────────▶ attach, stop one thread ▶ (0.3 ms)
+                                               userfaultfd() there ────▶ fd
+                                               pidfd_getfd: a copy of fd
+                                               close(fd) there ────────▶
+                                               restore, detach ────────▶ goes on
+             ◀── SCM_RIGHTS: answer, descriptor (if there is one)
+
+This module is that process, from its start on: it stands by, as to start an interpreter takes longer than most
+operations, and ends with the service. :mod:`vmferry.memory.surgery` is the service's side.
 """
 
 from __future__ import annotations
@@ -24,25 +27,26 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
-from vmferry.errors import InternalError, MachineDeadError, TrackerUnavailableError, VmferryError
+from vmferry.errors import MachineDeadError, TrackerUnavailableError, VmferryError
 from vmferry.memory.filters import harmlessly_filtered
 from vmferry.memory.pagemap import clear_soft_dirty, read_entries
 from vmferry.memory.ptrace import Tracee
 from vmferry.memory.userfault import OPEN_FLAGS, SYS_USERFAULTFD
 
+MAX_ORDER: Final = 4096
+LIMIT_S: Final = 30
+"""An operation that takes longer is given up."""
 _SYS_CLOSE: Final = 3
 _SYS_MADVISE: Final = 28
 _SYS_PIDFD_GETFD: Final = 438
-_ANSWER_TIMEOUT_SECONDS: Final = 30.0
-_MAX_ANSWER: Final = 65536
 _THREAD_TRIES: Final = 100
 _MADV_POPULATE_WRITE: Final = 23
 """Since Linux 5.14."""
@@ -54,8 +58,6 @@ _OWN_MEMORY: Final = re.compile(
 
 _Result = TypeVar("_Result")
 
-_BOOT: Final = "import sys; sys.path.insert(0, sys.argv[1]); from vmferry.memory.surgeon import main; main()"
-
 # JUSTIFICATION: Python has no binding for pidfd_getfd(2).
 # SAFETY: one call with integers, touches no memory of this process.
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -63,78 +65,58 @@ _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)
 
 
-def operate(operation: str, pid: int, *numbers: int) -> int:
-    """Have a surgeon do ``operation`` on process ``pid``; returns the descriptor that is its result.
-
-    Raises:
-        MachineDeadError: the process is gone.
-        TrackerUnavailableError: it cannot be done; the message says why.
-    """
-    (descriptor,) = _asked(operation, pid, *numbers)
-    return descriptor
-
-
-def touch_own_memory(pid: int) -> None:
-    """Have a process take memory now that it has asked the kernel for, and would take when it touches it first.
-
-    That is its heap, and pieces up to 512 KiB without a name; nothing of its guest's. What they hold stays as it is.
-
-    Raises:
-        MachineDeadError: the process is gone.
-        TrackerUnavailableError: it cannot be done; the message says why.
-    """
-    _asked("touch", pid)
-
-
-def _asked(operation: str, pid: int, *numbers: int) -> list[int]:
-    """Have a surgeon do something; returns the descriptors that came of it."""
-    package_parent = str(Path(__file__).resolve().parents[2])
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        # Isolated and without site: it starts in a third of the time, and no environment changes what it runs.
-        command = [sys.executable, "-I", "-S", "-c", _BOOT, package_parent, str(theirs.fileno()), operation]
-        with subprocess.Popen(  # noqa: S603 (our own interpreter and module, no shell)
-            [*command, str(pid), *map(str, numbers)],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # what is sent to the service's group must not stop it half-way
-        ) as process:
-            theirs.close()
-            ours.settimeout(_ANSWER_TIMEOUT_SECONDS)
-            try:
-                answer, descriptors, _, _ = socket.recv_fds(ours, _MAX_ANSWER, 1, socket.MSG_CMSG_CLOEXEC)
-            except TimeoutError as exc:
-                process.kill()
-                raise TrackerUnavailableError(f"operating on process {pid} took too long", pid=pid) from exc
-            assert process.stderr is not None
-            complaint = process.stderr.read().decode(errors="replace")
-    if not answer:
-        raise InternalError(f"the operation on process {pid} broke down: {complaint}", pid=pid)
-    if not (refusal := json.loads(answer)):
-        return descriptors
-    kind = MachineDeadError if refusal["reason"] == MachineDeadError.reason else TrackerUnavailableError
-    raise kind(refusal["message"], remedy=refusal["remedy"], **refusal["metadata"])
-
-
 def main() -> None:
-    """The surgeon's own process: does one operation and answers with a descriptor or a refusal."""
+    """Stand by for orders until the service has ended."""
+    # What is sent to the service's group, or to all processes of its unit, must not stop an operation half-way.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-    _, _, answer_fd, operation, *numbers = sys.argv
-    with socket.socket(fileno=int(answer_fd)) as channel:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # surgeons answer for themselves
+    with socket.socket(fileno=int(sys.argv[2])) as orders:
+        while True:
+            order, descriptors, _, _ = socket.recv_fds(orders, MAX_ORDER, 1, socket.MSG_CMSG_CLOEXEC)
+            if not order:
+                return
+            with socket.socket(fileno=descriptors[0]) as channel:
+                if _becomes_surgeon(channel):
+                    orders.close()  # nobody stands by any more when the one that does has ended
+                    _operate(json.loads(order), channel)
+
+
+def _becomes_surgeon(channel: socket.socket) -> bool:
+    """Divide in two: one goes on standing by, and the other is told that it is to operate."""
+    try:
+        return os.fork() == 0
+    except OSError as error:
+        _refuse(channel, TrackerUnavailableError(f"no process can be started for it: {error}"))
+        return False
+
+
+def _operate(order: list[Any], channel: socket.socket) -> NoReturn:
+    """Do one operation, answer with a descriptor or a refusal, and end."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.alarm(LIMIT_S + 1)  # who waits for the answer gives up before
+        operation, *numbers = order
         try:
-            result = _OPERATIONS[operation](*map(int, numbers))
-        except VmferryError as exc:
-            refusal = {
-                "reason": exc.reason,
-                "message": exc.message,
-                "remedy": exc.instance_remedy,
-                "metadata": exc.metadata,
-            }
-            channel.sendall(json.dumps(refusal).encode())
+            result = _OPERATIONS[operation](*numbers)
+        except VmferryError as error:
+            _refuse(channel, error)
         else:
             socket.send_fds(channel, [b"{}"], [] if result is None else [result])
+    except BaseException:  # noqa: BLE001 - whatever it is, this process ends here, and whoever waits is told
+        with suppress(OSError):
+            channel.sendall(json.dumps({"broken": traceback.format_exc()}).encode())
+    finally:
+        os._exit(0)
+
+
+def _refuse(channel: socket.socket, error: VmferryError) -> None:
+    refusal = {
+        "reason": error.reason,
+        "message": error.message,
+        "remedy": error.instance_remedy,
+        "metadata": error.metadata,
+    }
+    channel.sendall(json.dumps(refusal).encode())
 
 
 def open_userfault_in(pid: int) -> int:

@@ -25,7 +25,7 @@ from vmferry.memory.inject import Injection, inject_write_tracking
 from vmferry.memory.pagemap import PageMap, clear_soft_dirty, read_entries, soft_dirty_runs
 from vmferry.memory.regions import MappedRegion, RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
-from vmferry.memory.surgeon import operate
+from vmferry.memory.surgery import operate
 
 PAGEMAP_SCAN_KIND: Final = "pagemap-scan"
 SOFT_DIRTY_KIND: Final = "soft-dirty"
