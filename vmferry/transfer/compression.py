@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from vmferry.negotiation.encodings import AUTO, LZ4, NONE, ZSTD
@@ -68,7 +68,7 @@ _GUESSES: Final[Mapping[Method, _Guess]] = {
 _GUESSED_LEFT: Final = 0.5
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
-_CONTENTS_FORGETTING: Final = 0.85
+_CONTENTS_FORGETTING: Final = 0.92
 """The same for what contents compress to, which changes sooner than what a processor can do."""
 _SHARE_FORGETTING: Final = 0.9
 _LEAST_BYTES: Final = 64 * 1024
@@ -163,6 +163,10 @@ _FULL: Final = 0.8
 """The share of the time that connections carry something if nothing but the way limits."""
 _BELIEF_S: Final = 0.05
 """How long connections have to have carried something until what the kernel says of it is believed."""
+_CHANCE: Final = 1.4
+"""By how much what it says of a tenth of a second may be too high or too low by chance."""
+_CHANCE_BELIEF_S: Final = 0.2
+"""How long it has to say something that could be by chance."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class Link:
     def _hear(self, passed: Passed) -> None:
         carrying_s = min(passed.seconds, passed.carrying_s + _CLOCK_S)
         rate = passed.carried_bytes / carrying_s
-        self._way = _nearer(self._way, rate, carrying_s / _BELIEF_S)
+        is_news = max(rate, self._way) > _CHANCE * min(rate, self._way)
+        self._way = _nearer(self._way, rate, carrying_s / (_BELIEF_S if is_news else _CHANCE_BELIEF_S))
 
     def _note_limit(self, passed: Passed, share: float) -> None:
         if passed.carrying_s >= _FULL * passed.seconds:
@@ -275,24 +280,36 @@ def methods(agreed: Iterable[str], wish: str = AUTO) -> tuple[Method, ...]:
     return tuple(method for method in METHODS if method.encoding in wanted) or (RAW,)
 
 
-def rate(method: Method, experience: Experience, situation: Situation) -> float:
-    """Bytes of page contents per second that would arrive."""
-    ratio = experience.ratio(method)
+def rate(method: Method, experience: Experience, situation: Situation, *, doubt_s: float = 0.0) -> float:
+    """Bytes of page contents per second that would arrive.
+
+    Args:
+        method: how they are sent.
+        experience: what is known of it, and of the contents.
+        situation: link and processors.
+        doubt_s: how much more of a core a byte may take than it seems.
+    """
     make_s = experience.read_s_per_byte + experience.encode_s_per_byte(method)
-    all_s = make_s + situation.handle_s_per_byte + situation.send_s_per_byte / ratio
     return min(
         situation.readers / make_s,
-        max(situation.cores, 0.1) / all_s,
-        situation.link_bytes_per_s * ratio,
+        max(situation.cores, 0.1) / (_work_s(method, experience, situation) + doubt_s),
+        situation.link_bytes_per_s * experience.ratio(method),
     )
+
+
+def _work_s(method: Method, experience: Experience, situation: Situation) -> float:
+    """Seconds of a core for all that is done for a byte of page contents."""
+    make_s = experience.read_s_per_byte + experience.encode_s_per_byte(method)
+    return make_s + situation.handle_s_per_byte + situation.send_s_per_byte / experience.ratio(method)
 
 
 _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
 _MOST_AT_FIRST: Final = METHODS.index(Method(ZSTD, 1))
-_SURE: Final = 0.85
-"""What part of the processor time that seems to be there a method counts on that takes more than the present one."""
+_AS_CHEAP: Final = 1.05
+_DOUBT: Final = 0.2
+"""What takes more of the processor than the present method may take so much more of it than it seems."""
 
 
 def choose(
@@ -300,25 +317,28 @@ def choose(
 ) -> Method:
     """The method for what comes next.
 
-    The quickest of those that are about as good as the best; raw pages unless compressing is clearly better. One that
-    takes more of the processor than the present one has to be better also with less of it than there seems to be.
+    Of those that are about as good as the best, the ones that spare the processor most, and of these the one that
+    spares the link most; raw pages unless compressing is clearly better. One that takes more of the processor than
+    the present one has to be better also if that is more than it seems.
     """
-    careful = replace(situation, cores=situation.cores * _SURE)
-    place = METHODS.index(current)
+    work_s = {method: _work_s(method, experience, situation) for method in {*allowed, current}}
     rates = {
-        method: rate(method, experience, careful if METHODS.index(method) > place else situation)
+        method: rate(
+            method, experience, situation, doubt_s=max(0.0, work_s[method] - work_s[current]) * _DOUBT
+        )
         for method in allowed
     }
     best = max(rates.values())
-    for method in allowed:
-        enough = _WORTH_COMPRESSING if method == RAW else _WORTH_MORE
-        if rates[method] * enough >= best:
-            break
-    # A quicker one spares the processor something, a slower one has to show for it.
-    is_slower = METHODS.index(method) > place
-    if current in rates and is_slower and rates[method] < rates[current] * _WORTH_A_CHANGE:
+    if rates.get(RAW, 0.0) * _WORTH_COMPRESSING >= best:
+        return RAW
+    good = [method for method in allowed if rates[method] * _WORTH_MORE >= best]
+    least_s = min(work_s[method] for method in good)
+    chosen = [method for method in good if work_s[method] <= least_s * _AS_CHEAP][-1]
+    # What spares the processor nothing has to show for a change.
+    is_slower = work_s[chosen] >= work_s[current]
+    if current in rates and is_slower and rates[chosen] < rates[current] * _WORTH_A_CHANGE:
         return current
-    return method
+    return chosen
 
 
 def first(allowed: Sequence[Method], experience: Experience, situation: Situation) -> Method:

@@ -127,13 +127,13 @@ def test_a_choice_is_never_much_worse_than_the_best(
 ) -> None:
     """Whatever was measured, and whatever was used before.
 
-    Compressing has to bring a fifth more than raw pages, also with 15 % less of the processor than there seems to be:
-    so what is left may be better by that much.
+    Compressing has to bring a fifth more than raw pages, also if what it takes more of the processor is a fifth more
+    than it seems: so what is left may be better by that much.
     """
     known, now = experience(ratio, slower=slower), situation(link, cores=cores)
     chosen = choose(METHODS, known, now, current)
     best = max(rate(method, known, now) for method in METHODS)
-    assert rate(chosen, known, now) * 1.2 / 0.85 >= best * 0.999
+    assert rate(chosen, known, now) * 1.2 * 1.2 >= best * 0.999
 
 
 @given(link=st.floats(1e5, 1e10), ratio=st.floats(1.0, 50.0), current=st.sampled_from(METHODS))
@@ -247,7 +247,7 @@ def test_what_the_kernel_says_of_the_link_is_believed(way: float, busy: float, g
     link = Link(guess)
     for _ in range(5):
         link.add(told(way, busy), 0.4)
-    assert 0.7 * way <= link.bytes_per_s <= 1.2 * way
+    assert 0.6 * way <= link.bytes_per_s <= 1.2 * way
 
 
 def test_a_busy_processor_is_not_taken_for_a_slow_link() -> None:
@@ -256,6 +256,22 @@ def test_a_busy_processor_is_not_taken_for_a_slow_link() -> None:
     for _ in range(3):
         link.add(told(LOOPBACK, 0.1), 0.5)
     assert choose(METHODS, known, situation(link.bytes_per_s, cores=1.0), ZSTD_1) == RAW
+
+
+def test_what_may_be_by_chance_is_believed_slowly() -> None:
+    """What the kernel says of a tenth of a second scatters by a quarter; the belief does not follow each of them."""
+    link = Link(GBIT)
+    for look in range(20):
+        link.add(told(GBIT * (1.25 if look % 2 else 0.8), 1.0), 0.5)
+        assert link.bytes_per_s == pytest.approx(GBIT, rel=0.15)
+
+
+def test_of_equals_the_one_that_spares_the_link_is_chosen() -> None:
+    """A quicker method that spares the processor next to nothing is no reason to send a third more."""
+    known = experience(2.6)
+    known.add(effort(QUICK_LZ4, 1.9, slower=SPEEDS[QUICK_LZ4] / SPEEDS[ZSTD_1] / 1.02))
+    for cores in (0.5, 0.7, 0.9):
+        assert choose(METHODS, known, situation(GBIT, cores=cores), QUICK_LZ4) == ZSTD_1
 
 
 def test_bursts_are_no_faster_link() -> None:
