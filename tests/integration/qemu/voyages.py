@@ -114,6 +114,9 @@ class Voyage:
 
     async def _reserving(self) -> None:
         await self._start()
+        await self.world.enters(self.world.a, self.id, pb.MIGRATION_PHASE_RESERVING)
+        # A hypervisor that is quicker than whoever looks for it must not let the migration go on.
+        self.link.silence(up=False)
 
         def starting() -> bool:
             with contextlib.suppress(VmferryError):
