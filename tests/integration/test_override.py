@@ -12,9 +12,10 @@ import grpc.aio
 import pytest
 
 from tests.integration.hosts import Guest, World
+from tests.integration.hypervisors import run_state
+from tests.integration.lost_handoffs import start_and_lose_go
 from tests.integration.proxy import Proxy
 from tests.integration.services import Host, eventually, eventually_async, refusal
-from tests.integration.test_recovery import run_state, start_and_lose_go
 from vmferry.cli.machine import end_machine, run_machine
 from vmferry.failpoints import VARIABLE
 from vmferry.handoff import destination

@@ -22,9 +22,10 @@ from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metric
 
 import vmferry
 from tests.integration.hosts import Guest, World, open_world
+from tests.integration.hypervisors import run_state
+from tests.integration.lost_handoffs import start_and_lose_go, start_slowly
 from tests.integration.proxy import Proxy
 from tests.integration.services import DEADLINE_S, Host, Service, eventually, refusal
-from tests.integration.test_recovery import run_state, start_and_lose_go, start_slowly
 from vmferry.errors import ExitCode
 from vmferry.handoff.journal import SLOT_BYTES
 from vmferry.handoff.rights import Standing

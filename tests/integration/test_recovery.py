@@ -9,22 +9,20 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 
 from tests.integration.hosts import Guest, World
+from tests.integration.hypervisors import run_state
+from tests.integration.lost_handoffs import assert_paused_and_unknown, start_and_lose_go, start_slowly
 from tests.integration.proxy import Proxy
-from tests.integration.services import Host, Service, eventually, refusal
-from vmferry.handoff import destination, source
+from tests.integration.services import Service, eventually
+from vmferry.handoff import destination
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
-from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")
-
-SLOW = 3e6
 
 
 @pytest.fixture
@@ -37,70 +35,6 @@ async def guest(world: World) -> AsyncIterator[Guest]:
         for service in world.services:
             if not service.running:
                 await service.start()
-
-
-async def start_slowly(world: World, guest: Guest, link: Proxy, **options: Any) -> str:
-    """A migration that is in pre-copy when this returns, and will be for a while."""
-    link.up_bytes_per_s = SLOW
-    link.begin_migration()
-    migration_id = await world.start(guest, world.a, world.b, address=link.address, **options)
-    await world.enters(world.a, migration_id, pb.MIGRATION_PHASE_PRECOPYING)
-    await eventually(lambda: sum(lane.up_bytes for lane in link.lanes) > 0, "memory is on its way")
-    return migration_id
-
-
-async def run_state(host: Host, guest: Guest) -> RunState:
-    """What the hypervisor itself says."""
-    machine = host.directory.open(host.record(guest.id))
-    try:
-        return await machine.run_state()
-    finally:
-        await machine.close()
-
-
-async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_only: bool) -> str:
-    """A migration whose Go, or only the answer to it, is swallowed: nobody at the source can know what became of it.
-
-    The destination's hypervisor is held while Seal is under way, so that the network can be told which call is next.
-    """
-    migration_id = await start_slowly(world, guest, link)
-    waiting = world.b.record(guest.id).process
-    assert waiting is not None
-    waiting.send_signal(signal.SIGSTOP)
-    link.up_bytes_per_s = None
-    await eventually(
-        lambda: isinstance(world.a.ledger.rights(guest.id).outgoing, source.Sealed), "the state is sealed"
-    )
-    lost = asyncio.Event()
-
-    def lose() -> None:
-        link.silence(up=not answer_only)
-        lost.set()
-
-    link.at_call_after_next_answer(lose)
-    waiting.send_signal(signal.SIGCONT)
-    await eventually(lost.is_set, "the source makes the call that follows Seal")
-    await eventually(
-        lambda: world.a.ledger.rights(guest.id).standing is Standing.HANDED_OFF, "the right is given up"
-    )
-    return migration_id
-
-
-async def assert_paused_and_unknown(world: World, guest: Guest, migration_id: str) -> None:
-    """The source says that it does not know, and does not run the guest."""
-    unknown = await world.reaches(
-        world.a, migration_id, lambda now: now.outcome == pb.MIGRATION_OUTCOME_UNKNOWN, "UNKNOWN"
-    )
-    assert unknown.phase == pb.MIGRATION_PHASE_HANDING_OFF
-    assert unknown.reason.reason == "OUTCOME_UNKNOWN"
-    assert unknown.owner == ""
-    machine = await world.machine(world.a, guest)
-    assert machine.right == machine_pb2.MACHINE_RIGHT_HANDED_OFF
-    assert machine.state == machine_pb2.MACHINE_STATE_PAUSED
-    async with world.source(world.a) as stub:
-        error = await refusal(stub.CancelMigration(pb.CancelMigrationRequest(id=migration_id)))
-    assert error.reason == "POINT_OF_NO_RETURN"
-    assert await run_state(world.a, guest) is not RunState.RUNNING
 
 
 async def assert_arrived(world: World, guest: Guest) -> None:

@@ -12,14 +12,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.integration.hosts import Guest, World
+from tests.integration.hypervisors import run_state
+from tests.integration.lost_handoffs import assert_paused_and_unknown, start_and_lose_go, start_slowly
 from tests.integration.proxy import Proxy
 from tests.integration.services import eventually
-from tests.integration.test_recovery import (
-    assert_paused_and_unknown,
-    run_state,
-    start_and_lose_go,
-    start_slowly,
-)
 from vmferry.handoff import destination, source
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
