@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.hugepages import huge_folder
-from tests.integration.test_tracking_other_process import Shadow, Subject
+from tests.integration.subjects import Shadow, Subject
 from tests.support import require
 from vmferry.errors import TrackerUnavailableError
 from vmferry.memory.hugepages import HUGE_PAGE_BYTES
