@@ -13,29 +13,19 @@ from typing import Any
 
 import pytest
 
+from tests.integration.busy_guests import CAP, PAUSE_S, SET_MIB, STUCK, assert_never_held, busy, throttled
 from tests.integration.hosts import MIB, Guest, World
+from tests.integration.hypervisors import run_state
 from tests.integration.proxy import Proxy
-from tests.integration.services import DEADLINE_S, Host, Service, eventually_async, refusal
+from tests.integration.services import DEADLINE_S, Service, eventually_async, refusal
 from vmferry.machines.port import RunState
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")
 
-CAP = 10_000_000
-PAUSE_S = 0.2
-"""At the cap that is room for 1.8 MB, less than half of a working set."""
-SET_MIB = 4
-STUCK: dict[str, Any] = {"max_bandwidth": CAP, "downtime_limit": PAUSE_S}
 TOLERANCE = 1.05
-LOOKS = 40
 _BEFORE_MEMORY_BYTES = 64 * 1024
 """What the services say to each other before memory is on its way."""
-
-
-async def busy(world: World, mib_per_s: int = 64) -> Guest:
-    """A guest whose working set is written to all the time."""
-    rates = {"dirty-mib-per-s": str(mib_per_s), "working-set-mib": str(SET_MIB)}
-    return await world.run(program="writer", params=rates)
 
 
 @pytest.fixture
@@ -52,34 +42,6 @@ async def update(world: World, migration_id: str, **changes: Any) -> pb.Migratio
     async with world.source(world.a) as stub:
         request = pb.UpdateMigrationRequest(id=migration_id, **changes)
         return (await stub.UpdateMigration(request, timeout=DEADLINE_S)).migration
-
-
-async def run_state(host: Host, guest: Guest) -> RunState:
-    """What the hypervisor itself says."""
-    machine = host.directory.open(host.record(guest.id))
-    try:
-        return await machine.run_state()
-    finally:
-        await machine.close()
-
-
-async def assert_never_held(host: Host, guest: Guest) -> None:
-    """However often one looks, for several periods of a throttle, the guest runs."""
-    for _ in range(LOOKS):
-        assert await run_state(host, guest) is RunState.RUNNING
-        await asyncio.sleep(0.01)  # a rate of looking, not a wait for something
-
-
-async def throttled(world: World, guest: Guest, percent: int, **how: Any) -> str:
-    """A migration that will never converge, when its guest is held back so far."""
-    migration_id = await world.start(guest, world.a, world.b, **how)
-    await world.reaches(
-        world.a,
-        migration_id,
-        lambda now: now.progress.throttle_percent >= percent,
-        "the guest is slowed down",
-    )
-    return migration_id
 
 
 async def sends_more(world: World, migration_id: str, more: int) -> None:

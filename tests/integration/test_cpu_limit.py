@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.cgroups import cpu_group
+from tests.integration.busy_guests import STUCK, assert_never_held, busy, throttled
 from tests.integration.hosts import Guest, World, open_world
+from tests.integration.hypervisors import run_state
 from tests.integration.services import Host, eventually, eventually_async
-from tests.integration.test_busy_guests import STUCK, assert_never_held, busy, run_state, throttled
 from vmferry.bench.usage import used_s
 from vmferry.machines.cpulimit import RECORD
 from vmferry.machines.port import RunState
