@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.fleets import SETTINGS, Fleet
 from tests.integration.hosts import open_world
 from tests.integration.qemu.conftest import QEMU, boot, linux_spec
-from tests.integration.test_fleet import SETTINGS, Fleet
 from vmferry.events import policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
