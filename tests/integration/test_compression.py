@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from tests.integration.alterations import Altered, altered
 from tests.integration.hosts import MIB, Guest, World, configured
 from tests.integration.services import DEADLINE_S, Host, refusal
-from tests.integration.test_other_release import Altered, altered
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")

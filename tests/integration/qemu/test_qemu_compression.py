@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.hosts import MIB, World
 from tests.integration.qemu.conftest import boot, linux_spec, ticker_in_stream
-from tests.integration.test_release_before import as_before, before
+from tests.integration.releases import as_before, before
 from vmferry.v1 import migration_pb2 as pb
 
 __all__ = ["before"]
