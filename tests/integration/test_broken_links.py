@@ -21,7 +21,7 @@ from source_svc.peer import Destination
 from tests.integration.hosts import Guest, World
 from tests.integration.links import LANES, Broken, assert_little_was_repeated, broken_hosts, lost
 from tests.integration.services import DEADLINE_S, DOMAIN, eventually
-from tests.integration.test_crossing import events
+from tests.integration.traces import events
 from vmferry import failpoints
 from vmferry.errors import PeerUnreachableError
 from vmferry.security.authority import issue

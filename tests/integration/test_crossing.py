@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from tests.integration.hosts import MIB, Guest, World, migration_options, open_world
 from tests.integration.proxy import Link, Proxy
 from tests.integration.services import DEADLINE_S, Host, descriptors, eventually, open_trackers
+from tests.integration.traces import events
 from vmferry.memory.runs import PAGE_SIZE
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
@@ -74,18 +74,6 @@ async def never_two_owners(world: World, guest: Guest) -> AsyncIterator[None]:
         (outcome,) = await asyncio.gather(watching, return_exceptions=True)
         assert isinstance(outcome, asyncio.CancelledError), outcome
         assert looks > 10
-
-
-def events(trace_dir: Path, trace_id: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Every span event of a trace: span, event, attributes."""
-    for path in trace_dir.glob("*.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            for resource in json.loads(line)["resourceSpans"]:
-                for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
-                    if span["traceId"] == trace_id:
-                        for event in span.get("events", ()):
-                            values = {item["key"]: item["value"] for item in event.get("attributes", ())}
-                            yield span["name"], event["name"], values
 
 
 async def test_a_busy_guest_goes_there_and_back_five_times(world: World) -> None:

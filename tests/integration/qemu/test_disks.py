@@ -13,6 +13,7 @@ import pytest
 from tests.integration.hosts import World
 from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot
+from tests.integration.qemu.crossings import SLOW, damage, plan
 from tests.integration.qemu.disks import (
     assert_on_disk,
     disk_spec,
@@ -25,7 +26,6 @@ from tests.integration.qemu.disks import (
     tool,
     writes,
 )
-from tests.integration.qemu.test_qemu_crossing import SLOW, damage, plan
 from tests.integration.services import Host, eventually, eventually_async
 from tests.support import require
 from vmferry.cli.machine import end_machine

@@ -15,6 +15,7 @@ import pytest
 from tests.integration.hosts import MIB, World, configured
 from tests.integration.proxy import Proxy
 from tests.integration.qemu.conftest import LinuxGuest, boot, linux_spec
+from tests.integration.qemu.crossings import SLOW, damage, plan
 from tests.integration.qemu.leftovers import left_in_process
 from tests.integration.services import (
     DEADLINE_S,
@@ -26,14 +27,11 @@ from tests.integration.services import (
 from vmferry.machines.qemu.spec import DiskSpec
 from vmferry.machines.spec import MachineSpec
 from vmferry.memory.regions import find_mapping
-from vmferry.memory.runs import PAGE_SIZE
 from vmferry.memory.trackers import PagemapScanTracker
-from vmferry.v1 import compatibility_pb2, machine_pb2
+from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(240)]
-
-SLOW = 8 * MIB
 
 
 async def arriving(world: World, guest: LinuxGuest, link: Proxy) -> str:
@@ -146,21 +144,6 @@ async def test_a_guest_is_given_back_after_its_state_was_saved(
     await world.assert_crosses(guest, world.a, world.b, verify=pb.VERIFY_MODE_BYTES, downtime_limit=5.0)
 
 
-def damage(here: int, there: int, wanted: int = 64) -> int:
-    """Flip a bit in so many pages that arrived, more than a guest will rewrite; 0 if not so many are there yet."""
-    pages = []
-    for number in range(0, os.fstat(here).st_size // PAGE_SIZE, 16):
-        mine, theirs = (os.pread(file, PAGE_SIZE, number * PAGE_SIZE) for file in (here, there))
-        if mine == theirs and any(mine):
-            pages.append(number)
-    if len(pages) < wanted:
-        return 0
-    for number in pages[:wanted]:
-        (byte,) = os.pread(there, 1, number * PAGE_SIZE)
-        os.pwrite(there, bytes([byte ^ 1]), number * PAGE_SIZE)
-    return wanted
-
-
 async def test_a_save_that_is_broken_off_does_not_hold_the_guest(world: World, images: Path) -> None:
     """A pause that may take no time ends wherever QEMU is in saving itself: the guest goes on, again and again."""
     guest = await boot(world, linux_spec(images))
@@ -212,20 +195,6 @@ async def test_a_source_that_is_killed_tracks_no_more(world: World, images: Path
     await eventually_async(settled, "the machine is settled")
     await world.assert_stays(guest, world.a, world.b)
     await world.assert_crosses(guest, world.a, world.b)
-
-
-async def plan(world: World, guest: LinuxGuest) -> dict[str, compatibility_pb2.CompatibilityItem]:
-    """What stands in the way of moving a guest from a to b, by id."""
-    request = pb.PlanMigrationRequest(
-        machine=guest.id,
-        destination=pb.Destination(host=world.b.identity.uri, address=world.b.dest.address),
-    )
-    async with world.source(world.a) as stub:
-        report = (await stub.PlanMigration(request, timeout=DEADLINE_S)).report
-    blocking = [item for item in report.items if item.severity == compatibility_pb2.SEVERITY_BLOCKS]
-    assert report.compatible == (not blocking)
-    assert all(item.message and item.object and item.remedy for item in blocking)
-    return {item.id: item for item in blocking}
 
 
 def with_disks(spec: MachineSpec, folder: Path) -> MachineSpec:
