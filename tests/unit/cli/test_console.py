@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import wait_until
 from tests.unit.cli.conftest import Run
-from tests.unit.machines.test_qemu_spec import SHORT
+from tests.unit.machines.qemu_specs import SHORT
 from vmferry.cli.console import LEAVE, attach
 from vmferry.errors import ExitCode, MachineFailedError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.machines.test_qemu_spec import PATHS, SHORT
+from tests.unit.machines.qemu_specs import PATHS, SHORT
 from vmferry.errors import ConfigError, InvalidArgumentError
 from vmferry.machines.command import render_command
 from vmferry.machines.directory import MachineDirectory

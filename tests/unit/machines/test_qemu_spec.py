@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.machines.qemu_specs import PATHS, SHORT, UUID, WHOLE
 from vmferry.errors import InvalidArgumentError
 from vmferry.machines.command import SANDBOX, render_command
-from vmferry.machines.paths import MachinePaths
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message, spec_to_message
 
-UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
-WHOLE = f"""
-name = "web-1"
-uuid = "{UUID}"
-kind = "qemu"
-memory_mib = 256
-vcpus = 2
-
-[qemu]
-machine = "pc-q35-7.2"
-accelerator = "tcg"
-kernel = "/images/vmlinuz"
-initrd = "/images/initrd"
-append = "console=ttyS0 quiet"
-firmware = "/images/bios.bin"
-
-[[qemu.disks]]
-path = "/images/root,1.raw"
-format = "raw"
-shared = true
-
-[[qemu.disks]]
-path = "/images/data.qcow2"
-format = "qcow2"
-read_only = true
-
-[[qemu.nics]]
-backend = "user"
-mac = "52:54:00:12:34:56"
-
-[[qemu.nics]]
-backend = "tap"
-tap = "tap-web"
-mac = "52:54:00:12:34:57"
-"""
-SHORT = f'name = "web-1"\nuuid = "{UUID}"\nkind = "qemu"\nmemory_mib = 64\n[qemu]\n'
 DISK = SHORT + "[[qemu.disks]]\n"
 NIC = SHORT + '[[qemu.nics]]\nmac = "52:54:00:12:34:56"\n'
 
@@ -132,9 +95,6 @@ def test_every_file_of_the_host_is_named() -> None:
         "qemu.disks[0].path": "/images/root,1.raw",
         "qemu.disks[1].path": "/images/data.qcow2",
     }
-
-
-PATHS = MachinePaths(home=Path("/m,1/web-1"), ram=Path("/r/u.ram"))
 
 
 def command(text: str, *, incoming: bool = False) -> list[str]:

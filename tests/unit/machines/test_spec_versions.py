@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.machines.test_qemu_spec import SHORT, UUID, WHOLE
+from tests.unit.machines.qemu_specs import SHORT, UUID, WHOLE
 from vmferry.errors import InvalidArgumentError
 from vmferry.machines.spec import MachineSpec
 from vmferry.machines.wire import spec_from_message, spec_to_message
