@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.events.test_protocol import EVENT, ID, NOW, OTHER
+from tests.unit.events.samples import EVENT, ID, NOW, OTHER
 from vmferry.cli.main import run
 from vmferry.errors import ExitCode
 from vmferry.events import states

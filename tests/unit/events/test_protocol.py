@@ -9,24 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.unit.events.samples import EVENT, ID, NOW, OTHER
 from vmferry.events import document, instance, policy, protocol, states
-from vmferry.events.states import Board, Event, EventSource, EventStatus, EventType
+from vmferry.events.states import Board, EventStatus
 
-NOW = 1_780_000_000.0
-ID = "C7061BAC-AFDC-4513-B24B-AA5F13A16123"
-OTHER = "602D9444-D2CD-49C7-8624-8643E7171297"
 EVENTS = "/metadata/scheduledevents"
 HEADERS = {"metadata": "true"}
-EVENT = Event(
-    id=ID,
-    type=EventType.FREEZE,
-    resources=("WestNO_0",),
-    description=policy.MIGRATION,
-    source=EventSource.PLATFORM,
-    duration_s=5,
-    announced_s=NOW,
-    not_before_s=NOW + 900,
-)
 
 
 def view(board: Board, *others: Board, name: str = "WestNO_0") -> protocol.View:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.events.test_protocol import EVENT, ID, NOW, OTHER
+from tests.unit.events.samples import EVENT, ID, NOW, OTHER
 from vmferry.events import document, policy, records, states
 from vmferry.events.files import ARRIVING, BoardFiles
 from vmferry.events.states import Board, Ending, InvalidTransitionError
