@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.unit.negotiation.test_report import OFFER, QEMU_OFFER, TRACKERS
-from tests.unit.negotiation.test_report import QEMU as MACHINE
+from tests.unit.negotiation.samples import OFFER, QEMU_OFFER, TRACKERS
+from tests.unit.negotiation.samples import QEMU as MACHINE
 from vmferry.negotiation.findings import Severity
 from vmferry.negotiation.path import DIRECT, STREAM, PathFacts, PathWishes, choose_path
 from vmferry.negotiation.report import TrackerFact, compare
