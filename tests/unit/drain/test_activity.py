@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.unit.drain.test_planner import NOW, facts, machine, prospect
+from tests.unit.drain.situations import NOW, facts, machine, prospect
 from vmferry.drain.activity import asking, measuring, turns, what_next
 from vmferry.drain.planner import Facts, Failures, Placed, Standing, decide
 
