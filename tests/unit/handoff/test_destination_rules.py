@@ -10,16 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.handoff.samples import (
-    DIGEST,
-    A,
-    B,
-    C,
-    attempt,
-    foreign_attempts,
-    record,
-)
-from tests.unit.handoff.test_destination import (
+from tests.unit.handoff.destination_table import (
     ACCEPTED,
     AGAIN,
     EVENTS,
@@ -36,6 +27,15 @@ from tests.unit.handoff.test_destination import (
     begin,
     did,
     folded,
+)
+from tests.unit.handoff.samples import (
+    DIGEST,
+    A,
+    B,
+    C,
+    attempt,
+    foreign_attempts,
+    record,
 )
 from vmferry.errors import (
     InvalidArgumentError,
