@@ -23,12 +23,12 @@ from tests.unit.handoff.samples import (
     foreign_attempts,
     record,
 )
+from tests.unit.handoff.source_states import MINE, STATES, force
 from vmferry.errors import InvalidArgumentError, WrongPhaseError
 from vmferry.handoff.source import (
     AbortWanted,
     BeginWanted,
     Begun,
-    ForceReclaim,
     HandedOff,
     Heard,
     OwnerBegan,
@@ -56,14 +56,6 @@ from vmferry.handoff.states import (
     Wait,
 )
 
-MINE: Final = attempt()
-STATES: Final[dict[str, SourceState]] = {
-    "quiet": Quiet(),
-    "begun": Begun(MINE),
-    "sealed": Sealed(MINE, DIGEST),
-    "handed-off": HandedOff(MINE, DIGEST),
-}
-
 
 def heard(
     state: AttemptState,
@@ -80,24 +72,6 @@ def heard(
 def waited(*, memory: bool = False, tail: bool = True) -> WaitedEnough:
     """The destination was silent for long enough."""
     return WaitedEnough(memory_intact=memory, tail_certain=tail)
-
-
-def force(
-    *,
-    operator: str = ADMIN,
-    evidence: str = "power is off",
-    memory: bool = True,
-    with_memory: bool | None = None,
-    moved_on: bool = False,
-) -> ForceReclaim:
-    """An operator wants the guest back."""
-    return ForceReclaim(
-        operator,
-        evidence,
-        memory_intact=memory,
-        with_memory=memory if with_memory is None else with_memory,
-        moved_on=moved_on,
-    )
 
 
 EVENTS: Final[dict[str, SourceEvent]] = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.unit.handoff.samples import OTHER_MACHINE, A, B, C, attempt
-from tests.unit.handoff.test_source import MINE, STATES, force
+from tests.unit.handoff.source_states import MINE, STATES, force
 from vmferry.errors import WrongPhaseError
 from vmferry.handoff.source import HandedOff, OwnerBegan, decide, proves_owner
 
