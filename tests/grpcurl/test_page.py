@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.grpcurl.page import Call, calls, script
-from tests.integration.test_contract import find_buf
+from tests.integration.buf import find_buf
 from tests.support import require
 from vmferry.cli.demo_hosts import two_hosts
 from vmferry.cli.machine import run_machine

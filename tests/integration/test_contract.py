@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import shutil
 import stat
 from collections.abc import Awaitable
 from pathlib import Path
@@ -20,6 +18,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tests.integration.buf import find_buf
 from tests.integration.hosts import World
 from tests.integration.services import Host, Service, eventually_async, refusal
 from tests.support import require
@@ -31,7 +30,6 @@ from vmferry.v1.migration_pb2_grpc import SourceServiceStub
 
 pytestmark = pytest.mark.usefixtures("tidy")
 
-ROOT = Path(__file__).parents[2]
 SOURCE, DESTINATION = "vmferry.v1.SourceService", "vmferry.v1.DestinationService"
 
 
@@ -169,12 +167,6 @@ async def test_a_service_that_stops_says_so_first(world: World) -> None:
 
 def exists(path: str) -> bool:
     return Path(path).exists()
-
-
-def find_buf() -> str | None:
-    """The buf command: named by VMFERRY_BUF, on the PATH, or where the lint of the contract keeps it."""
-    kept = sorted(ROOT.glob(".tools/buf-*/node_modules/.bin/buf"))
-    return os.environ.get("VMFERRY_BUF") or shutil.which("buf") or (str(kept[-1]) if kept else None)
 
 
 async def test_any_client_calls_by_reflection_alone(world: World) -> None:
