@@ -18,7 +18,7 @@ import pytest
 from tests.integration.hosts import World, open_world
 from tests.integration.services import eventually_async
 from tests.support import require
-from tests.unit.test_monitoring import RULES, dashboard_expressions, rule_expressions
+from tests.unit.monitoring import RULES, dashboard_expressions, rule_expressions
 from vmferry.v1 import migration_pb2 as pb
 
 pytestmark = pytest.mark.usefixtures("tidy")

@@ -7,16 +7,13 @@ import re
 import shutil
 import subprocess
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
 from tests.support import require
+from tests.unit.monitoring import DASHBOARD, ROOT, RULES, dashboard_expressions, rule_expressions
 from vmferry.telemetry.instruments import INSTRUMENTS, Kind, label_name
 
-ROOT = Path(__file__).resolve().parents[2]
-DASHBOARD = ROOT / "deploy/grafana/vmferry.json"
-RULES = ROOT / "deploy/prometheus/vmferry.rules.yaml"
 RULE_TESTS = ROOT / "deploy/prometheus/vmferry.test.yaml"
 NAME = re.compile(r"\bvmferry_\w+")
 LABELS = {label_name(attribute) for one in INSTRUMENTS for attribute in one.attributes}
@@ -25,19 +22,6 @@ SERIES = {
     for one in INSTRUMENTS
     for ending in (("_bucket", "_sum", "_count") if one.kind is Kind.HISTOGRAM else ("",))
 }
-
-
-def dashboard_expressions() -> list[str]:
-    """What the panels ask for."""
-    document = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    return [target["expr"] for panel in document["panels"] for target in panel["targets"]]
-
-
-def rule_expressions() -> list[str]:
-    """What the alerts look at, each on one line."""
-    text = RULES.read_text(encoding="utf-8")
-    found = re.findall(r"^ +expr: (?:\|\n((?: {10}.*\n)+)|(.*)\n)", text, re.MULTILINE)
-    return [" ".join((block or line).split()) for block, line in found]
 
 
 @pytest.mark.parametrize("expressions", [dashboard_expressions, rule_expressions])
