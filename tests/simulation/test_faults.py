@@ -15,10 +15,10 @@ from unittest import mock
 import pytest
 
 from tests.simulation import campaign
+from tests.simulation.broken import BROKEN
 from tests.simulation.cluster import schedules
 from tests.simulation.cluster.disk import View
 from tests.simulation.cluster.schedules import SCENARIOS, Schedule, quiet
-from tests.simulation.test_two_hosts import BROKEN
 from vmferry.handoff import destination, source
 from vmferry.handoff.disk import HostDisk
 
