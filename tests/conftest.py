@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
+
+# What helpers assert tells its values, too; before any of them is imported.
+pytest.register_assert_rewrite(
+    "tests.hostile", "tests.integration", "tests.simulation", "tests.support", "tests.unit"
+)
 
 pytest_plugins = ("tests.dealing", "tests.ending", "tests.integration.hosts")
 
