@@ -221,6 +221,10 @@ class StreamedCopy:
     async def finish(self) -> None:
         """End the lanes; returns when the destination agrees that each was whole."""
         await self._open_lanes.finish()
+        # The last question to the hypervisor was before its end, and what was on its way then was not counted.
+        progress = self._migration.message.progress
+        progress.sent_bytes = self._digest.size_bytes
+        progress.wire_bytes = self._open_lanes.traffic.wire_bytes
         await self._migration.touch()
 
     async def close(self) -> None:

@@ -44,3 +44,10 @@ async def as_before(before: Path, *services: Service) -> None:
         service.environment["PYTHONPATH"] = str(before)
         await service.restart()
         assert f"PYTHONPATH={before}".encode() in _environment(service)
+
+
+async def as_now(*services: Service) -> None:
+    """Let services be those of this release."""
+    for service in services:
+        service.environment.clear()
+        await service.restart()

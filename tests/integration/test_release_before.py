@@ -14,8 +14,8 @@ import grpc.aio
 import pytest
 
 from tests.integration.hosts import World
-from tests.integration.releases import as_before, before
-from tests.integration.services import Service, eventually
+from tests.integration.releases import as_before, as_now, before
+from tests.integration.services import eventually
 from tests.integration.updates import ask, ended
 from vmferry.failpoints import VARIABLE
 from vmferry.v1 import migration_pb2 as pb
@@ -23,13 +23,6 @@ from vmferry.v1 import update_pb2
 
 pytestmark = [pytest.mark.usefixtures("tidy"), pytest.mark.timeout(240)]
 __all__ = ["before"]
-
-
-async def as_now(*services: Service) -> None:
-    """Let services be those of this release."""
-    for service in services:
-        service.environment.clear()
-        await service.restart()
 
 
 async def test_machines_move_between_the_two_releases(world: World, before: Path) -> None:

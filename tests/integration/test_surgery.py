@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,10 +41,21 @@ def machine() -> Iterator[int]:
 
 def standing_by(service: int) -> int:
     """The process that stands by for a service."""
-    tasks = Path(f"/proc/{service}/task").iterdir()
-    children = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
-    (found,) = (pid for pid in children if NAME in Path(f"/proc/{pid}/cmdline").read_bytes())
+    (found,) = (pid for pid in children(service) if NAME in Path(f"/proc/{pid}/cmdline").read_bytes())
     return found
+
+
+def children(pid: int) -> set[int]:
+    """The processes that a process has started and that have not ended."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open; nothing if it has ended."""
+    with contextlib.suppress(OSError):
+        return [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+    return []
 
 
 def operate_once(pid: int) -> None:
@@ -93,6 +105,16 @@ def test_it_ends_with_its_service(machine: int, killed: bool) -> None:
     if killed:
         wait_until(lambda: not Path(f"/proc/{other}").exists(), what="the end of the one that stood by")
     assert not Path(f"/proc/{other}").exists()
+
+
+def test_what_came_of_an_operation_is_the_callers_alone(machine: int) -> None:
+    """To close it ends the tracking: whoever begins anew at once does not meet the tracking of before."""
+    for _ in range(50):
+        descriptor = operate("userfault", machine)
+        others = children(standing_by(os.getpid()))
+        held = [link for pid in others for link in descriptors(pid) if "userfaultfd" in link]
+        os.close(descriptor)
+        assert held == []
 
 
 def test_an_operation_that_breaks_down_is_told(machine: int) -> None:

@@ -102,6 +102,8 @@ def _operate(order: list[Any], channel: socket.socket) -> NoReturn:
             _refuse(channel, error)
         else:
             socket.send_fds(channel, [b"{}"], [] if result is None else [result])
+            if result is not None:
+                os.close(result)  # before the end of the channel says that nobody else has it any more
     except BaseException:  # noqa: BLE001 - whatever it is, this process ends here, and whoever waits is told
         with suppress(OSError):
             channel.sendall(json.dumps({"broken": traceback.format_exc()}).encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -108,15 +109,20 @@ atexit.register(_STAND_BY.close)
 
 
 def _asked(operation: str, pid: int, *numbers: int) -> list[int]:
-    """Have a surgeon do something; returns the descriptors that came of it."""
+    """Have a surgeon do something; returns the descriptors that came of it, which nobody else has any more."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
             _STAND_BY.order(json.dumps([operation, pid, *numbers]).encode(), theirs)
         ours.settimeout(LIMIT_S)
+        descriptors: list[int] = []
         try:
             answer, descriptors, _, _ = socket.recv_fds(ours, _MAX_ANSWER, 1, socket.MSG_CMSG_CLOEXEC)
+            # What is tracked is so until the last of its descriptors is closed, the surgeon's own included.
+            ours.recv(1)
         except TimeoutError as exc:
+            for descriptor in descriptors:
+                os.close(descriptor)
             raise TrackerUnavailableError(f"operating on process {pid} took too long", pid=pid) from exc
     told = json.loads(answer or '{"broken": "its process was killed"}')
     if not told:

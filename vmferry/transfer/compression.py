@@ -308,6 +308,7 @@ _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
 _MOST_AT_FIRST: Final = METHODS.index(Method(ZSTD, 1))
 _AS_CHEAP: Final = 1.05
+"""What takes no more of the processor than this times the least counts as sparing it as much."""
 _DOUBT: Final = 0.2
 """What takes more of the processor than the present method may take so much more of it than it seems."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.hosts import MIB, World
 from tests.integration.qemu.conftest import boot, linux_spec, ticker_in_stream
-from tests.integration.releases import as_before, before
+from tests.integration.releases import as_before, as_now, before
 from vmferry.v1 import migration_pb2 as pb
 
 __all__ = ["before"]
@@ -31,13 +31,13 @@ async def test_a_linux_guest_crosses_compressed(world: World, images: Path) -> N
 async def test_a_stream_travels_compressed(world: World, images: Path) -> None:
     """Whole, with far fewer bytes on the wire than the hypervisor wrote; and as it is where that is asked for."""
     guest, here, there = await boot(world, linux_spec(images)), world.a, world.b
-    for compression, at_least, at_most in (("zstd", 0, 0.7), ("lz4", 0, 0.7), ("none", 0.99, 1.1)):
+    for compression, at_least, at_most in (("zstd", 0, 0.7), ("lz4", 0, 0.7), ("none", 1.0, 1.01)):
         found = await world.assert_crosses(
             guest, here, there, compression=compression, path="stream", downtime_limit=30.0
         )
         assert found.path == "stream"
         assert found.progress.sent_bytes > 20 * MIB
-        assert at_least < found.progress.wire_bytes / found.progress.sent_bytes < at_most
+        assert at_least <= found.progress.wire_bytes / found.progress.sent_bytes < at_most
         here, there = there, here
 
 
@@ -47,13 +47,16 @@ async def test_an_older_destination_takes_the_stream_as_it_is(
     """Its pieces travel raw, what is insisted on is refused by name, and its own stream is taken in here."""
     guest = await boot(world, ticker_in_stream(images, "tcg"))
     await as_before(before, world.b.source, world.b.dest)
-    stream = {"path": "stream", "downtime_limit": 30.0}
-    refused = await world.migrate(guest, world.a, world.b, compression="zstd", **stream)
-    assert refused.outcome == pb.MIGRATION_OUTCOME_FAILED
-    assert "a hypervisor's stream is to travel as zstd" in refused.reason.message
-    for here, there in ((world.a, world.b), (world.b, world.a)):
-        found = await world.migrate(guest, here, there, **stream)
-        assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found.reason
-        assert found.path == "stream"
-        assert found.progress.wire_bytes > 100_000  # markers of zero pages: compressed, a fifth of it
-        await guest.assert_clean(there)
+    try:
+        stream = {"path": "stream", "downtime_limit": 30.0}
+        refused = await world.migrate(guest, world.a, world.b, compression="zstd", **stream)
+        assert refused.outcome == pb.MIGRATION_OUTCOME_FAILED
+        assert "a hypervisor's stream is to travel as zstd" in refused.reason.message
+        for here, there in ((world.a, world.b), (world.b, world.a)):
+            found = await world.migrate(guest, here, there, **stream)
+            assert found.outcome == pb.MIGRATION_OUTCOME_COMPLETED, found.reason
+            assert found.path == "stream"
+            assert found.progress.wire_bytes > 100_000  # markers of zero pages: compressed, a fifth of it
+            await guest.assert_clean(there)
+    finally:  # the hosts are those of other modules, too
+        await as_now(world.b.source, world.b.dest)
