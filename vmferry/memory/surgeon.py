@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 from vmferry.errors import MachineDeadError, TrackerUnavailableError, VmferryError
 from vmferry.memory.filters import harmlessly_filtered
@@ -41,9 +41,9 @@ from vmferry.memory.pagemap import clear_soft_dirty, read_entries
 from vmferry.memory.ptrace import Tracee
 from vmferry.memory.userfault import OPEN_FLAGS, SYS_USERFAULTFD
 
-MAX_ORDER: Final = 4096
 LIMIT_S: Final = 30
 """An operation that takes longer is given up."""
+_MAX_ORDER: Final = 4096
 _SYS_CLOSE: Final = 3
 _SYS_MADVISE: Final = 28
 _SYS_PIDFD_GETFD: Final = 438
@@ -72,13 +72,13 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # surgeons answer for themselves
     with socket.socket(fileno=int(sys.argv[2])) as orders:
         while True:
-            order, descriptors, _, _ = socket.recv_fds(orders, MAX_ORDER, 1, socket.MSG_CMSG_CLOEXEC)
+            order, descriptors, _, _ = socket.recv_fds(orders, _MAX_ORDER, 1, socket.MSG_CMSG_CLOEXEC)
             if not order:
                 return
             with socket.socket(fileno=descriptors[0]) as channel:
                 if _becomes_surgeon(channel):
                     orders.close()  # nobody stands by any more when the one that does has ended
-                    _operate(json.loads(order), channel)
+                    _operate(order, channel)
 
 
 def _becomes_surgeon(channel: socket.socket) -> bool:
@@ -86,16 +86,17 @@ def _becomes_surgeon(channel: socket.socket) -> bool:
     try:
         return os.fork() == 0
     except OSError as error:
-        _refuse(channel, TrackerUnavailableError(f"no process can be started for it: {error}"))
+        with suppress(OSError):  # whoever waited may have given up, and others have not
+            _refuse(channel, TrackerUnavailableError(f"no process can be started for it: {error}"))
         return False
 
 
-def _operate(order: list[Any], channel: socket.socket) -> NoReturn:
+def _operate(order: bytes, channel: socket.socket) -> NoReturn:
     """Do one operation, answer with a descriptor or a refusal, and end."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.alarm(LIMIT_S + 1)  # who waits for the answer gives up before
-        operation, *numbers = order
+        operation, *numbers = json.loads(order)
         try:
             result = _OPERATIONS[operation](*numbers)
         except VmferryError as error:

@@ -120,10 +120,10 @@ def _asked(operation: str, pid: int, *numbers: int) -> list[int]:
             answer, descriptors, _, _ = socket.recv_fds(ours, _MAX_ANSWER, 1, socket.MSG_CMSG_CLOEXEC)
             # What is tracked is so until the last of its descriptors is closed, the surgeon's own included.
             ours.recv(1)
-        except TimeoutError as exc:
+        except OSError as exc:
             for descriptor in descriptors:
                 os.close(descriptor)
-            raise TrackerUnavailableError(f"operating on process {pid} took too long", pid=pid) from exc
+            raise TrackerUnavailableError(f"operating on process {pid} was given up: {exc}", pid=pid) from exc
     told = json.loads(answer or '{"broken": "its process was killed"}')
     if not told:
         return descriptors
