@@ -13,6 +13,7 @@ from tests.integration.services import eventually, refusal
 from vmferry.handoff import source
 from vmferry.handoff.rights import Standing
 from vmferry.machines.port import RunState
+from vmferry.machines.process import ProcessIdentity
 from vmferry.v1 import machine_pb2
 from vmferry.v1 import migration_pb2 as pb
 
@@ -29,11 +30,8 @@ async def start_slowly(world: World, guest: Guest, link: Proxy, **options: Any) 
     return migration_id
 
 
-async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_only: bool) -> str:
-    """A migration whose Go, or only the answer to it, is swallowed: nobody at the source can know what became of it.
-
-    The destination's hypervisor is held while Seal is under way, so that the network can be told which call is next.
-    """
+async def start_and_hold_seal(world: World, guest: Guest, link: Proxy) -> tuple[str, ProcessIdentity]:
+    """A migration whose Seal is under way, and the destination's hypervisor, which is stopped and so holds it up."""
     migration_id = await start_slowly(world, guest, link)
     waiting = world.b.record(guest.id).process
     assert waiting is not None
@@ -42,6 +40,15 @@ async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_o
     await eventually(
         lambda: isinstance(world.a.ledger.rights(guest.id).outgoing, source.Sealed), "the state is sealed"
     )
+    return migration_id, waiting
+
+
+async def start_and_lose_go(world: World, guest: Guest, link: Proxy, *, answer_only: bool) -> str:
+    """A migration whose Go, or only the answer to it, is swallowed: nobody at the source can know what became of it.
+
+    The destination's hypervisor is held while Seal is under way, so that the network can be told which call is next.
+    """
+    migration_id, waiting = await start_and_hold_seal(world, guest, link)
     lost = asyncio.Event()
 
     def lose() -> None:

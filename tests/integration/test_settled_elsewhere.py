@@ -13,7 +13,7 @@ import pytest
 
 from tests.integration.hosts import Guest, World
 from tests.integration.hypervisors import run_state
-from tests.integration.lost_handoffs import assert_paused_and_unknown, start_and_lose_go, start_slowly
+from tests.integration.lost_handoffs import assert_paused_and_unknown, start_and_hold_seal, start_and_lose_go
 from tests.integration.proxy import Proxy
 from tests.integration.services import eventually
 from vmferry.handoff import destination, source
@@ -67,14 +67,7 @@ async def test_a_source_without_memory_waits_no_longer_than_it_is_told_to(
     world: World, guest: Guest, link: Proxy
 ) -> None:
     """Sealed, its hypervisor dead, the destination out of reach: the attempt is closed, to start the guest anew."""
-    migration_id = await start_slowly(world, guest, link)
-    waiting = world.b.record(guest.id).process
-    assert waiting is not None
-    waiting.send_signal(signal.SIGSTOP)
-    link.up_bytes_per_s = None
-    await eventually(
-        lambda: isinstance(world.a.ledger.rights(guest.id).outgoing, source.Sealed), "the state is sealed"
-    )
+    migration_id, waiting = await start_and_hold_seal(world, guest, link)
     link.silence()
     await world.a.source.kill()
     machine = world.a.record(guest.id).process
