@@ -32,8 +32,24 @@ _ALL_ZERO: Final = ZERO_PAGE_DIGEST * (_PART_BYTES // DIGEST_SIZE)
 def digest_pages(buffer: bytes | bytearray | memoryview) -> bytes:
     """The digests of all pages in ``buffer``, one behind the other."""
     with memoryview(buffer) as view:
-        # The list, not a generator, because join would build one anyway, more slowly.
-        return b"".join([xxh3_128_digest(view[at : at + PAGE_SIZE]) for at in range(0, len(view), PAGE_SIZE)])
+        return b"".join(map(xxh3_128_digest, _views(view)))
+
+
+def _views(buffer: memoryview) -> list[memoryview]:
+    return [buffer[at : at + PAGE_SIZE] for at in range(0, len(buffer), PAGE_SIZE)]
+
+
+class PageBuffer:
+    """Room for pages that is used again and again, and a view of each: to make one costs as much as a digest."""
+
+    def __init__(self, pages: int) -> None:
+        self.pages = pages
+        self.whole = memoryview(bytearray(pages * PAGE_SIZE))
+        self._views = _views(self.whole)
+
+    def digests(self, pages: int) -> bytes:
+        """The digests of the first so many, one behind the other."""
+        return b"".join(map(xxh3_128_digest, self._views[:pages]))
 
 
 @dataclass(frozen=True)
@@ -110,9 +126,8 @@ class PageTable:
         runs = list(runs)
         self._store(runs, ZERO_PAGE_DIGEST * sum(count for _, count in runs))
 
-    def scan_pages(self, runs: Sequence[tuple[int, int]], buffer: memoryview) -> PageSplit:
-        """Note the pages of ``runs`` as :meth:`note_pages` does and tell which are all zero."""
-        digests = digest_pages(buffer)
+    def scan_pages(self, runs: Sequence[tuple[int, int]], buffer: memoryview, digests: bytes) -> PageSplit:
+        """Note the ``digests`` of the pages of ``runs``, which lie in ``buffer``, and tell which are all zero."""
         self._store(runs, digests)
         if ZERO_PAGE_DIGEST not in digests:
             return PageSplit([], list(runs), buffer)

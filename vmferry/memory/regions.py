@@ -255,13 +255,11 @@ class RamFile:
         )
 
     def _is_zero(self, offset: int, length: int) -> bool:
-        piece = _scratch(length)
-        self._read(piece, offset)
-        if (
-            length == _PIECE_BYTES
-        ):  # compared where it lies: a view is compared byte by byte, and a copy is one more
-            return _thread_buffer().startswith(_ZEROS)
-        return bytes(piece) == _ZEROS[:length]
+        buffer = _thread_buffer()
+        with memoryview(buffer) as view:
+            self._read(view[:length], offset)
+        # Compared where it lies: a view is compared byte by byte, and a copy is one more.
+        return buffer.startswith(_ZEROS[:length])
 
     def _read(self, into: memoryview, offset: int) -> None:
         done = 0
@@ -283,24 +281,24 @@ class RamFile:
             self._write(data[position : position + length], offset)
             position += length
 
-    def put(self, runs: Sequence[tuple[int, int]], data: memoryview) -> Iterator[memoryview]:
-        """Write ``data`` as :meth:`write_pages` does, and show what memory holds then, piece by piece.
+    def put(self, runs: Sequence[tuple[int, int]], data: memoryview, back: memoryview) -> Iterator[int]:
+        """Write ``data`` as :meth:`write_pages` does, and read what memory holds then, piece by piece, into ``back``.
 
-        All pieces have to be asked for. They lie one behind the other, and each is good until the next is asked for.
+        Yields how many pages lie there; all pieces have to be asked for. A few of them at a time, such as 32, stay
+        in the processor's cache between the two.
         """
         spans = self._filled(runs, data)
         if self._huge_page_bytes:
             self.write_pages(runs, data)
         position = 0
         for offset, length in spans:
-            for at in range(0, length, _PIECE_BYTES):
-                size = min(_PIECE_BYTES, length - at)
+            for at in range(0, length, len(back)):
+                size = min(len(back), length - at)
                 if not self._huge_page_bytes:
                     self._write(data[position : position + size], offset + at)
                 position += size
-                back = _scratch(size)
-                self._read(back, offset + at)
-                yield back
+                self._read(back[:size], offset + at)
+                yield size // PAGE_SIZE
 
     def _filled(self, runs: Sequence[tuple[int, int]], data: memoryview) -> list[tuple[int, int]]:
         spans = self._spans(runs, len(data))
@@ -371,12 +369,8 @@ class RamFile:
         return os.fstat(self._fd).st_blocks * 512
 
 
-def _scratch(size: int) -> memoryview:
-    """The beginning of a buffer of this thread, for at most a piece."""
-    return memoryview(_thread_buffer())[:size]
-
-
 def _thread_buffer() -> bytearray:
+    """A buffer of this thread for a piece."""
     buffer: bytearray | None = getattr(_THREAD, "buffer", None)
     if buffer is None:
         buffer = _THREAD.buffer = bytearray(_PIECE_BYTES)

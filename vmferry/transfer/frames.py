@@ -17,7 +17,7 @@ from functools import partial
 from xxhash import xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError
-from vmferry.memory.digest import PageSplit, PageTable, digest_pages
+from vmferry.memory.digest import PageBuffer, PageSplit, PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.negotiation.encodings import NONE
@@ -30,6 +30,8 @@ Run = tuple[int, int]
 _THREAD = threading.local()
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
+_PIECE_PAGES = 32
+"""What is written and read back at a time: it stays in the processor's cache between the two."""
 _LARGE_ROUND_PAGES = 32 * 1024
 _PLACES = 4
 
@@ -40,6 +42,14 @@ def _scratch(size: int) -> memoryview:
     if len(buffer) < size:
         buffer = _THREAD.buffer = bytearray(size)
     return memoryview(buffer)[:size]
+
+
+def _piece() -> PageBuffer:
+    """A buffer of this thread for what is read back."""
+    piece: PageBuffer | None = getattr(_THREAD, "piece", None)
+    if piece is None:
+        piece = _THREAD.piece = PageBuffer(_PIECE_PAGES)
+    return piece
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ class ChunkBuilder:
         self._ram = ram
         self._table = table
         self._encoder = Encoder()
-        self._free: list[bytearray] = []
+        self._free: list[PageBuffer] = []
 
     def build(
         self,
@@ -125,9 +135,8 @@ class ChunkBuilder:
         """
         started = time.thread_time()
         pages = sum(count for _, count in runs)
-        buffer = self._take(pages * PAGE_SIZE)
-        view = memoryview(buffer)[: pages * PAGE_SIZE]
-        split = self._read(runs, view)
+        buffer = self._take(pages)
+        split = self._read(runs, pages, buffer)
         head = transfer_pb2.Chunk(
             round=round_number,
             runs=_to_messages(split.data_runs),
@@ -142,7 +151,7 @@ class ChunkBuilder:
         if encoded and is_worth_it(len(encoded), size):
             head.encoding, data = NUMBERS[method.encoding], encoded
         give_back: Callable[[], None] = partial(self._free.append, buffer)
-        if data is not view:  # it lies elsewhere by now
+        if not isinstance(data, memoryview):  # it lies elsewhere by now
             give_back()
             give_back = _nothing
         return BuiltChunk(
@@ -154,21 +163,22 @@ class ChunkBuilder:
             give_back,
         )
 
-    def _read(self, runs: Sequence[Run], view: memoryview) -> PageSplit:
+    def _read(self, runs: Sequence[Run], pages: int, buffer: PageBuffer) -> PageSplit:
         if self._ram.is_zero(runs):  # as large parts of most machines are
             self._table.note_zero(runs)
             return PageSplit(list(runs), [], b"")
+        view = buffer.whole[: pages * PAGE_SIZE]
         self._ram.read_pages(runs, view)
-        return self._table.scan_pages(runs, view)
+        return self._table.scan_pages(runs, view, buffer.digests(pages))
 
     def _encode(self, method: Method, data: Buffer) -> bytes:
         if method.encoding == NONE or not data:
             return b""
         return self._encoder.encode(method.encoding, method.level, data)
 
-    def _take(self, size: int) -> bytearray:
-        buffer = self._free.pop() if self._free else bytearray()
-        return buffer if len(buffer) >= size else bytearray(size)
+    def _take(self, pages: int) -> PageBuffer:
+        buffer = self._free.pop() if self._free else None
+        return buffer if buffer and buffer.pages >= pages else PageBuffer(pages)
 
 
 @dataclass(frozen=True)
@@ -227,8 +237,9 @@ class Intake:
         """Put a checked chunk into memory and note what memory then holds."""
         if pages.runs:
             # Looked at in memory: the digest speaks of what will run.
-            found = [digest_pages(view) for view in self.ram.put(pages.runs, memoryview(pages.data))]
-            self.table.note_digests(pages.runs, b"".join(found))
+            back = _piece()
+            pieces = self.ram.put(pages.runs, memoryview(pages.data), back.whole)
+            self.table.note_digests(pages.runs, b"".join(map(back.digests, pieces)))
         if pages.zero_runs:
             # Zeros are written, not punched: the memory stays reserved for the guest.
             zeros = bytes(sum(count for _, count in pages.zero_runs) * PAGE_SIZE)

@@ -50,7 +50,7 @@ def test_splitting_loses_no_page_and_sends_no_zero_page(contents: dict[int, int]
     table, expected = PageTable(PAGES), PageTable(PAGES)
     runs, buffer = buffer_of(contents)
     expected.note_pages(runs, buffer)
-    split = table.scan_pages(runs, buffer)
+    split = table.scan_pages(runs, buffer, digest_pages(buffer))
     assert PageRuns(split.zero_runs) == PageRuns((page, 1) for page in sorted(contents) if not contents[page])
     assert PageRuns(split.data_runs) == PageRuns((page, 1) for page in sorted(contents) if contents[page])
     assert bytes(split.data) == b"".join(
@@ -62,14 +62,14 @@ def test_splitting_loses_no_page_and_sends_no_zero_page(contents: dict[int, int]
 def test_pages_without_zeros_are_not_copied() -> None:
     """In the common case the data is the caller's own buffer."""
     runs, buffer = buffer_of({1: 1, 2: 2, 9: 3})
-    assert PageTable(PAGES).scan_pages(runs, buffer).data is buffer
+    assert PageTable(PAGES).scan_pages(runs, buffer, digest_pages(buffer)).data is buffer
 
 
 def test_a_page_with_the_digest_of_zero_but_another_content_is_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collision with the digest of the zero page loses no data: bytes decide."""
     monkeypatch.setattr("vmferry.memory.digest.xxh3_128_digest", lambda _: ZERO_PAGE_DIGEST)
     runs, buffer = buffer_of({3: 0, 4: 1})
-    split = PageTable(PAGES).scan_pages(runs, buffer)
+    split = PageTable(PAGES).scan_pages(runs, buffer, digest_pages(buffer))
     assert (split.zero_runs, split.data_runs, bytes(split.data)) == ([(3, 1)], [(4, 1)], page_of(1))
 
 

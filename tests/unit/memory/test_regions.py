@@ -24,6 +24,7 @@ from vmferry.errors import (
     TrackerUnavailableError,
 )
 from vmferry.memory import regions
+from vmferry.memory.digest import ZERO_PAGE_DIGEST, PageBuffer, digest_pages
 from vmferry.memory.regions import RamFile, Region, data_runs, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
@@ -79,12 +80,18 @@ def test_pages_come_back_as_written(ram: RamFile) -> None:
     assert buffer == page_of(4) + page_of(0) + page_of(1) + page_of(3) + bytes(2 * PAGE_SIZE)
 
 
+def put(file: RamFile, runs: list[tuple[int, int]], data: bytes) -> bytes:
+    """Put data into memory; the digests of what is read back, a few pages at a time."""
+    back = PageBuffer(32)
+    return b"".join(map(back.digests, file.put(runs, memoryview(data), back.whole)))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(1, 90)), min_size=1, max_size=4), st.binary(min_size=1)
 )
 def test_what_is_put_is_what_memory_holds(steps: list[tuple[int, int]], seed: bytes) -> None:
-    """Long runs and short ones: written, shown piece by piece and read back alike."""
+    """Long runs and short ones: written, digested and read back alike."""
     runs, at = [], 0
     for gap, count in steps:
         runs.append((at + gap, count))
@@ -94,19 +101,19 @@ def test_what_is_put_is_what_memory_holds(steps: list[tuple[int, int]], seed: by
     fd = os.memfd_create("test-put")
     os.ftruncate(fd, at * PAGE_SIZE)
     with RamFile(fd, Path(f"/proc/self/fd/{fd}"), at * PAGE_SIZE) as file:
-        assert b"".join(bytes(piece) for piece in file.put(runs, memoryview(data))) == data
+        assert put(file, runs, data) == digest_pages(data)
         plain = b"".join(os.pread(fd, count * PAGE_SIZE, first * PAGE_SIZE) for first, count in runs)
         assert plain == data
         assert file.allocated_bytes == size
 
 
 def test_threads_that_put_at_a_time_see_each_its_own(ram: RamFile) -> None:
-    """What is shown is what the thread put, over and over, while others put elsewhere."""
+    """What is digested is what the thread put, over and over, while others put elsewhere."""
 
     def work(number: int) -> bool:
         for turn in range(50):
             data = page_of(number * 50 + turn) * 4
-            if b"".join(bytes(piece) for piece in ram.put([(number * 4, 4)], memoryview(data))) != data:
+            if put(ram, [(number * 4, 4)], data) != digest_pages(data):
                 return False
         return True
 
@@ -127,6 +134,22 @@ def test_memory_is_zero_only_if_every_byte_is(bytes_set: set[int], cut: int) -> 
         assert file.is_zero([(0, whole)]) is not bool(bytes_set)
         assert file.is_zero([(0, first)]) is all(at >= first * PAGE_SIZE for at in bytes_set)
         assert file.is_zero([(0, first), (first, whole - first)]) is not bool(bytes_set)
+
+
+def test_a_write_that_memory_does_not_keep_is_seen(ram: RamFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests are of what can be read back, not of what was to be written."""
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: write(fd, bytes(len(data)), at))
+    assert put(ram, [(1, 2)], page_of(7) * 2) == ZERO_PAGE_DIGEST * 2
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=5))
+def test_a_buffer_that_is_used_again_tells_of_its_present_pages(values: list[int]) -> None:
+    """Whatever it held before, the first pages are those that were put there last."""
+    buffer, pages = PageBuffer(5), b"".join(map(page_of, values))
+    buffer.whole[:] = bytes(range(256)) * (5 * PAGE_SIZE // 256)
+    buffer.whole[: len(pages)] = pages
+    assert buffer.digests(len(values)) == digest_pages(pages)
 
 
 def test_looking_at_a_hole_takes_no_memory(ram: RamFile) -> None:
@@ -158,7 +181,7 @@ def test_data_that_does_not_fit_its_runs_is_refused(ram: RamFile, size: int) -> 
     with pytest.raises(ChunkRejectedError):
         ram.write_pages([(0, 2)], memoryview(bytes(size)))
     with pytest.raises(ChunkRejectedError):
-        list(ram.put([(0, 2)], memoryview(bytes(size))))
+        put(ram, [(0, 2)], bytes(size))
     assert ram.allocated_bytes == 0
 
 
