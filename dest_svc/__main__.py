@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from vmferry.rpc.allocator import share_one_heap
 from vmferry.security.tls13 import enforce_tls13
 
-enforce_tls13()  # before anything imports gRPC
+# Before anything imports gRPC.
+enforce_tls13()
+share_one_heap()
 
 from dest_svc.service import DestinationService  # noqa: E402 - see above
 from vmferry.handoff.ledger import Role  # noqa: E402 - see above

@@ -21,16 +21,18 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Final
 
+from vmferry.rpc.allocator import keep_buffers, share_one_heap
 from vmferry.security.tls13 import enforce_tls13
 
-enforce_tls13()  # before anything loads grpc
+# Before anything loads grpc.
+enforce_tls13()
+share_one_heap()
 
 import grpc.aio  # noqa: E402 - see above
 from xxhash import xxh3_128_digest  # noqa: E402
 
 from vmferry.bench.contents import contents  # noqa: E402
 from vmferry.memory.runs import PAGE_SIZE  # noqa: E402
-from vmferry.rpc.allocator import keep_buffers  # noqa: E402
 from vmferry.rpc.daemon import SWITCH_INTERVAL_S  # noqa: E402
 from vmferry.rpc.handlers import read_requests_with  # noqa: E402
 from vmferry.security.identity import Identity  # noqa: E402

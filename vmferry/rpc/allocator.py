@@ -3,7 +3,8 @@
 By default the C library takes each larger piece of memory from the kernel, which zeroes it page by page, and gives it
 back at once. A service that moves a megabyte at a time through five copies would spend a fifth of its time on that.
 Kept, they are hot in the processor's caches as well. Pieces of all threads come from one place, so that what one
-thread gives back another takes. The kernel is asked to have that place in huge pages, where it has some: what copies
+thread gives back another takes; this has to be said before there are threads, and gRPC starts some as soon as it is
+loaded. The kernel is asked to have that place in huge pages, where it has some: what copies
 megabytes all the time otherwise misses the processor's table of pages all the time, which costs twice in a virtual
 machine.
 
@@ -40,25 +41,34 @@ _kept = range(0)
 """Where the buffers of this process lie."""
 
 
+def share_one_heap() -> None:
+    """Have the memory of all threads come from one place; called before gRPC is loaded."""
+    _set(ctypes.CDLL(None), _M_ARENA_MAX, 1)
+
+
 def keep_buffers() -> None:
-    """Have freed memory kept for the next message; called before threads are started."""
+    """Have freed memory kept for the next message."""
     global _kept  # noqa: PLW0603 - a process has one heap
     library = ctypes.CDLL(None)
-    # JUSTIFICATION: Python has no binding for mallopt(3), and the environment variables are read before it starts.
-    # SAFETY: takes two integers and changes the settings of the allocator, which has a lock of its own.
-    if (mallopt := getattr(library, "mallopt", None)) is not None:
-        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_TOP_PAD, _HUGE_BYTES)
+    if _set(library, _M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES):
+        _set(library, _M_TRIM_THRESHOLD, _KEPT_BYTES)
+        _set(library, _M_TOP_PAD, _HUGE_BYTES)
         _kept = _grown(library)
         _advise(library, _kept, mmap.MADV_HUGEPAGE)
-        mallopt(_M_TOP_PAD, _PAD_BYTES)
+        _set(library, _M_TOP_PAD, _PAD_BYTES)
 
 
 def touch_buffers(size_bytes: int) -> None:
     """Have up to so much of what is kept taken from the kernel now; for a thread, as it may take a while."""
     _advise(ctypes.CDLL(None), _kept[:size_bytes], _MADV_POPULATE_WRITE)
+
+
+def _set(library: ctypes.CDLL, option: int, value: int) -> bool:
+    """Whether the C library has such settings, and took this one."""
+    # JUSTIFICATION: Python has no binding for mallopt(3), and the environment variables are read before it starts.
+    # SAFETY: takes two integers and changes the settings of the allocator, which has a lock of its own.
+    mallopt = getattr(library, "mallopt", None)
+    return mallopt is not None and bool(mallopt(option, value))
 
 
 def _grown(library: ctypes.CDLL) -> range:

@@ -61,6 +61,29 @@ def test_buffers_can_be_touched_before_they_are_needed() -> None:
     assert 60 * 1024 < after - before < 70 * 1024
 
 
+ONE_HEAP = """
+import ctypes, threading
+import {module}
+threads = [threading.Thread(target=lambda: bytes(300_000)) for _ in range(8)]
+for one in threads: one.start()
+for one in threads: one.join()
+library = ctypes.CDLL(None)
+library.fdopen.restype = ctypes.c_void_p
+told = ctypes.c_void_p(library.fdopen(1, b"w"))
+library.malloc_info(0, told)
+library.fflush(told)
+"""
+"""What the C library tells of a program's memory, when threads have used some."""
+
+
+@pytest.mark.parametrize("module", ["source_svc.__main__", "dest_svc.__main__", "vmferry.bench.pump"])
+def test_all_threads_of_a_service_use_one_heap(module: str) -> None:
+    """Also those that gRPC starts when it is loaded: with a heap of their own, each keeps what others lack."""
+    script = ONE_HEAP.format(module=module)
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert told.count("<heap nr=") == 1
+
+
 def _heap_kib(statement: str, field: str, having: str = "") -> int:
     """What the kernel says of the parts of a new process's heap that look so, when it has executed a statement."""
     script = f"from vmferry.rpc.allocator import *; {statement}; print(open('/proc/self/smaps').read())"
