@@ -94,8 +94,8 @@ class Receiver:
         self._path = path
         # An older source names none, and sends pages as they are.
         self._encodings = frozenset(encodings or (NONE,))
-        self._buffer_bytes = min(2 * config.window_bytes, spec.memory_bytes)
-        """What is in flight at most, as it comes and as it is put together."""
+        self._buffer_bytes = min(3 * config.window_bytes, spec.memory_bytes)
+        """What is in flight at most, as it comes, as it is put together, and as it is decompressed."""
         # A lane may always have one frame on its way, even where the window is smaller.
         self._window_bytes = max(config.window_bytes, lanes * MAX_PIECE_BYTES)
         self._ram: RamFile | None = None
