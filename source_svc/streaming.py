@@ -43,7 +43,7 @@ from vmferry.transfer.convergence import (
 )
 from vmferry.transfer.lanes import Lanes, LaneSettings
 from vmferry.transfer.patience import Connections
-from vmferry.transfer.streams import Rounds, Sample, StreamDigest
+from vmferry.transfer.streams import MAX_PIECE_BYTES, Rounds, Sample, StreamDigest
 from vmferry.transfer.wire import PieceFrame
 from vmferry.v1 import transfer_pb2
 
@@ -395,7 +395,7 @@ class StreamedCopy:
 
     def _piece_bytes(self, limit: int) -> int:
         settings = self._settings
-        piece_bytes = min(settings.window.frame_bytes, limit // settings.window.lanes)
+        piece_bytes = min(MAX_PIECE_BYTES, settings.window.frame_bytes, limit // settings.window.lanes)
         return settings.terms.pacer.largest_frame(piece_bytes)
 
     def _in_flight_limit(self) -> int:
