@@ -45,6 +45,8 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         ('on_no_convergence = "hope"', "on_no_convergence"),
         ("max_throttle_percent = 96", "max_throttle_percent"),
         ("no_progress_per_gib_s = 0", "no_progress_per_gib_s"),
+        ("chunk_bytes = 4194304", "chunk_bytes"),
+        ("chunk_bytes = 6000", "chunk_bytes"),
     ],
 )
 def test_limits_that_cannot_be_meant_are_refused(tmp_path: Path, line: str, field: str) -> None:

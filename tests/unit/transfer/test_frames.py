@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_128_digest
 
+from vmferry.config import HostConfig
 from vmferry.errors import ChunkRejectedError, HashMismatchError
 from vmferry.memory.digest import PageTable
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
+from vmferry.security.tls import MAX_MESSAGE_BYTES
 from vmferry.transfer.frames import MAX_PAGES_PER_CHUNK, Batches, BuiltChunk, ChunkBuilder, Intake
-from vmferry.transfer.wire import ChunkFrame, chunk_frame
+from vmferry.transfer.wire import ChunkFrame, chunk_frame, encode_chunk
 from vmferry.v1.transfer_pb2 import ENCODING_NONE, Chunk, PageRun
 
 PAGES = 64
@@ -189,3 +191,18 @@ def test_the_comparison_counts_every_differing_page(source: RamFile, intake: Int
     before = content(intake.ram)
     assert intake.compare(compared) == 1
     assert content(intake.ram) == before
+
+
+def test_the_largest_chunk_fits_into_a_message() -> None:
+    """Each page a run of its own, far out in memory: the more scattered pages are, the larger is the head."""
+    pages = HostConfig().chunk_bytes // PAGE_SIZE
+    head = Chunk(
+        sequence=2**63,
+        round=2**31,
+        runs=[PageRun(first_page=2**40 + 2 * number, page_count=1) for number in range(pages)],
+        encoding=ENCODING_NONE,
+        data_hash=bytes(16),
+    )
+    message = encode_chunk(ChunkFrame(head, bytes(pages * PAGE_SIZE), mark=False))
+    assert pages <= MAX_PAGES_PER_CHUNK
+    assert pages * PAGE_SIZE < len(message) < MAX_MESSAGE_BYTES
