@@ -19,6 +19,8 @@ from vmferry.transfer.pacing import LEAST_BYTES_PER_S
 
 _MIB = 1024 * 1024
 _LONGEST_S = 366 * 24 * 3600
+_LARGEST_CHUNK_BYTES = 7 * _MIB // 2
+"""A message may have 4 MiB, and says in its head where each page belongs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class HostConfig:
     """Bytes of memory in flight per migration, over all lanes; bounds the memory of both services."""
     shared_window_bytes: int = 48 * _MIB
     """The same of all migrations that leave this host at a time: each has at most an equal part of it."""
-    chunk_bytes: int = 7 * _MIB // 2
+    chunk_bytes: int = _LARGEST_CHUNK_BYTES
     """Page contents per message, or less where a lane's part of window_bytes is less."""
     compression: str = "auto"
     """How page contents travel unless a caller says: auto (chosen for each chunk), none, lz4 or zstd."""
@@ -188,7 +190,7 @@ class HostConfig:
                 raise ConfigError(f"{name} must be between 0 and {_LONGEST_S}", field=name)
         if not 2 <= self.lanes <= 16:  # noqa: PLR2004 - the documented range
             raise ConfigError("lanes must be between 2 and 16", field="lanes")
-        if not 4096 <= self.chunk_bytes <= 7 * _MIB // 2 or self.chunk_bytes % 4096:  # noqa: PLR2004 - page size
+        if not 4096 <= self.chunk_bytes <= _LARGEST_CHUNK_BYTES or self.chunk_bytes % 4096:  # noqa: PLR2004 - page size
             raise ConfigError("chunk_bytes must be a multiple of 4096, at most 3.5 MiB", field="chunk_bytes")
         if self.window_bytes < self.lanes * min(self.chunk_bytes, _MIB):
             raise ConfigError("window_bytes must hold at least one chunk per lane", field="window_bytes")
