@@ -29,9 +29,9 @@ from vmferry.errors import (
 from vmferry.memory.hugepages import file_page_bytes, path_page_bytes, write_spans
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 
-_PIECE_BYTES: Final = 128 * 1024
+PIECE_BYTES: Final = 128 * 1024
 """What is written and read back at a time, so that it is still in the processor's cache when it is looked at."""
-_ZEROS: Final = bytes(_PIECE_BYTES)
+_ZEROS: Final = bytes(PIECE_BYTES)
 _THREAD: Final = threading.local()
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
@@ -249,9 +249,9 @@ class RamFile:
         """
         spans = self._spans(runs, self.size_bytes)
         return self._is_zero(spans[0][0], PAGE_SIZE) and all(
-            self._is_zero(offset + at, min(_PIECE_BYTES, length - at))
+            self._is_zero(offset + at, min(PIECE_BYTES, length - at))
             for offset, length in spans
-            for at in range(0, length, _PIECE_BYTES)
+            for at in range(0, length, PIECE_BYTES)
         )
 
     def _is_zero(self, offset: int, length: int) -> bool:
@@ -347,8 +347,8 @@ class RamFile:
             InsufficientMemoryError: there is not that much.
         """
         if not self._huge_page_bytes:  # to set huge pages aside is to touch them
-            for at in range(offset, offset + length, _PIECE_BYTES):
-                self._write(memoryview(_ZEROS)[: min(_PIECE_BYTES, offset + length - at)], at)
+            for at in range(offset, offset + length, PIECE_BYTES):
+                self._write(memoryview(_ZEROS)[: min(PIECE_BYTES, offset + length - at)], at)
             self.punch(offset // PAGE_SIZE, length // PAGE_SIZE)
         self.reserve(offset, length)
 
@@ -373,7 +373,7 @@ def _thread_buffer() -> bytearray:
     """A buffer of this thread for a piece."""
     buffer: bytearray | None = getattr(_THREAD, "buffer", None)
     if buffer is None:
-        buffer = _THREAD.buffer = bytearray(_PIECE_BYTES)
+        buffer = _THREAD.buffer = bytearray(PIECE_BYTES)
     return buffer
 
 

@@ -18,7 +18,7 @@ from xxhash import xxh3_128_digest
 
 from vmferry.errors import ChunkRejectedError, HashMismatchError
 from vmferry.memory.digest import PageBuffer, PageSplit, PageTable
-from vmferry.memory.regions import RamFile
+from vmferry.memory.regions import PIECE_BYTES, RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.negotiation.encodings import NONE
 from vmferry.transfer.compression import RAW, Effort, Method
@@ -30,8 +30,6 @@ Run = tuple[int, int]
 _THREAD = threading.local()
 MAX_PAGES_PER_CHUNK = 1024
 """Bounds what one frame can make the receiver read, write or allocate, zero pages included."""
-_PIECE_PAGES = 32
-"""What is written and read back at a time: it stays in the processor's cache between the two."""
 _LARGE_ROUND_PAGES = 32 * 1024
 _PLACES = 4
 
@@ -48,7 +46,7 @@ def _piece() -> PageBuffer:
     """A buffer of this thread for what is read back."""
     piece: PageBuffer | None = getattr(_THREAD, "piece", None)
     if piece is None:
-        piece = _THREAD.piece = PageBuffer(_PIECE_PAGES)
+        piece = _THREAD.piece = PageBuffer(PIECE_BYTES // PAGE_SIZE)
     return piece
 
 
