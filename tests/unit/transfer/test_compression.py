@@ -114,13 +114,16 @@ def test_only_what_was_agreed_is_allowed(
     assert methods(agreed, wish) == found
 
 
-@given(
+anything_measured = given(
     link=st.floats(1e5, 1e10),
     ratio=st.floats(1.0, 50.0),
     cores=st.floats(0.0, 64.0),
     current=st.sampled_from(METHODS),
     slower=st.floats(0.2, 10.0),
 )
+
+
+@anything_measured
 @example(link=776619605.0, ratio=4.0, cores=1.0, current=RAW, slower=0.25)
 def test_a_choice_is_never_much_worse_than_the_best(
     link: float, ratio: float, cores: float, current: Method, slower: float
@@ -136,13 +139,7 @@ def test_a_choice_is_never_much_worse_than_the_best(
     assert rate(chosen, known, now) * 1.2 * 1.2 >= best * 0.999
 
 
-@given(
-    link=st.floats(1e5, 1e10),
-    ratio=st.floats(1.0, 50.0),
-    cores=st.floats(0.0, 64.0),
-    current=st.sampled_from(METHODS),
-    slower=st.floats(0.2, 10.0),
-)
+@anything_measured
 @example(link=9831180.0, ratio=18.0, cores=2.0, current=RAW, slower=1.0)
 def test_a_choice_stands_while_nothing_changes(
     link: float, ratio: float, cores: float, current: Method, slower: float
