@@ -7,7 +7,9 @@ import shutil
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -82,6 +84,23 @@ async def test_a_scrape_has_every_metric_with_its_true_value(world: World) -> No
     assert left_s == pytest.approx((world.material("a").not_after.timestamp() - time.time()), abs=5)
     for text in texts:
         check_metrics(text)
+
+
+async def test_a_trace_is_whole_right_after_its_migration(world: World) -> None:
+    """Whoever looks it up at once sees the spans that ended a moment ago, and not only what the disk has already."""
+    guest = await world.run(memory_mib=32)
+    done = await world.migrate(guest, world.a, world.b)
+    async with client(world.a.source) as session, session.get(f"/api/traces/{done.trace_id}") as answer:
+        document = await answer.json()
+    assert done.outcome == pb.MIGRATION_OUTCOME_COMPLETED
+    assert {"precopy", "last round", "device state", "seal", "commit"} <= set(names(document["spans"]))
+
+
+def names(nodes: list[dict[str, Any]]) -> Iterator[str]:
+    """Of all spans of a tree."""
+    for node in nodes:
+        yield node["name"]
+        yield from names(node["children"])
 
 
 async def test_what_waits_is_measured(world: World) -> None:

@@ -41,6 +41,8 @@ _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_E
 _METRIC_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 _SCRAPED: Final = list[InMemoryMetricReader]()
 """What :func:`scrape` reads; OpenTelemetry takes a provider of metrics only once for each process."""
+_FILES: Final = list[BatchSpanProcessor]()
+"""What :func:`write_spans` writes out."""
 _ID_FIELDS: Final = ("traceId", "spanId", "parentSpanId")
 
 
@@ -59,17 +61,26 @@ def record_spans(service_name: str, trace_dir: Path | None, *, host: str) -> Cal
     provider = TracerProvider(resource=resource)
     if trace_dir is not None and trace_dir != Path():
         exporter = SpanFileExporter(trace_dir / f"{service_name}-{os.getpid()}.jsonl")
-        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS))
+        file = BatchSpanProcessor(exporter, schedule_delay_millis=_FLUSH_MS)
+        _FILES[:] = [file]
+        provider.add_span_processor(file)
     if any(os.environ.get(name) for name in _ENDPOINTS):
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     end_metrics = _record_metrics(resource)
 
     def finish() -> None:
+        _FILES.clear()
         provider.shutdown()
         end_metrics()
 
     return finish
+
+
+def write_spans() -> None:
+    """Write the spans that have ended into the file now, for whoever reads it next; collectors get theirs in time."""
+    for file in _FILES[:]:
+        file.force_flush()
 
 
 def _record_metrics(resource: Resource) -> Callable[[], None]:

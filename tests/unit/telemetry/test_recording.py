@@ -78,6 +78,28 @@ def _finished(directory: Path, *, program: str = PROGRAM, **environment: str) ->
     return output.strip()
 
 
+WRITES_NOW = """
+import sys
+from pathlib import Path
+from vmferry.telemetry.recording import write_spans
+from vmferry.telemetry.spans import load_spans
+from vmferry.telemetry.tracing import configure, current_trace_id, phase
+
+configure("source", Path(sys.argv[1]), host="host-a")
+with phase("migrate"):
+    for number in range(20):
+        with phase(f"round {number}"):
+            pass
+        write_spans()
+        assert len(load_spans([Path(sys.argv[1])], current_trace_id())) == number + 1
+"""
+
+
+def test_a_span_is_in_the_file_once_it_is_asked_for(tmp_path: Path) -> None:
+    """Not only a fraction of a second after its end."""
+    _finished(tmp_path, program=WRITES_NOW)
+
+
 def test_shutdown_writes_every_ended_span(tmp_path: Path) -> None:
     """After shutdown the file, which only its owner may read, tells the whole tree with service and host."""
     trace_id = _finished(tmp_path / "traces")
