@@ -40,7 +40,6 @@ from vmferry.errors import (
     MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
-    ServiceStoppingError,
     TooManyMigrationsError,
     VmferryError,
     WrongPhaseError,
@@ -106,7 +105,6 @@ class Outgoing(Followed):
         self._throttle = Throttle.of(machine, departure.held_back)
         self._began = False
         self._committed = False
-        self._stopping = False
         self._traceparent = traceparent
         self._deadline = Deadline(self._end)
         self._switch: Switch | None = None
@@ -165,7 +163,7 @@ class Outgoing(Followed):
     async def interrupt(self) -> None:
         """The service stops: give the machine back, or leave an open hand-off to the next start."""
         assert self._task is not None
-        self._stopping = True
+        self._departure.pause.end()
         if not self._committed:
             self.cancel("the source service stops")
         await asyncio.gather(self._task, return_exceptions=True)
@@ -358,16 +356,12 @@ class Outgoing(Followed):
             self.migration.message.owner = ""
         await self._machine.close()  # for whoever will resume it: QEMU serves one client at a time
         span_event("outcome unknown", why=why)
-        if self._stopping:
-            raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
     async def stays_paused(self, why: MachineFailedError) -> None:
         """The machine belongs here and its guest cannot go on yet."""
         span_event("not resumed yet", why=why.message)
         self.migration.message.owner = self._own
-        if self._stopping:
-            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)
 
     async def _conclude(self) -> None:

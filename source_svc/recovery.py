@@ -23,7 +23,6 @@ from vmferry.errors import (
     MachineFailedError,
     OutcomeUnknownError,
     PointOfNoReturnError,
-    ServiceStoppingError,
     VmferryError,
     WrongPhaseError,
 )
@@ -168,7 +167,6 @@ class Recovered(Followed):
         self._departure = departure
         self._destination = destination
         self._own = own
-        self._stopping = False
         self._last_heard: AttemptState | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -193,7 +191,7 @@ class Recovered(Followed):
     async def interrupt(self) -> None:
         """The service stops; the next start goes on."""
         assert self._task is not None
-        self._stopping = True
+        self._departure.pause.end()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
@@ -242,13 +240,9 @@ class Recovered(Followed):
 
     async def waits(self, why: str) -> None:
         """The outcome is not known yet."""
-        if self._stopping:
-            raise ServiceStoppingError("the source service stops; its next start goes on asking")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNKNOWN, OutcomeUnknownError(why))
 
     async def stays_paused(self, why: MachineFailedError) -> None:
         """The machine belongs here and its guest cannot go on yet."""
         self.migration.message.owner = self._own
-        if self._stopping:
-            raise ServiceStoppingError("the source service stops; its next start goes on resuming")
         await self.migration.report(pb.MIGRATION_OUTCOME_UNSPECIFIED, why)

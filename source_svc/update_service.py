@@ -17,6 +17,7 @@ import grpc
 
 from source_svc.announcing import Announced, Announcements
 from source_svc.orders import required
+from source_svc.pause import Pause
 from source_svc.update_check import Comparison, Examined, UpdateCheck
 from source_svc.updates import UpdateResource, Updates
 from source_svc.updating import Updating
@@ -218,7 +219,7 @@ class Run:
     ) -> None:
         self.update = update
         self.retry_s = host.config.handoff_retry_s
-        self.stopping = False
+        self.pause = Pause()
         self._host = host
         self._work = work
         self._found = found
@@ -235,7 +236,7 @@ class Run:
     async def interrupt(self) -> None:
         """The service stops."""
         assert self._task is not None
-        self.stopping = True
+        self.pause.end()
         if self.update.message.phase in {pb.UPDATE_PHASE_UNSPECIFIED, pb.UPDATE_PHASE_ANNOUNCED}:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)

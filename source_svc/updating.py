@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol, assert_never
 
+from source_svc.pause import Pause
 from vmferry.errors import (
     JournalDamagedError,
     MachineDeadError,
     MachineFailedError,
     MachineNotFoundError,
-    ServiceStoppingError,
     TimedOutError,
     VmferryError,
 )
@@ -52,8 +52,8 @@ class Watcher(Protocol):
 
     retry_s: float
     """Pause before what cannot be done now is tried again."""
-    stopping: bool
-    """The service is being stopped: the next start goes on."""
+    pause: Pause
+    """It ends when the service is being stopped: the next start goes on."""
 
     async def paused(self) -> None:
         """The guest is about to be paused."""
@@ -310,7 +310,7 @@ class Updating:
                 _LOG.warning("update not settled yet", machine=self.machine_id, detail=str(error))
             if isinstance(self.state, updating.Still):
                 break
-            await self._rest(watcher)
+            await watcher.pause.wait(watcher.retry_s)
         await self._give_back(watcher)
 
     async def _step(self, reason: str) -> bool:
@@ -374,7 +374,7 @@ class Updating:
                 raise
             except MachineFailedError as error:
                 _LOG.error("not resumed yet", machine=self.machine_id, detail=error.message)
-                await self._rest(watcher)
+                await watcher.pause.wait(watcher.retry_s)
                 continue
             except VmferryError as error:
                 # It ended, or its guest did: there is nothing to resume.
@@ -383,11 +383,6 @@ class Updating:
             self._resume_due = False
             if self._paused_at:
                 await watcher.resumed(time.monotonic() - self._paused_at)
-
-    async def _rest(self, watcher: Watcher) -> None:
-        if watcher.stopping:
-            raise ServiceStoppingError("the source service stops; its next start goes on with the update")
-        await asyncio.sleep(watcher.retry_s)
 
 
 class Checks(Protocol):

@@ -165,7 +165,7 @@ class Service:
         await self.start()
 
     async def stop(self) -> int:
-        """End it in order; returns its exit code. By force if it does not go."""
+        """End it in order; returns its exit code. Fails if it does not go, which nobody waits for in vain."""
         process = self._process
         assert process is not None
         if process.returncode is None:
@@ -175,6 +175,9 @@ class Service:
                 await asyncio.wait_for(process.wait(), _END_S)
             except TimeoutError:
                 await self.kill()
+                pytest.fail(
+                    f"the {self.role} service of {self.host.name} did not end:\n{self.log_text()[-3000:]}"
+                )
         assert process.returncode is not None
         return process.returncode
 

@@ -181,6 +181,19 @@ async def test_a_machine_in_doubt_is_seen_in_the_list_and_by_inspection(
     assert watched.document["outcome"] == "MIGRATION_OUTCOME_UNKNOWN"
 
 
+async def test_a_service_that_asks_again_and_again_ends_when_it_is_told_to(
+    world: World, guest: Guest, link: Proxy
+) -> None:
+    """It does not sit out the wait for its next question, and the next start goes on where it was."""
+    await blocked(world, guest, link)
+    before = await inspect(world, world.a.source, guest.id)
+    assert await world.a.source.stop() == 0
+    await world.a.source.start()
+    after = await inspect(world, world.a.source, guest.id)
+    assert after.open_attempt == before.open_attempt
+    assert after.attempt_state == "handed-off"
+
+
 async def test_recover_shows_both_ends_and_settles_at_once_when_the_link_is_whole(
     world: World, guest: Guest, link: Proxy
 ) -> None:

@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from source_svc.pause import Pause
+from vmferry.errors import ServiceStoppingError
 
 LONG_S = 3600.0
 
@@ -83,3 +86,30 @@ async def test_the_end_of_the_task_ends_every_hurry() -> None:
         await work.pause.hurry(task)
         assert task.done()
         await work.pause.hurry(task)
+
+
+async def test_nothing_is_tried_any_more_once_it_ended() -> None:
+    """However long the wait was to be, the next try is left to the next start."""
+    work = Work()
+    async with working(work) as task:
+        await work.pause.hurry(task, tries=1)
+        work.pause.end()
+        with pytest.raises(ServiceStoppingError):
+            await task
+    assert work.began == 1
+
+
+async def test_a_try_that_is_under_way_when_it_ends_is_the_last() -> None:
+    """It is not cut off, nothing follows it, and whoever hurried it is not left waiting."""
+    work = Work()
+    async with working(work) as task:
+        await work.pause.hurry(task, tries=1)
+        work.may_end.clear()
+        hurry = asyncio.create_task(work.pause.hurry(task))
+        await asyncio.sleep(0)
+        work.pause.end()
+        work.may_end.set()
+        await hurry
+        with pytest.raises(ServiceStoppingError):
+            await task
+    assert work.began <= 2
