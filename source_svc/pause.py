@@ -1,6 +1,7 @@
 """The wait between two tries of one task, which somebody else may cut short.
 
-Promise: cutting it changes nothing but when the next try is made; a try is never made twice at a time.
+Promise: cutting it changes nothing but when the next try is made; a try is never made twice at a time, and
+none begins once the service stops.
 """
 
 from __future__ import annotations
