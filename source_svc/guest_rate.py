@@ -84,17 +84,15 @@ class GuestRate:
         table = PageTable(region.page_count if self._kind == SOFT_DIRTY_KIND else 0)
         with RamFile.open(region.path, region.size_bytes) as ram:
             mapped = find_mapping(self._pid, region)
-            if mapped.huge:
-                raise TrackerUnavailableError(
-                    "which pages of huge pages are written is found by comparing with what was sent, and nothing "
-                    "was sent yet"
-                )
             tracker = choose_tracker(mapped, ram, table, self._kind, findings=self._findings)
             try:
                 tracker.arm()
                 for window in windows:
                     self._windows.append([])
                     self._count(tracker, window)
+            except TrackerUnavailableError:
+                self._windows.clear()  # counts before the first that failed would be too low
+                raise
             finally:
                 tracker.disarm()
 

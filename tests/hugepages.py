@@ -28,22 +28,28 @@ def huge_folder(mib: int) -> Iterator[Path]:
         try:
             _POOL.write_text(str(wanted), encoding="ascii")
             require(int(_POOL.read_text(encoding="ascii")) >= wanted, f"no {mib} MiB in huge pages are free")
-            with tempfile.TemporaryDirectory(prefix="vf-huge-") as folder, _mounted(Path(folder)):
-                yield Path(folder)
+            with _mounted("hugetlbfs", "pagesize=2M") as folder:
+                yield folder
         finally:
             _POOL.write_text(str(before), encoding="ascii")
 
 
 @contextmanager
-def _mounted(folder: Path) -> Iterator[None]:
-    made = subprocess.run(
-        ["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    require(made.returncode == 0, f"hugetlbfs cannot be mounted: {made.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def huge_tmpfs() -> Iterator[Path]:
+    """A tmpfs that has its files in huge pages wherever the kernel finds some."""
+    require(os.geteuid() == 0, "file systems can only be mounted by root")
+    with _mounted("tmpfs", "huge=always,size=512M") as folder:
+        yield folder
+
+
+@contextmanager
+def _mounted(kind: str, options: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="vf-huge-") as folder:
+        made = subprocess.run(
+            ["mount", "-t", kind, "-o", options, "none", folder], capture_output=True, text=True, check=False
+        )
+        require(made.returncode == 0, f"{kind} cannot be mounted: {made.stderr.strip()}")
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", folder], check=True)

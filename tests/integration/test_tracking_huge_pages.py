@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from tests.hugepages import huge_folder
+from source_svc.guest_rate import QUICK, GuestRate
+from tests.hugepages import huge_folder, huge_tmpfs
 from tests.integration.subjects import Shadow, Subject
 from tests.support import require
 from vmferry.errors import TrackerUnavailableError
+from vmferry.machines.qmp import QmpMachine
 from vmferry.memory.hugepages import HUGE_PAGE_BYTES
+from vmferry.memory.pagemap import PageMap, Written
 from vmferry.memory.probe import TrackerFinding, choose_tracker, probe_trackers
 from vmferry.memory.regions import RamFile
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
-from vmferry.memory.trackers import HashTracker, HugePageTracker, PagemapScanTracker
+from vmferry.memory.trackers import HashTracker, PagemapScanTracker
 
 SIZE = 64 * 1024 * 1024
 PAGES = SIZE // PAGE_SIZE
@@ -25,10 +31,10 @@ IN_ONE = HUGE_PAGE_BYTES // PAGE_SIZE
 WRITING_SECONDS = 1.5
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """A hugetlbfs with room for one file."""
-    with huge_folder(SIZE >> 20) as mounted:
+@pytest.fixture(scope="module", params=["hugetlbfs", "tmpfs"])
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Where one file has room whose memory is in huge pages."""
+    with huge_folder(SIZE >> 20) if request.param == "hugetlbfs" else huge_tmpfs() as mounted:
         yield mounted
 
 
@@ -53,13 +59,23 @@ def subject(folder: Path, request: pytest.FixtureRequest) -> Iterator[Subject]:
         path.unlink()
 
 
-def tracker_of(subject: Subject, findings: list[TrackerFinding]) -> HugePageTracker:
+def tracker_of(subject: Subject, findings: list[TrackerFinding]) -> PagemapScanTracker:
     """The tracker that is chosen for it; the test is left out where there is only the slow one."""
     found = next(finding for finding in findings if finding.kind == "pagemap-scan")
     require(found.usable, f"pagemap-scan: {found.reason}")
     tracker = choose_tracker(subject.mapped, subject.ram, subject.sent, findings=findings)
-    assert isinstance(tracker, HugePageTracker)
+    assert isinstance(tracker, PagemapScanTracker)
     return tracker
+
+
+def in_huge_pages(subject: Subject) -> None:
+    """Fill a subject's memory, and have it map all of it in huge pages."""
+    subject.ram.write_pages([(0, PAGES)], memoryview(b"y" * SIZE))
+    subject.tell("write " + " ".join(str(page) for page in range(0, PAGES, IN_ONE)))
+    if not subject.mapped.huge:
+        smaps = Path(f"/proc/{subject.process.pid}/smaps").read_text(encoding="ascii", errors="replace")
+        mapped_kib = sum(map(int, re.findall(r"^ShmemPmdMapped: +(\d+) kB$", smaps, re.MULTILINE)))
+        require(mapped_kib == SIZE >> 10, f"the kernel has only {mapped_kib} KiB of a tmpfs in huge pages")
 
 
 def test_a_scan_reports_what_changed_and_nothing_else(
@@ -93,18 +109,55 @@ def test_the_kernel_names_only_huge_pages_that_were_written(
     subject: Subject, findings: list[TrackerFinding]
 ) -> None:
     """Pages without an entry are not read again at each scan, however much lies in them."""
-    tracker_of(subject, findings)
-    subject.ram.write_pages([(0, PAGES)], memoryview(b"y" * SIZE))
-    tracker = PagemapScanTracker(subject.mapped)
+    tracker = tracker_of(subject, findings)
+    in_huge_pages(subject)
+    pages = PageMap(subject.mapped)
     try:
         tracker.arm()
-        assert not tracker.scan()
+        pages.take_written()
         subject.tell(f"write {3 * IN_ONE + 1}")
-        assert tracker.peek() == tracker.peek() == PageRuns([(3 * IN_ONE, IN_ONE)])
-        assert tracker.scan() == PageRuns([(3 * IN_ONE, IN_ONE)])
-        assert not tracker.scan()
+        whole = Written(PageRuns(), PageRuns([(3 * IN_ONE, IN_ONE)]))
+        assert pages.peek_written() == pages.peek_written() == whole
+        assert pages.take_written() == whole
+        assert pages.take_written() == Written(PageRuns(), PageRuns())
+    finally:
+        pages.close()
+        tracker.disarm()
+
+
+def test_of_a_huge_page_that_is_there_only_what_changed_is_reported(
+    subject: Subject, findings: list[TrackerFinding]
+) -> None:
+    """Again and again; nothing that was sent is sent twice."""
+    tracker, shadow = tracker_of(subject, findings), Shadow(subject)
+    in_huge_pages(subject)
+    try:
+        tracker.arm()
+        shadow.copy(PageRuns.whole(PAGES))
+        for pages in ([5, 1000, 1001, 9000], [6, 1002, 9001], [0, PAGES - 1]):
+            subject.tell("write " + " ".join(map(str, pages)))
+            assert tracker.count() == len(pages)
+            written = tracker.scan()
+            assert {page for first, count in written for page in range(first, first + count)} == set(pages)
+            shadow.copy(written)
+        assert shadow.wrong_pages() == []
     finally:
         tracker.disarm()
+
+
+async def test_how_fast_a_guest_writes_is_not_guessed_from_huge_pages(
+    subject: Subject, findings: list[TrackerFinding]
+) -> None:
+    """Each write would count as 512; the prediction is told that nobody knows."""
+    tracker_of(subject, findings)
+    in_huge_pages(subject)
+    machine = SimpleNamespace(pid=subject.process.pid, ram=subject.region)
+    rate = GuestRate(cast("QmpMachine", machine), "pagemap-scan", findings)
+    assert subject.tell("storm 1") == "storming"
+    with pytest.raises(TrackerUnavailableError, match="nothing was sent yet"):
+        await rate.look(QUICK)
+    assert rate.curve is None
+    assert not rate.armed
 
 
 def test_no_write_of_a_process_that_never_rests_is_lost(
@@ -133,6 +186,7 @@ def test_no_write_of_a_process_that_never_rests_is_lost(
     assert shadow.wrong_pages() == []
 
 
+@pytest.mark.parametrize("folder", ["hugetlbfs"], indirect=True)
 def test_bits_that_huge_pages_do_not_have_are_never_trusted(
     subject: Subject, findings: list[TrackerFinding]
 ) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from vmferry.errors import MachineDeadError, TrackerUnavailableError
 from vmferry.memory.regions import MappedRegion, find_mapping
@@ -33,6 +33,7 @@ CHECK_WPASYNC: Final = 2
 WRITTEN: Final = 2
 PRESENT: Final = 8
 SWAPPED: Final = 16
+HUGE: Final = 64
 ABSENT: Final = WRITTEN | PRESENT | SWAPPED
 """Inverted: pages of which none of these is true have no page table."""
 
@@ -44,6 +45,7 @@ _MAX_RESULTS: Final = 4096
 _LARGE_BYTES: Final = 512 * 1024 * 1024
 """A walk over less takes no longer than waking another thread."""
 _TABLE_BYTES: Final = 2 * 1024 * 1024
+"""What one page table is for, and one huge page."""
 
 _END_TIMEOUT_MS: Final = 100
 
@@ -75,9 +77,13 @@ class _Look:
     inverted: int = 0
 
 
-_EVERY: Final = _Look(WP_MATCHING)
-_WRITTEN: Final = _Look(WP_MATCHING, mask=WRITTEN)
-_DROPPED: Final = _Look(WP_MATCHING, mask=ABSENT, inverted=ABSENT)
+class Written(NamedTuple):
+    """What the kernel says of writes."""
+
+    pages: PageRuns
+    """Each of these was written."""
+    coarse: PageRuns
+    """Of these nobody knows which: whole huge pages, and pages whose notes were thrown away."""
 
 
 def _halves(start: int, end: int) -> list[tuple[int, int]]:
@@ -130,40 +136,46 @@ class PageMap:
 
     def protect(self) -> None:
         """Write-protect every page, also those that were never touched."""
-        self._pages(_EVERY)
+        self._walks(_Look(WP_MATCHING))
 
-    def take_written(self) -> PageRuns:
+    def take_written(self) -> Written:
         """The pages written since they were protected; each is protected again before it is reported.
 
         Two walks. The first asks for WRITTEN alone, the one form of the call for which every kernel also reports
         pages whose table entry was dropped since. The second finds page tables that are missing as a whole:
         :meth:`protect` made all of them, so a missing one was thrown away with the notes it held (this happens
-        when a huge page is split), and all its pages must count as written.
+        when a huge page is split), and any of its pages may have been written.
 
         The pages of a hugetlbfs file are never split, reclaimed or moved to swap, so there one without an entry was
         not touched, or was let go by its own process together with its content; protecting it changes nothing.
         """
+        return self._written(WP_MATCHING)
+
+    def peek_written(self) -> Written:
+        """What :meth:`take_written` would report; protects nothing."""
+        return self._written(0)
+
+    def _written(self, flags: int) -> Written:
         if self._mapped.huge:
-            return self._pages(_WRITTEN)
-        written, dropped = self._walks(_WRITTEN, _DROPPED)
-        return written.union(dropped) if dropped else written
+            return Written(PageRuns(), self._walks(_Look(flags, mask=WRITTEN))[0])
+        written, dropped = self._walks(_Look(flags, mask=WRITTEN), _Look(flags, mask=ABSENT, inverted=ABSENT))
+        huge = self._huge_pages(written)
+        return Written(written.difference(huge), huge.union(dropped)) if huge else Written(written, dropped)
 
-    def count_written(self) -> int:
-        """How many pages :meth:`take_written` would report; protects nothing."""
+    def _huge_pages(self, runs: PageRuns) -> PageRuns:
+        """The part of some runs that the process has in huge pages, which the kernel protects as wholes.
+
+        Asked for in a walk of its own, as the one that finds what was written must ask for nothing else. What was
+        split since then counts as written page by page.
+        """
+        found, base = PageRuns(), self._mapped.address
         with self._explained():
-            return sum(
-                (sum(ends) - sum(starts)) // PAGE_SIZE
-                for inverted, mask in ((0, WRITTEN), (ABSENT, ABSENT))
-                for part in self._parts
-                for starts, ends in self._walk(part, CHECK_WPASYNC, mask=mask, inverted=inverted)
-            )
-
-    def peek_written(self) -> PageRuns:
-        """The pages that :meth:`take_written` would report, of memory in huge pages; protects nothing."""
-        return self._pages(_Look(mask=WRITTEN))
-
-    def _pages(self, look: _Look) -> PageRuns:
-        return self._walks(look)[0]
+            for first, count in runs:
+                start = -(-(base + first * PAGE_SIZE) // _TABLE_BYTES) * _TABLE_BYTES
+                end = (base + (first + count) * PAGE_SIZE) // _TABLE_BYTES * _TABLE_BYTES
+                if start < end:
+                    self._collect(found, _Part(start, end, self._parts[0].results), _Look(mask=HUGE))
+        return found
 
     def _walks(self, *looks: _Look) -> list[PageRuns]:
         """Walk the region as often as there are looks; for each of them the pages whose categories match.
@@ -184,17 +196,20 @@ class PageMap:
         return found
 
     def _matching(self, part: _Part, looks: Sequence[_Look]) -> list[PageRuns]:
-        base = self._mapped.address
         found = []
         for look in looks:
             runs = PageRuns()
-            flags = look.flags | CHECK_WPASYNC
-            for starts, ends in self._walk(part, flags, mask=look.mask, inverted=look.inverted):
-                firsts = [(start - base) // PAGE_SIZE for start in starts]
-                counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
-                runs.extend(zip(firsts, counts, strict=True))
+            self._collect(runs, part, look)
             found.append(runs)
         return found
+
+    def _collect(self, runs: PageRuns, part: _Part, look: _Look) -> None:
+        """Add what one walk over a part finds."""
+        base, flags = self._mapped.address, look.flags | CHECK_WPASYNC
+        for starts, ends in self._walk(part, flags, mask=look.mask, inverted=look.inverted):
+            firsts = [(start - base) // PAGE_SIZE for start in starts]
+            counts = [(end - start) // PAGE_SIZE for start, end in zip(starts, ends, strict=True)]
+            runs.extend(zip(firsts, counts, strict=True))
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

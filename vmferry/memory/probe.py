@@ -24,7 +24,6 @@ from vmferry.memory.trackers import (
     PAGEMAP_SCAN_KIND,
     SOFT_DIRTY_KIND,
     HashTracker,
-    HugePageTracker,
     PagemapScanTracker,
     SoftDirtyTracker,
     Tracker,
@@ -45,8 +44,8 @@ for line in sys.stdin:
 
 _Make = Callable[[MappedRegion, RamFile, PageTable], Tracker]
 _TRACKERS: Final[dict[str, _Make]] = {
-    PAGEMAP_SCAN_KIND: lambda mapped, ram, sent: (
-        HugePageTracker(mapped, ram, sent) if mapped.huge else PagemapScanTracker(mapped)
+    PAGEMAP_SCAN_KIND: lambda mapped, ram, sent: PagemapScanTracker(
+        mapped, (ram, sent) if sent.page_count else None
     ),
     SOFT_DIRTY_KIND: SoftDirtyTracker,
     HASH_KIND: lambda _mapped, ram, sent: HashTracker(ram, sent),

@@ -22,7 +22,7 @@ from typing import Final, Protocol
 from vmferry.errors import MachineDeadError, TrackerUnavailableError
 from vmferry.memory.digest import ZERO_PAGE_DIGEST, PageTable, digest_pages
 from vmferry.memory.inject import Injection, inject_write_tracking
-from vmferry.memory.pagemap import PageMap, clear_soft_dirty, read_entries, soft_dirty_runs
+from vmferry.memory.pagemap import PageMap, Written, clear_soft_dirty, read_entries, soft_dirty_runs
 from vmferry.memory.regions import MappedRegion, RamFile, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.surgery import operate
@@ -59,12 +59,24 @@ class PagemapScanTracker:
 
     A process that did not register its memory itself is helped by an injection. Cost follows the number of
     written pages, not the size of the machine; a protected page costs its next writer one short fault.
+
+    Of a huge page the kernel notes only that it was written, as a whole, and a guest that writes a little everywhere
+    writes to every huge page all the time. So the pages of those are compared by digest with what was sent, which
+    costs less than sending all of them; likewise pages whose notes the kernel has thrown away.
     """
 
     kind: Final = PAGEMAP_SCAN_KIND
 
-    def __init__(self, mapped: MappedRegion) -> None:
+    def __init__(self, mapped: MappedRegion, known: tuple[RamFile, PageTable] | None = None) -> None:
+        """Nothing is tracked yet.
+
+        Args:
+            mapped: where the machine has its memory.
+            known: that memory and what was last sent of it; ``None`` if nothing was, so that there is nothing to
+                compare with, and what the kernel does not note exactly is refused.
+        """
         self._mapped = mapped
+        self._known = known
         self._pagemap: PageMap | None = None
         self._injection: Injection | None = None
 
@@ -82,12 +94,12 @@ class PagemapScanTracker:
             raise
 
     def scan(self) -> PageRuns:
-        """Protect and report."""
-        return self._armed().take_written()
+        """Protect, then read and compare what is not known exactly, and report."""
+        return self._exact(self._armed().take_written())
 
     def count(self) -> int:
-        """Count, protecting nothing."""
-        return self._armed().count_written()
+        """The same, protecting nothing."""
+        return self._exact(self._armed().peek_written()).page_count
 
     def disarm(self) -> None:
         """Undo the injection; memory that its process registered itself stays protected, which is harmless."""
@@ -98,45 +110,20 @@ class PagemapScanTracker:
             self._pagemap.close()
             self._pagemap = None
 
-    def peek(self) -> PageRuns:
-        """What the next scan would report, of memory in huge pages; protects nothing."""
-        return self._armed().peek_written()
+    def _exact(self, written: Written) -> PageRuns:
+        if not written.coarse:
+            return written.pages
+        if self._known is None:
+            raise TrackerUnavailableError(
+                "which pages of huge pages are written is found by comparing with what was sent, and nothing "
+                "was sent yet"
+            )
+        return written.pages.union(_differing(*self._known, written.coarse))
 
     def _armed(self) -> PageMap:
         if self._pagemap is None:
             raise TrackerUnavailableError(f"the tracker of process {self._mapped.pid} is not armed")
         return self._pagemap
-
-
-class HugePageTracker:
-    """The same for memory in huge pages: the kernel names whole huge pages, and the pages in them are compared.
-
-    A guest that writes a little everywhere writes to every huge page all the time. So the pages of those that were
-    written are compared by digest with what was sent, which costs less than sending all of them.
-    """
-
-    kind: Final = PAGEMAP_SCAN_KIND
-
-    def __init__(self, mapped: MappedRegion, ram: RamFile, sent: PageTable) -> None:
-        self._tracker = PagemapScanTracker(mapped)
-        self._ram = ram
-        self._sent = sent
-
-    def arm(self) -> None:
-        """Protect every page."""
-        self._tracker.arm()
-
-    def scan(self) -> PageRuns:
-        """Protect, then read and compare what was written."""
-        return _differing(self._ram, self._sent, self._tracker.scan())
-
-    def count(self) -> int:
-        """Read and compare what was written, protecting nothing."""
-        return _differing(self._ram, self._sent, self._tracker.peek()).page_count
-
-    def disarm(self) -> None:
-        """Undo the injection."""
-        self._tracker.disarm()
 
 
 class SoftDirtyTracker:
