@@ -61,6 +61,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--files-mib", type=int, default=FILES_MIB, help="files that guests with files hold")
     parser.add_argument("--working-set-mib", type=int, default=SET_MIB, help="what writers go over")
     parser.add_argument("--no-preallocate", action="store_true", help="destinations take memory meanwhile")
+    parser.add_argument("--huge-pages", action="store_true", help="guest memory in huge pages; needs root")
     parser.add_argument("--limit-s", type=int, default=0, help="when a migration is given up")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="for ours; repeatable"
@@ -109,6 +110,7 @@ def row(asked: argparse.Namespace, scenario: str, guest: str, peers: tuple[str, 
         runs=asked.runs,
         limit_s=asked.limit_s,
         preallocated=not asked.no_preallocate,
+        huge_pages=asked.huge_pages,
         options=parse_options(asked.option),
     )
 

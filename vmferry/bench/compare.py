@@ -20,7 +20,7 @@ from typing import Any, Final
 from qemu.qmp import QMPError
 
 from vmferry import __version__
-from vmferry.bench import network
+from vmferry.bench import memory, network
 from vmferry.bench.figures import OURS, Crossing
 from vmferry.bench.guest import Wishes, make_spec
 from vmferry.bench.moving import Moved, Mover
@@ -48,7 +48,6 @@ _BEFORE_S: Final = 1.0
 _WARM_UP_S: Final = 0.75
 _AFTER_S: Final = 0.5
 """How long the guest is listened to on both sides of what is measured, so that its next line is there."""
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - guest memory belongs on tmpfs; our folder there is private
 _MIB: Final = 1024 * 1024
 
 
@@ -66,6 +65,8 @@ class Row:
     accelerator: str = "auto"
     preallocated: bool = True
     """Whether destinations, ours and the peer's, have taken all memory before they are sent any."""
+    huge_pages: bool = False
+    """Whether the guests of all have their memory in huge pages, as far as the kernel finds some."""
     options: MigrationOptions = field(default_factory=MigrationOptions)
     """What else is asked of ours."""
 
@@ -120,8 +121,11 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
     """Measure a row; each crossing is told as soon as it is known."""
     row.check()
     found: list[Crossing] = []
-    with network.opened(row.link_mbit) as link:
-        async with _movers(row, link) as movers:
+    with (
+        network.opened(row.link_mbit) as link,
+        memory.opened(huge_pages=row.huge_pages) as folder,
+    ):
+        async with _movers(row, link, folder) as movers:
             for mover in movers.values():
                 await _boot(mover)
             for _ in range(row.runs):
@@ -133,14 +137,14 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
 
 
 @contextlib.asynccontextmanager
-async def _movers(row: Row, link: Network) -> AsyncIterator[dict[str, Mover]]:
+async def _movers(row: Row, link: Network, folder: Path) -> AsyncIterator[dict[str, Mover]]:
     """Ours, and the peer if there is one."""
     one_way = row.one_way  # now: what the hosts will keep ready is not there for anybody any more
     async with contextlib.AsyncExitStack() as stack:
         ready = {"ready_memory_mib": (row.wishes.memory_mib,) if row.preallocated else ()}
         first = {"a": {"ready_memory_mib": ()}} if one_way else {}
         world = await stack.enter_async_context(
-            two_hosts(None, places=link.places, settings=ready, own_settings=first)
+            two_hosts(None, places=link.places, settings=ready, own_settings=first, memory=folder)
         )
         spec = await asyncio.to_thread(make_spec, row.wishes, world.images, row.accelerator)
         options = MigrationOptions()
@@ -148,15 +152,15 @@ async def _movers(row: Row, link: Network) -> AsyncIterator[dict[str, Mover]]:
         options.MergeFrom(row.options)
         movers: dict[str, Mover] = {OURS: Ours(row.wishes, spec, world, options, one_way=one_way)}
         if row.peers:
-            movers["peer"] = await stack.enter_async_context(_peer(row, spec, link))
+            movers["peer"] = await stack.enter_async_context(_peer(row, spec, link, folder))
         yield movers
 
 
 @contextlib.asynccontextmanager
-async def _peer(row: Row, spec: MachineSpec, link: Network) -> AsyncIterator[Peer]:
+async def _peer(row: Row, spec: MachineSpec, link: Network, folder: Path) -> AsyncIterator[Peer]:
     with (
         tempfile.TemporaryDirectory(prefix="vmferry-bench-") as run,
-        tempfile.TemporaryDirectory(prefix="vmferry-bench-", dir=_SHARED_MEMORY) as ram,
+        tempfile.TemporaryDirectory(prefix="vmferry-bench-", dir=folder) as ram,
     ):
         folders = (Path(run), Path(ram))
         peer = Peer(

@@ -67,6 +67,10 @@ PreallocateOption = Annotated[
         help="Whether destinations have all memory taken beforehand; ours by ready_memory_mib.",
     ),
 ]
+HugePagesOption = Annotated[
+    bool,
+    typer.Option("--huge-pages", help="All guests have their memory in huge pages; needs root."),
+]
 
 
 @app.callback()
@@ -90,6 +94,7 @@ def compare(
     downtime_limit_ms: DowntimeOption = DEFAULT_DOWNTIME_LIMIT_MS,
     limit_s: LimitOption = 0,
     preallocate: PreallocateOption = True,
+    huge_pages: HugePagesOption = False,
     option: MigrationOption = None,
     accelerator: Annotated[str, typer.Option("--accelerator", help="auto, kvm or tcg, for all.")] = "auto",
     kernel: Annotated[Path | None, typer.Option("--kernel", metavar="PATH", help="Of the guest.")] = None,
@@ -114,6 +119,7 @@ def compare(
         limit_s=limit_s,
         accelerator=accelerator,
         preallocated=preallocate,
+        huge_pages=huge_pages,
         options=parse_options(option or []),
     )
     raise typer.Exit(show([row], as_json=json, one=True))
@@ -160,6 +166,7 @@ def described(result: Result) -> dict[str, Any]:
         "runs": row.runs,
         "downtime_limit_ms": row.downtime_limit_ms,
         "preallocated": row.preallocated,
+        "huge_pages": row.huge_pages,
         "limit_s": row.patience_s,
     } | document(result.crossings, row.peers)
 

@@ -35,7 +35,7 @@ from vmferry.security.identity import Identity, Kind
 
 TRUST_DOMAIN: Final = "demo.vmferry.example"
 
-_SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - guest memory belongs on tmpfs; our folder there is private
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - guest memory belongs on tmpfs; our folder there is private
 _READY_S: Final = 60.0
 _END_S: Final = 15.0
 _KILL_S: Final = 5.0
@@ -211,6 +211,7 @@ async def two_hosts(
     settings: Mapping[str, Any] = MappingProxyType({}),
     own_settings: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     option: str = "--keep",
+    memory: Path = SHARED_MEMORY,
 ) -> AsyncIterator[TwoHosts]:
     """Hosts ``a`` and ``b`` with running services; ended and removed afterwards.
 
@@ -221,8 +222,9 @@ async def two_hosts(
         settings: what else both hosts are configured to.
         own_settings: the same, of one host, by its name.
         option: what the caller names the folder by.
+        memory: where guest memory is made.
     """
-    with _folders(keep, option) as (files, run, ram):
+    with _folders(keep, option, memory) as (files, run, ram):
         chosen = {name: {**settings, **own_settings.get(name, {})} for name in ("a", "b")}
         a, b = (_shore(host, files / "logs") for host in _prepare(files, run, ram, ports, places, chosen))
         world = TwoHosts(
@@ -248,7 +250,7 @@ def show_logs(world: TwoHosts) -> None:
 
 def shared_memory_bytes() -> int:
     """What this computer has for guests."""
-    return shutil.disk_usage(_SHARED_MEMORY).free
+    return shutil.disk_usage(SHARED_MEMORY).free
 
 
 def require_memory(machine_bytes: int, resident_bytes: int) -> None:
@@ -262,20 +264,18 @@ def require_memory(machine_bytes: int, resident_bytes: int) -> None:
     needed = machine_bytes + resident_bytes
     if needed > free:
         raise InsufficientMemoryError(
-            f"{_SHARED_MEMORY} has {free // _MIB} MiB free, and the demonstration needs {needed // _MIB} MiB",
+            f"{SHARED_MEMORY} has {free // _MIB} MiB free, and the demonstration needs {needed // _MIB} MiB",
             field="--memory-mib",
             remedy="Ask for a smaller machine, or make /dev/shm larger (in a container: docker run --shm-size).",
         )
 
 
 @contextlib.contextmanager
-def _folders(keep: Path | None, option: str) -> Iterator[tuple[Path, Path, Path]]:
+def _folders(keep: Path | None, option: str, memory: Path) -> Iterator[tuple[Path, Path, Path]]:
     with contextlib.ExitStack() as stack:
         # Sockets have short paths, so what runs is never below the folder to keep.
         run = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-")))
-        ram = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-", dir=_SHARED_MEMORY))
-        )
+        ram = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vmferry-demo-", dir=memory)))
         files = run / "files" if keep is None else _empty(keep.absolute(), option)
         (run / "images").mkdir(mode=0o700)
         for folder in ("logs", "tls", "traces"):
