@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ def huge_tmpfs() -> Iterator[Path]:
     require(os.geteuid() == 0, "file systems can only be mounted by root")
     with _mounted("tmpfs", "huge=always,size=512M") as folder:
         yield folder
+
+
+def mapped_whole_bytes(pid: int) -> int:
+    """How much of a tmpfs a process has mapped in huge pages as wholes."""
+    smaps = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")
+    return sum(map(int, re.findall(r"^ShmemPmdMapped: +(\d+) kB$", smaps, re.MULTILINE))) * 1024
 
 
 @contextmanager

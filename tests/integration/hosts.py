@@ -293,13 +293,17 @@ def migration_options(**options: Any) -> pb.MigrationOptions:
 
 @contextlib.asynccontextmanager
 async def open_world(
-    names: str = "ab", places: Mapping[str, Place] | None = None, **settings: Any
+    names: str = "ab",
+    places: Mapping[str, Place] | None = None,
+    memory: Path = Path("/dev/shm"),
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """Hosts with running services; ended and removed afterwards.
 
     Args:
         names: one letter per host.
         places: where in the network they are, if not on loopback.
+        memory: where guest memory is made.
         settings: what all configurations have instead of values that suit tests.
     """
     values: dict[str, Any] = {
@@ -313,7 +317,7 @@ async def open_world(
     }
     with (
         tempfile.TemporaryDirectory(prefix="vf-") as run,
-        tempfile.TemporaryDirectory(prefix="vf-", dir="/dev/shm") as ram,
+        tempfile.TemporaryDirectory(prefix="vf-", dir=memory) as ram,
     ):
         root = Path(run)
         _certificates(root / "tls", names)

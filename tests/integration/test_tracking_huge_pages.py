@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import cast
 import pytest
 
 from source_svc.guest_rate import QUICK, GuestRate
-from tests.hugepages import huge_folder, huge_tmpfs
+from tests.hugepages import huge_folder, huge_tmpfs, mapped_whole_bytes
 from tests.integration.subjects import Shadow, Subject
 from tests.support import require
 from vmferry.errors import TrackerUnavailableError
@@ -73,9 +72,8 @@ def in_huge_pages(subject: Subject) -> None:
     subject.ram.write_pages([(0, PAGES)], memoryview(b"y" * SIZE))
     subject.tell("write " + " ".join(str(page) for page in range(0, PAGES, IN_ONE)))
     if not subject.mapped.huge:
-        smaps = Path(f"/proc/{subject.process.pid}/smaps").read_text(encoding="ascii", errors="replace")
-        mapped_kib = sum(map(int, re.findall(r"^ShmemPmdMapped: +(\d+) kB$", smaps, re.MULTILINE)))
-        require(mapped_kib == SIZE >> 10, f"the kernel has only {mapped_kib} KiB of a tmpfs in huge pages")
+        mapped = mapped_whole_bytes(subject.process.pid)
+        require(mapped == SIZE, f"the kernel has only {mapped} bytes of a tmpfs in huge pages")
 
 
 def test_a_scan_reports_what_changed_and_nothing_else(
