@@ -61,7 +61,11 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--files-mib", type=int, default=FILES_MIB, help="files that guests with files hold")
     parser.add_argument("--working-set-mib", type=int, default=SET_MIB, help="what writers go over")
     parser.add_argument("--no-preallocate", action="store_true", help="destinations take memory meanwhile")
-    parser.add_argument("--huge-pages", action="store_true", help="guest memory in huge pages; needs root")
+    parser.add_argument(
+        "--huge-pages",
+        action=argparse.BooleanOptionalAction,
+        help="guest memory in huge pages, or as it comes; default: if root may mount it",
+    )
     parser.add_argument("--limit-s", type=int, default=0, help="when a migration is given up")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="for ours; repeatable"

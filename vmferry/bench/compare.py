@@ -65,8 +65,9 @@ class Row:
     accelerator: str = "auto"
     preallocated: bool = True
     """Whether destinations, ours and the peer's, have taken all memory before they are sent any."""
-    huge_pages: bool = False
-    """Whether the guests of all have their memory in huge pages, as far as the kernel finds some."""
+    huge_pages: bool | None = None
+    """Whether the guests of all have their memory in huge pages, as far as the kernel finds some; ``None``: if that
+    may be."""
     options: MigrationOptions = field(default_factory=MigrationOptions)
     """What else is asked of ours."""
 
@@ -114,6 +115,8 @@ class Result:
     network: str
     counts_others: bool
     """Whether ``wire_bytes`` holds what other programs sent, too."""
+    huge_pages: bool
+    """Whether guests had memory that was mounted for that."""
     crossings: list[Crossing]
 
 
@@ -123,9 +126,9 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
     found: list[Crossing] = []
     with (
         network.opened(row.link_mbit) as link,
-        memory.opened(huge_pages=row.huge_pages) as folder,
+        memory.opened(huge_pages=row.huge_pages) as found_memory,
     ):
-        async with _movers(row, link, folder) as movers:
+        async with _movers(row, link, found_memory.folder) as movers:
             for mover in movers.values():
                 await _boot(mover)
             for _ in range(row.runs):
@@ -133,7 +136,7 @@ async def compare(row: Row, tell: Callable[[Crossing], None]) -> Result:
                     crossing = await _crossing(movers.get(who) or movers["peer"], who, link, row.patience_s)
                     found.append(crossing)
                     tell(crossing)
-        return Result(row, link.name, not link.own, found)
+        return Result(row, link.name, not link.own, found_memory.huge_pages, found)
 
 
 @contextlib.asynccontextmanager

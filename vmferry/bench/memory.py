@@ -1,4 +1,4 @@
-"""Where guests of a comparison have their memory: the computer's shared memory, or huge pages.
+"""Where guests of a comparison have their memory: in huge pages, as a host should, or in what there is.
 
 Promise: all movers have the same. What is mounted here is removed again, with all that is in it.
 """
@@ -9,6 +9,7 @@ import contextlib
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -18,16 +19,41 @@ from vmferry.errors import InvalidArgumentError
 _COMMAND_S: Final = 20
 
 
+@dataclass(frozen=True)
+class GuestMemory:
+    """What there is for guests."""
+
+    folder: Path
+    huge_pages: bool
+    """Whether it was mounted for that; otherwise it is the computer's own, however that is mounted."""
+
+
+_AS_IT_IS: Final = GuestMemory(SHARED_MEMORY, huge_pages=False)
+
+
 @contextlib.contextmanager
-def opened(*, huge_pages: bool) -> Iterator[Path]:
-    """A folder for memory files, which is there until the end.
+def opened(*, huge_pages: bool | None = None) -> Iterator[GuestMemory]:
+    """Memory that is there until the end.
+
+    Args:
+        huge_pages: whether it has huge pages; ``None``: if that may be.
 
     Raises:
         InvalidArgumentError: a file system with huge pages may not be mounted.
     """
-    if not huge_pages:
-        yield SHARED_MEMORY
-        return
+    memory = _AS_IT_IS
+    with contextlib.ExitStack() as undo:
+        if huge_pages is not False:
+            try:
+                memory = undo.enter_context(_huge_pages())
+            except InvalidArgumentError:
+                if huge_pages:
+                    raise
+        yield memory
+
+
+@contextlib.contextmanager
+def _huge_pages() -> Iterator[GuestMemory]:
     with tempfile.TemporaryDirectory(prefix="vmferry-bench-") as folder:
         # As a host would: a page is huge where all of it lies within its file.
         _run(
@@ -40,7 +66,7 @@ def opened(*, huge_pages: bool) -> Iterator[Path]:
             folder,
         )
         try:
-            yield Path(folder)
+            yield GuestMemory(Path(folder), huge_pages=True)
         finally:
             _run("umount", folder)
 

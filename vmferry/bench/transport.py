@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from vmferry.bench import network
+from vmferry.bench import memory, network
 from vmferry.bench.contents import contents
 from vmferry.bench.figures import Spread
 from vmferry.bench.guest import Wishes
@@ -54,6 +54,8 @@ class Pumping:
     compression: str = "none"
     """Of the migration; the pump sends pages as they are."""
     link_mbit: int | None = None
+    huge_pages: bool | None = None
+    """Whether the guest has its memory in huge pages; ``None``: if that may be."""
     migrate: bool = True
     """Whether a guest is migrated in turn with the pump."""
 
@@ -72,6 +74,8 @@ class Found:
     """All transfers, in the order in which they were."""
 
     lanes: int
+    huge_pages: bool
+    """Whether the guest had memory that was mounted for that."""
     pump: list[Rate] = field(default_factory=list)
     migration: list[Rate] = field(default_factory=list)
     peak_mib: float = 0.0
@@ -89,9 +93,12 @@ async def measure(pumping: Pumping) -> Found:
     if pumping.migrate:
         require_memory(3 * memory_mib * _MIB, 0)
     settings = {"ready_memory_mib": (memory_mib,)} if pumping.migrate else {}
-    with network.opened(pumping.link_mbit) as link:
-        async with two_hosts(None, places=link.places, settings=settings) as world:
-            found = Found(pumping.lanes or world.a.host.config.lanes)
+    with (
+        network.opened(pumping.link_mbit) as link,
+        memory.opened(huge_pages=pumping.huge_pages) as guests,
+    ):
+        async with two_hosts(None, places=link.places, settings=settings, memory=guests.folder) as world:
+            found = Found(pumping.lanes or world.a.host.config.lanes, guests.huge_pages)
             guest = await _guest(world, pumping, found.lanes) if pumping.migrate else None
             for _ in range(pumping.runs):
                 found.pump.append(await pump(world, link, pumping, found.lanes))
@@ -184,7 +191,7 @@ async def _migrate(guest: Ours) -> tuple[Rate, float]:
 
 def document(pumping: Pumping, found: Found) -> dict[str, Any]:
     """What is printed with ``--json``."""
-    told: dict[str, Any] = asdict(pumping) | {"lanes": found.lanes}
+    told: dict[str, Any] = asdict(pumping) | {"lanes": found.lanes, "huge_pages": found.huge_pages}
     told["mb_per_s"] = _median(found.pump)
     told["pump"] = _told(found.pump)
     if found.migration:

@@ -68,8 +68,11 @@ PreallocateOption = Annotated[
     ),
 ]
 HugePagesOption = Annotated[
-    bool,
-    typer.Option("--huge-pages", help="All guests have their memory in huge pages; needs root."),
+    bool | None,
+    typer.Option(
+        "--huge-pages/--small-pages",
+        help="Whether guests, of all alike, have memory in huge pages; default: if root may mount it.",
+    ),
 ]
 
 
@@ -94,7 +97,7 @@ def compare(
     downtime_limit_ms: DowntimeOption = DEFAULT_DOWNTIME_LIMIT_MS,
     limit_s: LimitOption = 0,
     preallocate: PreallocateOption = True,
-    huge_pages: HugePagesOption = False,
+    huge_pages: HugePagesOption = None,
     option: MigrationOption = None,
     accelerator: Annotated[str, typer.Option("--accelerator", help="auto, kvm or tcg, for all.")] = "auto",
     kernel: Annotated[Path | None, typer.Option("--kernel", metavar="PATH", help="Of the guest.")] = None,
@@ -166,7 +169,7 @@ def described(result: Result) -> dict[str, Any]:
         "runs": row.runs,
         "downtime_limit_ms": row.downtime_limit_ms,
         "preallocated": row.preallocated,
-        "huge_pages": row.huge_pages,
+        "huge_pages": result.huge_pages,
         "limit_s": row.patience_s,
     } | document(result.crossings, row.peers)
 
@@ -241,13 +244,16 @@ def transport(
         str, typer.Option("--compression", help="Of the migration; the pump sends pages as they are.")
     ] = "none",
     link_mbit: LinkOption = None,
+    huge_pages: HugePagesOption = None,
     migrate: Annotated[
         bool, typer.Option("--migrate/--pump-only", help="Migrate a micro-VM that holds as much, in turn.")
     ] = True,
     json: JsonOption = False,
 ) -> None:
     """Pump pages over the lanes of a migration, with no guest, and migrate as many, in turn."""
-    pumping = Pumping(mib, runs, lanes, contents.value, compression, link_mbit, migrate=migrate)
+    pumping = Pumping(
+        mib, runs, lanes, contents.value, compression, link_mbit, huge_pages=huge_pages, migrate=migrate
+    )
     before = os.getloadavg()
     found = asyncio.run(until_signalled(yardstick.measure(pumping)))
     machine = facts("tcg") | {"load_before": before, "load_after": os.getloadavg()}

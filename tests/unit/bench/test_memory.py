@@ -19,10 +19,13 @@ def mounted(folder: Path) -> list[str]:
     return [options for _, place, _, options, *_ in map(str.split, lines) if place == str(folder)]
 
 
-def test_huge_pages_are_a_file_system_of_its_own_for_as_long_as_it_is_needed() -> None:
+@pytest.mark.parametrize("asked", [True, None])
+def test_huge_pages_are_a_file_system_of_its_own_for_as_long_as_it_is_needed(asked: bool | None) -> None:
     """It goes with all that is in it, also when the comparison fails."""
     require(os.geteuid() == 0, "file systems can only be mounted by root")
-    with contextlib.suppress(KeyError), memory.opened(huge_pages=True) as folder:
+    with contextlib.suppress(KeyError), memory.opened(huge_pages=asked) as found:
+        folder = found.folder
+        assert found.huge_pages
         (options,) = mounted(folder)
         assert "huge=within_size" in options.split(",")
         assert folder.stat().st_mode & 0o077 == 0
@@ -34,11 +37,13 @@ def test_huge_pages_are_a_file_system_of_its_own_for_as_long_as_it_is_needed() -
 
 def test_other_memory_is_the_computers_own() -> None:
     """Nothing is mounted for it."""
-    with memory.opened(huge_pages=False) as folder:
-        assert folder == Path("/dev/shm")
+    with memory.opened(huge_pages=False) as found:
+        assert found == memory.GuestMemory(Path("/dev/shm"), huge_pages=False)
 
 
-def test_who_may_not_mount_is_told_the_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_who_may_not_mount_is_told_the_option_and_has_memory_as_it_is_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """With what else can be done, and no folder is left."""
     refuses = tmp_path / "mount"
     refuses.write_text("#!/bin/sh\necho 'mount: only root can do that' >&2; exit 1\n", encoding="ascii")
@@ -48,4 +53,6 @@ def test_who_may_not_mount_is_told_the_option(monkeypatch: pytest.MonkeyPatch, t
     with pytest.raises(InvalidArgumentError, match="only root") as refused, memory.opened(huge_pages=True):
         pass
     assert refused.value.field == "--huge-pages"
+    with memory.opened() as found:
+        assert not found.huge_pages
     assert list(tmp_path.iterdir()) == [refuses]
