@@ -56,28 +56,23 @@ def opened(*, huge_pages: bool | None = None) -> Iterator[GuestMemory]:
 def _huge_pages() -> Iterator[GuestMemory]:
     with tempfile.TemporaryDirectory(prefix="vmferry-bench-") as folder:
         # As a host would: a page is huge where all of it lies within its file.
-        _run(
-            "mount",
-            "-t",
-            "tmpfs",
-            "-o",
-            f"mode=0700,huge=within_size,size={shared_memory_bytes()}",
-            "none",
-            folder,
-        )
+        options = f"nosuid,nodev,mode=0700,huge=within_size,size={shared_memory_bytes()}"
+        _run("mount", "-t", "tmpfs", "-o", options, "none", folder)
         try:
             yield GuestMemory(Path(folder), huge_pages=True)
         finally:
-            _run("umount", folder)
+            _run("umount", "--lazy", folder)  # a hypervisor that is just ending is not waited for
 
 
 def _run(*command: str) -> None:
-    done = subprocess.run(  # noqa: S603 - fixed programs, arguments made here
-        command, check=False, capture_output=True, text=True, timeout=_COMMAND_S
-    )
-    if done.returncode:
+    try:
+        subprocess.run(  # noqa: S603 - fixed programs, arguments made here
+            command, check=True, capture_output=True, text=True, timeout=_COMMAND_S
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
         raise InvalidArgumentError(
-            f"'{' '.join(command)}' failed: {done.stderr.strip()}",
+            f"'{' '.join(command)}' failed: {told}",
             field="--huge-pages",
             remedy="Be root (in a container: with SYS_ADMIN), or have /dev/shm mounted with huge=within_size.",
-        )
+        ) from error

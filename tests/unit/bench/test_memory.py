@@ -46,10 +46,12 @@ def test_who_may_not_mount_is_told_the_option_and_has_memory_as_it_is_without(
 ) -> None:
     """With what else can be done, and no folder is left."""
     refuses = tmp_path / "mount"
-    refuses.write_text("#!/bin/sh\necho 'mount: only root can do that' >&2; exit 1\n", encoding="ascii")
-    refuses.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(InvalidArgumentError, match="No such file"), memory.opened(huge_pages=True):
+        pass
+    refuses.write_text("#!/bin/sh\necho 'mount: only root can do that' >&2; exit 1\n", encoding="ascii")
+    refuses.chmod(0o755)
     with pytest.raises(InvalidArgumentError, match="only root") as refused, memory.opened(huge_pages=True):
         pass
     assert refused.value.field == "--huge-pages"
