@@ -92,6 +92,11 @@ def _halves(start: int, end: int) -> list[tuple[int, int]]:
     return [(start, middle), (middle, end)] if end - start >= _LARGE_BYTES else [(start, end)]
 
 
+def _inside(start: int, end: int) -> tuple[int, int]:
+    """The whole page tables in a range; they end before they start if there are none."""
+    return -(-start // _TABLE_BYTES) * _TABLE_BYTES, end // _TABLE_BYTES * _TABLE_BYTES
+
+
 class PageMap:
     """The page map of one mapped region, open for scanning."""
 
@@ -165,15 +170,16 @@ class PageMap:
     def _huge_pages(self, runs: PageRuns) -> PageRuns:
         """The part of some runs that the process has in huge pages, which the kernel protects as wholes.
 
-        Asked for in a walk of its own, as the one that finds what was written must ask for nothing else. What was
-        split since then counts as written page by page.
+        Asked for in a walk of its own, as the one that finds what was written must ask for nothing else, and only
+        where a huge page may be. What was split since then counts as written page by page.
         """
         found, base = PageRuns(), self._mapped.address
-        with self._explained():
-            for first, count in runs:
-                start = -(-(base + first * PAGE_SIZE) // _TABLE_BYTES) * _TABLE_BYTES
-                end = (base + (first + count) * PAGE_SIZE) // _TABLE_BYTES * _TABLE_BYTES
-                if start < end:
+        spans = (
+            _inside(base + first * PAGE_SIZE, base + (first + count) * PAGE_SIZE) for first, count in runs
+        )
+        if wholes := [(start, end) for start, end in spans if start < end]:
+            with self._explained():
+                for start, end in wholes:
                     self._collect(found, _Part(start, end, self._parts[0].results), _Look(mask=HUGE))
         return found
 
