@@ -63,8 +63,12 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-preallocate", action="store_true", help="destinations take memory meanwhile")
     parser.add_argument(
         "--huge-pages",
-        action=argparse.BooleanOptionalAction,
-        help="guest memory in huge pages, or as it comes; default: if root may mount it",
+        action="store_true",
+        default=None,
+        help="guest memory in huge pages; default: if root may mount it",
+    )
+    parser.add_argument(
+        "--small-pages", dest="huge_pages", action="store_false", help="guest memory as /dev/shm has it"
     )
     parser.add_argument("--limit-s", type=int, default=0, help="when a migration is given up")
     parser.add_argument(
