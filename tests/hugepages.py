@@ -1,4 +1,4 @@
-"""Huge pages for tests: set aside for a while, and given back."""
+"""Huge pages for tests, of a hugetlbfs or a tmpfs: there for a while, and given back."""
 
 from __future__ import annotations
 

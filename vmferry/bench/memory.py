@@ -6,17 +6,18 @@ Promise: all movers have the same. What is mounted here is removed again, with a
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmferry.bench.commands import run
 from vmferry.cli.demo_hosts import SHARED_MEMORY, shared_memory_bytes
 from vmferry.errors import InvalidArgumentError
 
-_COMMAND_S: Final = 20
+_OPTION: Final = "--huge-pages"
+_REMEDY: Final = "Be root (in a container: with SYS_ADMIN), or have /dev/shm mounted with huge=within_size."
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,9 @@ def _huge_pages() -> Iterator[GuestMemory]:
     with tempfile.TemporaryDirectory(prefix="vmferry-bench-") as folder:
         # As a host would: a page is huge where all of it lies within its file.
         options = f"nosuid,nodev,mode=0700,huge=within_size,size={shared_memory_bytes()}"
-        _run("mount", "-t", "tmpfs", "-o", options, "none", folder)
+        run("mount", "-t", "tmpfs", "-o", options, "none", folder, option=_OPTION, remedy=_REMEDY)
         try:
             yield GuestMemory(Path(folder), huge_pages=True)
         finally:
-            _run("umount", "--lazy", folder)  # a hypervisor that is just ending is not waited for
-
-
-def _run(*command: str) -> None:
-    try:
-        subprocess.run(  # noqa: S603 - fixed programs, arguments made here
-            command, check=True, capture_output=True, text=True, timeout=_COMMAND_S
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        told = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        raise InvalidArgumentError(
-            f"'{' '.join(command)}' failed: {told}",
-            field="--huge-pages",
-            remedy="Be root (in a container: with SYS_ADMIN), or have /dev/shm mounted with huge=within_size.",
-        ) from error
+            # A hypervisor that is just ending is not waited for.
+            run("umount", "--lazy", folder, option=_OPTION)

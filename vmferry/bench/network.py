@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vmferry.bench.commands import COMMAND_S, run
 from vmferry.cli.demo_hosts import HERE, Place
 from vmferry.errors import InvalidArgumentError
 
@@ -34,7 +35,6 @@ _LATENCY_MS: Final = 50
 _MIN_BURST_BYTES: Final = 128 * 1024
 """More than the largest segment that TCP hands down at once."""
 _BURST_S: Final = 0.002
-_COMMAND_S: Final = 20
 _ALL_TRAFFIC: Final = Path("/proc/net/dev")
 
 
@@ -93,7 +93,7 @@ def _may() -> bool:
         ["unshare", "--net", "--mount", "true"],  # noqa: S607 - wherever the system has it
         check=False,
         capture_output=True,
-        timeout=_COMMAND_S,
+        timeout=COMMAND_S,
     )
     return tried.returncode == 0
 
@@ -152,7 +152,7 @@ def _remove_link(name: str) -> None:
         ["ip", "link", "del", name],  # noqa: S607 - wherever the system has it
         check=False,
         capture_output=True,
-        timeout=_COMMAND_S,
+        timeout=COMMAND_S,
     )
 
 
@@ -171,11 +171,4 @@ def _ip(*command: str) -> str:
 
 
 def _run(*command: str) -> str:
-    try:
-        return subprocess.run(  # noqa: S603 - fixed programs, arguments made here
-            command, check=True, capture_output=True, text=True, timeout=_COMMAND_S
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        raise InvalidArgumentError(
-            f"'{' '.join(command)}' failed: {error.stderr.strip()}", field="--link-mbit"
-        ) from error
+    return run(*command, option="--link-mbit")
