@@ -34,9 +34,16 @@ class Residents:
         if seen == self._seen and not gone:
             return False
         self._seen = seen
-        kept = {one.spec.uuid: one for one in gone if self._between(one.spec.uuid)}
-        self.records = kept | {one.spec.uuid: one for one in self._directory.list() if one.alive}
+        alive = self._alive()
+        missing = self.records.keys() - alive.keys()
+        between = {machine_id for machine_id in missing if self._between(machine_id)}
+        if missing - between:  # or on its way until a moment ago, and its new process known since
+            alive = self._alive()
+        self.records = {machine_id: self.records[machine_id] for machine_id in between} | alive
         return True
+
+    def _alive(self) -> dict[str, MachineRecord]:
+        return {one.spec.uuid: one for one in self._directory.list() if one.alive}
 
     def _times(self) -> object:
         try:
