@@ -43,6 +43,14 @@ def huge_tmpfs() -> Iterator[Path]:
         yield folder
 
 
+@contextmanager
+def small_tmpfs() -> Iterator[Path]:
+    """A tmpfs without them."""
+    require(os.geteuid() == 0, "file systems can only be mounted by root")
+    with _mounted("tmpfs", "huge=never,size=16M") as folder:
+        yield folder
+
+
 def mapped_whole_bytes(pid: int) -> int:
     """How much of a tmpfs a process has mapped in huge pages as wholes."""
     smaps = Path(f"/proc/{pid}/smaps").read_text(encoding="utf-8", errors="replace")

@@ -1,7 +1,8 @@
-"""Which trackers work on this host, found out by using them.
+"""What this host offers for guest memory, found out by using it: trackers, and huge pages of a tmpfs.
 
 Promise: a tracker is called usable only after it noticed one write to one page of another process here, and no
-other page; when it is not, the reason says what was tried and what the kernel answered.
+other page; huge pages only after one was taken. When something is not usable, the reason says what was tried and what
+the kernel answered.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Final
 
 from vmferry.errors import TrackerUnavailableError, VmferryError
 from vmferry.memory.digest import PageTable
+from vmferry.memory.hugepages import HUGE_PAGE_BYTES
 from vmferry.memory.regions import MappedRegion, RamFile, Region, find_mapping
 from vmferry.memory.runs import PAGE_SIZE, PageRuns
 from vmferry.memory.trackers import (
@@ -29,6 +32,8 @@ from vmferry.memory.trackers import (
     Tracker,
 )
 
+_BLOCK_BYTES: Final = 512
+"""What the kernel counts a file's blocks in, whatever their real size."""
 _PAGES: Final = 16
 _TOUCHED_PAGE: Final = 11
 _SUBJECT: Final = """
@@ -61,6 +66,32 @@ class TrackerFinding:
     usable: bool
     reason: str
     """What was tried and seen, for people."""
+
+
+@dataclass(frozen=True)
+class HugePagesFinding:
+    """What one file in a folder for guest memory showed."""
+
+    folder: str
+    """Where it was made."""
+    usable: bool
+    reason: str
+    """What was tried and seen, for people."""
+
+
+def probe_huge_pages(folder: Path) -> HugePagesFinding:
+    """Write one byte to a file with room for one huge page, in a folder or where that is going to be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            os.ftruncate(file.fileno(), HUGE_PAGE_BYTES)
+            os.pwrite(file.fileno(), b"\1", 0)
+            taken = os.fstat(file.fileno()).st_blocks * _BLOCK_BYTES
+    except OSError as error:
+        return HugePagesFinding(str(there), usable=False, reason=f"no file can be written: {error.strerror}")
+    usable = taken >= HUGE_PAGE_BYTES
+    remedy = "" if usable else "; it may be different on a tmpfs that is mounted with huge=within_size"
+    return HugePagesFinding(str(there), usable, f"one byte took {taken // 1024} KiB of memory{remedy}")
 
 
 def probe_trackers() -> list[TrackerFinding]:
