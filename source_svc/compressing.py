@@ -29,6 +29,7 @@ from vmferry.transfer.compression import (
     Situation,
     choose,
     first,
+    second,
 )
 from vmferry.transfer.traffic import Traffic
 
@@ -159,12 +160,12 @@ class Compression:
             cores=max(own_s / seconds, self._experience.share * usable_cpus()),
             handle_s_per_byte=handle_s,
         )
-        self._looked = True
         self._restart(now)
-        self._choose()
+        self._choose(choose if self._looked else second)
+        self._looked = True
 
-    def _choose(self) -> None:
-        chosen = choose(self._allowed, self._experience, self._situation, self._current)
+    def _choose(self, policy: Callable[[Sequence[Method], Experience, Situation, Method], Method]) -> None:
+        chosen = policy(self._allowed, self._experience, self._situation, self._current)
         if chosen == self._current:
             return
         self._current = chosen

@@ -68,78 +68,103 @@ _GUESSES: Final[Mapping[Method, _Guess]] = {
 _GUESSED_LEFT: Final = 0.5
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
+_UNUSED_FORGETTING: Final = 0.95
+"""What is known of a method still counts when a chunk was made with another one."""
+_SURE_S: Final = 0.005
+"""What a method takes by itself counts more than what others take, when it has worked for longer."""
 _CONTENTS_FORGETTING: Final = 0.92
 """The same for what contents compress to, which changes sooner than what a processor can do."""
-_SHARE_FORGETTING: Final = 0.9
+_READ_AT_FIRST_BYTES: Final = 4 * 1024 * 1024
+_READ_AT_FIRST_S: Final = 0.4e-9 * _READ_AT_FIRST_BYTES
+"""How long reading and hashing take is known well enough to begin with as if so much had been read already."""
 _LEAST_BYTES: Final = 64 * 1024
 """Chunks smaller than this say little."""
 
 
 @dataclass
-class _Sums:
-    """Fading sums over chunks of one method."""
+class _Mean:
+    """What comes to one of something, over all chunks; of the earlier ones less and less counts."""
 
-    data_bytes: float = 0.0
-    seconds: float = 0.0
+    forgetting: float = _FORGETTING
+    amount: float = 0.0
+    number: float = 0.0
 
-    def add(self, effort: Effort) -> None:
-        self.data_bytes = self.data_bytes * _FORGETTING + effort.data_bytes
-        self.seconds = self.seconds * _FORGETTING + effort.encode_s
+    @property
+    def value(self) -> float:
+        """The mean; 0 if there was nothing."""
+        return self.amount / self.number if self.number else 0.0
+
+    def add(self, amount: float, number: float) -> None:
+        """Note a chunk, which counts by its size."""
+        self.forget(self.forgetting)
+        self.amount += amount
+        self.number += number
+
+    def forget(self, left: float) -> None:
+        """Let that part count of all that was noted so far."""
+        self.amount *= left
+        self.number *= left
 
 
 @dataclass
 class Experience:
     """What compressing has cost and gained so far, and what follows for methods that were not tried."""
 
-    read_s_per_byte: float = 0.4e-9
-    """Seconds of a core to read and hash a byte."""
-    _left: float = 0.0
+    _read: _Mean = field(default_factory=lambda: _Mean(amount=_READ_AT_FIRST_S, number=_READ_AT_FIRST_BYTES))
+    _left: _Mean = field(default_factory=lambda: _Mean(_CONTENTS_FORGETTING))
     """What zstd-1 leaves of a byte, by chunks of all methods: what is known of the contents; 0 if nothing is."""
-    _seen: dict[Method, _Sums] = field(default_factory=dict)
-    _last: Method | None = None
-    _worked_s: float = 0.0
-    _took_s: float = 0.0
+    _pace: _Mean = field(default_factory=_Mean)
+    """How many times as long as guessed the methods take: contents, and a busy processor, make all of them slower."""
+    _seen: dict[Method, _Mean] = field(default_factory=dict)
+    """The same of each method by itself."""
+    _worked: _Mean = field(default_factory=_Mean)
+    """Seconds of a core that compressing was given in a second."""
+
+    @property
+    def read_s_per_byte(self) -> float:
+        """Seconds of a core to read and hash a byte."""
+        return self._read.value
 
     @property
     def share(self) -> float:
         """What part of a core one gets who could use a whole one: the rest is used by others."""
-        return min(1.0, self._worked_s / self._took_s) if self._took_s else 1.0
+        return min(1.0, self._worked.value) if self._worked.number else 1.0
 
     def add(self, effort: Effort) -> None:
         """Note what was done with a chunk."""
         if effort.data_bytes < _LEAST_BYTES:
             return
-        read_s = effort.read_s / effort.data_bytes
-        self.read_s_per_byte = _FORGETTING * self.read_s_per_byte + (1 - _FORGETTING) * read_s
+        self._read.add(effort.read_s, effort.data_bytes)
         if effort.encoded_bytes:
-            self._seen.setdefault(effort.method, _Sums()).add(effort)
-            self._last = effort.method
+            self._note_pace(effort)
             gain = max(0.0, effort.data_bytes / effort.encoded_bytes - 1) / _GUESSES[effort.method].gain
-            left = 1 / (1 + gain)
-            known = self._left or left
-            self._left = _CONTENTS_FORGETTING * known + (1 - _CONTENTS_FORGETTING) * left
+            self._left.add(effort.data_bytes / (1 + gain), effort.data_bytes)
             # Only of this: reading and hashing also wait for Python's lock, which more processors would not help.
-            self._worked_s = _SHARE_FORGETTING * self._worked_s + effort.encode_s
-            self._took_s = _SHARE_FORGETTING * self._took_s + max(effort.encode_wall_s, 1e-9)
+            self._worked.add(effort.encode_s, max(effort.encode_wall_s, 1e-9))
+
+    def _note_pace(self, effort: Effort) -> None:
+        guessed_s = effort.data_bytes / _GUESSES[effort.method].bytes_per_s
+        self._pace.add(effort.encode_s, guessed_s)
+        self._seen.setdefault(effort.method, _Mean()).add(effort.encode_s, guessed_s)
+        for method, seen in self._seen.items():
+            if method != effort.method:  # it may be different by now
+                seen.forget(_UNUSED_FORGETTING)
 
     def ratio(self, method: Method) -> float:
         """How many times smaller a method makes these contents."""
         if method == RAW:
             return 1.0
-        gain = 1 / (self._left or _GUESSED_LEFT) - 1
+        gain = 1 / (self._left.value or _GUESSED_LEFT) - 1
         return 1 + gain * _GUESSES[method].gain
 
     def encode_s_per_byte(self, method: Method) -> float:
         """Seconds of a core that a method takes for a byte."""
         if method == RAW:
             return 0.0
-        if sums := self._seen.get(method):
-            return sums.seconds / sums.data_bytes
-        slower = 1.0
-        if self._last is not None:
-            sums = self._seen[self._last]
-            slower = sums.seconds / sums.data_bytes * _GUESSES[self._last].bytes_per_s
-        return slower / _GUESSES[method].bytes_per_s
+        pace = self._pace.value or 1.0
+        if seen := self._seen.get(method):
+            pace = (seen.amount + _SURE_S * pace) / (seen.number + _SURE_S)
+        return pace / _GUESSES[method].bytes_per_s
 
 
 _FIRST_GUESS_BYTES_PER_S: Final = 125e6
@@ -306,6 +331,11 @@ def _work_s(method: Method, experience: Experience, situation: Situation) -> flo
 _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
+_WORTH_SENDING_MORE: Final = 1.1
+_MUCH_MORE: Final = 1.2
+"""What puts that much more on the link than the present method has to be worth it."""
+_FAR_BETTER: Final = 1.5
+"""What even a short look cannot be wrong about."""
 _MOST_AT_FIRST: Final = METHODS.index(Method(ZSTD, 1))
 _AS_CHEAP: Final = 1.05
 """What takes no more of the processor than this times the least counts as sparing it as much."""
@@ -335,17 +365,38 @@ def choose(
     good = [method for method in allowed if rates[method] * _WORTH_MORE >= best]
     least_s = min(work_s[method] for method in good)
     chosen = [method for method in good if work_s[method] <= least_s * _AS_CHEAP][-1]
-    # What spares the processor nothing has to show for a change.
-    is_slower = work_s[chosen] >= work_s[current]
-    if current in rates and is_slower and rates[chosen] < rates[current] * _WORTH_A_CHANGE:
+    # What spares the processor nothing has to show for a change, and what fills the link with much more has to.
+    worth = _WORTH_A_CHANGE if work_s[chosen] >= work_s[current] else 1.0
+    if experience.ratio(chosen) * _MUCH_MORE < experience.ratio(current):
+        worth = _WORTH_SENDING_MORE
+    if current in rates and rates[chosen] < rates[current] * worth:
         return current
     return chosen
 
 
 def first(allowed: Sequence[Method], experience: Experience, situation: Situation) -> Method:
     """The method to begin with, before anything was seen: one that costs little where it turns out to be wrong."""
-    cautious = [method for method in allowed if METHODS.index(method) <= _MOST_AT_FIRST] or allowed[:1]
+    cautious = _cautious(allowed)
     return choose(cautious, experience, situation, cautious[-1])
+
+
+def second(
+    allowed: Sequence[Method], experience: Experience, situation: Situation, current: Method
+) -> Method:
+    """The method after a short first look, which can be far wrong about the link and what a byte takes.
+
+    It changes only to raw pages, where these are about as good, or to what is far better.
+    """
+    chosen = choose(_cautious(allowed), experience, situation, current)
+    if chosen == RAW or rate(chosen, experience, situation) >= _FAR_BETTER * rate(
+        current, experience, situation
+    ):
+        return chosen
+    return current
+
+
+def _cautious(allowed: Sequence[Method]) -> Sequence[Method]:
+    return [method for method in allowed if METHODS.index(method) <= _MOST_AT_FIRST] or allowed[:1]
 
 
 def expected_rate(allowed: Sequence[Method], experience: Experience, situation: Situation) -> float:

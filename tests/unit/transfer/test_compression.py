@@ -21,6 +21,7 @@ from vmferry.transfer.compression import (
     first,
     methods,
     rate,
+    second,
 )
 
 MIB = 1024 * 1024
@@ -30,9 +31,9 @@ SPEEDS = {QUICK_LZ4: 1.5e9, ZSTD_1: 710e6, ZSTD_3: 330e6, ZSTD_6: 110e6}
 """Bytes per second of a core."""
 
 
-def effort(method: Method, ratio: float, slower: float = 1.0) -> Effort:
-    encode_s = MIB / SPEEDS[method] * slower
-    return Effort(method, MIB, int(MIB / ratio), 0.4e-9 * MIB, encode_s, 2 * encode_s)
+def effort(method: Method, ratio: float, slower: float = 1.0, size: int = MIB) -> Effort:
+    encode_s = size / SPEEDS[method] * slower
+    return Effort(method, size, int(size / ratio), 0.4e-9 * size, encode_s, 2 * encode_s)
 
 
 def experience(ratio: float, *tried: Method, slower: float = 1.0) -> Experience:
@@ -160,6 +161,26 @@ def test_methods_that_nobody_tried_are_guessed_from_those_that_were() -> None:
     assert (known.ratio(RAW), known.encode_s_per_byte(RAW)) == (1.0, 0.0)
 
 
+def test_a_method_is_not_thought_slow_because_it_was_used_at_a_bad_time() -> None:
+    """The processor was busy when it was used last; that it is no more shows in what another method takes."""
+    known = experience(2.6, ZSTD_1, ZSTD_1, slower=3.0)
+    for _ in range(20):
+        known.add(effort(QUICK_LZ4, 1.9, size=4 * MIB))
+    assert known.encode_s_per_byte(ZSTD_1) < 1.4 / SPEEDS[ZSTD_1]
+    assert known.encode_s_per_byte(ZSTD_6) < 1.4 / SPEEDS[ZSTD_6]
+
+
+def test_a_few_pages_among_zeros_say_little() -> None:
+    """A chunk counts by what it holds: to look through all that is zero in it took as long as for a full one."""
+    known = experience(2.6)
+    for _ in range(10):
+        known.add(effort(ZSTD_1, 2.6, size=4 * MIB))
+    few = 64 * 1024
+    known.add(Effort(ZSTD_1, few, few // 50, 0.4e-9 * 4 * MIB, few / SPEEDS[ZSTD_1], few / SPEEDS[ZSTD_1]))
+    assert known.read_s_per_byte < 1.25 * 0.4e-9
+    assert known.ratio(ZSTD_1) < 1.05 * 2.6
+
+
 def test_contents_that_change_are_noticed() -> None:
     """After a few chunks that do not compress, nobody expects that they do; chunks too small to tell say nothing."""
     known = experience(8.0)
@@ -276,7 +297,9 @@ def test_what_may_be_by_chance_is_believed_slowly() -> None:
 def test_of_equals_the_one_that_spares_the_link_is_chosen() -> None:
     """A quicker method that spares the processor next to nothing is no reason to send a third more."""
     known = experience(2.6)
-    known.add(effort(QUICK_LZ4, 1.9, slower=SPEEDS[QUICK_LZ4] / SPEEDS[ZSTD_1] / 1.02))
+    for _ in range(50):
+        known.add(effort(QUICK_LZ4, 1.9, SPEEDS[QUICK_LZ4] / SPEEDS[ZSTD_1], size=4 * MIB))
+        known.add(effort(ZSTD_1, 2.6, size=4 * MIB))
     for cores in (0.5, 0.7, 0.9):
         assert choose(METHODS, known, situation(GBIT, cores=cores), QUICK_LZ4) == ZSTD_1
 
@@ -320,6 +343,34 @@ def test_the_first_chunks_are_made_with_little_effort(
 ) -> None:
     """Nothing stronger than zstd-1, however slow the link was measured to be: that may have been the processor."""
     assert first(allowed, Experience(), situation(link)) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "ratio", "cores", "current", "expected"),
+    [
+        pytest.param(GBIT, 2.6, 0.4, ZSTD_1, ZSTD_1, id="lz4 seems to be a little better"),
+        pytest.param(GBIT / 4, 2.6, 2.0, ZSTD_1, ZSTD_1, id="the link seems to be slow"),
+        pytest.param(GBIT / 4, 2.6, 2.0, RAW, ZSTD_1, id="and pages go raw"),
+        pytest.param(GBIT, 1.02, 2.0, ZSTD_1, RAW, id="contents that do not compress"),
+        pytest.param(LOOPBACK, 2.6, 1.0, ZSTD_1, RAW, id="a fast link"),
+    ],
+)
+def test_a_short_first_look_changes_little(
+    link: float, ratio: float, cores: float, current: Method, expected: Method
+) -> None:
+    """It may be far wrong; what is no matter of a fifth is done all the same."""
+    known = experience(ratio)
+    assert second(METHODS, known, situation(link, cores=cores), current) == expected
+
+
+def test_filling_the_link_with_much_more_has_to_pay() -> None:
+    """A method that leaves a third more is not taken for what is within the scatter of a look."""
+    known = experience(2.6)
+    dear = situation(GBIT, cores=0.46)
+    better = rate(QUICK_LZ4, known, dear) / rate(ZSTD_1, known, dear)
+    assert 1.02 < better < 1.1
+    assert choose(METHODS, known, dear, ZSTD_1) == ZSTD_1
+    assert choose(METHODS, known, situation(GBIT, cores=0.4), ZSTD_1) == QUICK_LZ4
 
 
 RATIOS = {RAW: 0.0, QUICK_LZ4: 0.55, ZSTD_1: 1.0, ZSTD_3: 1.22, ZSTD_6: 1.33}
