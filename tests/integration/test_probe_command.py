@@ -43,8 +43,11 @@ def test_small_pages_are_told_with_what_may_help(tmp_path: Path, capsys: pytest.
         assert said["reason"] in capsys.readouterr().out
 
 
-def test_a_folder_that_takes_no_files_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not even by root."""
-    said = _said(tmp_path, Path("/proc/sys"), capsys)
-    assert not said["usable"]
+@pytest.mark.parametrize("folder", ["/proc/sys", "/" + "x" * 300], ids=["not writable", "no name of a file"])
+def test_a_folder_that_takes_no_files_is_told(
+    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even by root, or not to be looked for."""
+    said = _said(tmp_path, Path(folder), capsys)
+    assert (said["folder"], said["usable"]) == (folder, False)
     assert said["reason"].startswith("no file can be written: ")

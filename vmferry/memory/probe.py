@@ -81,8 +81,9 @@ class HugePagesFinding:
 
 def probe_huge_pages(folder: Path) -> HugePagesFinding:
     """Write one byte to a file with room for one huge page, in a folder or where that is going to be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    there = folder
     try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
         with tempfile.TemporaryFile(dir=there) as file:
             os.ftruncate(file.fileno(), HUGE_PAGE_BYTES)
             os.pwrite(file.fileno(), b"\1", 0)
