@@ -27,9 +27,9 @@ from vmferry.transfer.compression import (
     Method,
     Passed,
     Situation,
+    after_first_look,
     choose,
     first,
-    second,
 )
 from vmferry.transfer.traffic import Traffic
 
@@ -161,7 +161,7 @@ class Compression:
             handle_s_per_byte=handle_s,
         )
         self._restart(now)
-        self._choose(choose if self._looked else second)
+        self._choose(choose if self._looked else after_first_look)
         self._looked = True
 
     def _choose(self, policy: Callable[[Sequence[Method], Experience, Situation, Method], Method]) -> None:

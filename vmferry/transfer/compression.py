@@ -68,12 +68,12 @@ _GUESSES: Final[Mapping[Method, _Guess]] = {
 _GUESSED_LEFT: Final = 0.5
 _FORGETTING: Final = 0.9
 """What an earlier chunk still counts when the next one has come."""
+_CONTENTS_FORGETTING: Final = 0.92
+"""The same for what contents compress to, which changes sooner than what a processor can do."""
 _UNUSED_FORGETTING: Final = 0.95
 """What is known of a method still counts when a chunk was made with another one."""
 _SURE_S: Final = 0.005
 """What a method takes by itself counts more than what others take, when it has worked for longer."""
-_CONTENTS_FORGETTING: Final = 0.92
-"""The same for what contents compress to, which changes sooner than what a processor can do."""
 _READ_AT_FIRST_BYTES: Final = 4 * 1024 * 1024
 _READ_AT_FIRST_S: Final = 0.4e-9 * _READ_AT_FIRST_BYTES
 """How long reading and hashing take is known well enough to begin with as if so much had been read already."""
@@ -331,9 +331,9 @@ def _work_s(method: Method, experience: Experience, situation: Situation) -> flo
 _WORTH_COMPRESSING: Final = 1.2
 _WORTH_MORE: Final = 1.03
 _WORTH_A_CHANGE: Final = 1.04
-_WORTH_SENDING_MORE: Final = 1.1
 _MUCH_MORE: Final = 1.2
-"""What puts that much more on the link than the present method has to be worth it."""
+"""What puts so many times as much on the link as the present method has to be worth it."""
+_WORTH_SENDING_MORE: Final = 1.1
 _FAR_BETTER: Final = 1.5
 """What even a short look cannot be wrong about."""
 _MOST_AT_FIRST: Final = METHODS.index(Method(ZSTD, 1))
@@ -380,7 +380,7 @@ def first(allowed: Sequence[Method], experience: Experience, situation: Situatio
     return choose(cautious, experience, situation, cautious[-1])
 
 
-def second(
+def after_first_look(
     allowed: Sequence[Method], experience: Experience, situation: Situation, current: Method
 ) -> Method:
     """The method after a short first look, which can be far wrong about the link and what a byte takes.

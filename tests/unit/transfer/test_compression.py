@@ -16,12 +16,12 @@ from vmferry.transfer.compression import (
     Method,
     Passed,
     Situation,
+    after_first_look,
     choose,
     expected_rate,
     first,
     methods,
     rate,
-    second,
 )
 
 MIB = 1024 * 1024
@@ -360,7 +360,7 @@ def test_a_short_first_look_changes_little(
 ) -> None:
     """It may be far wrong; what is no matter of a fifth is done all the same."""
     known = experience(ratio)
-    assert second(METHODS, known, situation(link, cores=cores), current) == expected
+    assert after_first_look(METHODS, known, situation(link, cores=cores), current) == expected
 
 
 def test_filling_the_link_with_much_more_has_to_pay() -> None:
